@@ -1,0 +1,201 @@
+"""timstore: a storage-efficient database of training trajectories, and rollback of samples from a model."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from timstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    CoverageError,
+    FormatError,
+    InvalidInputError,
+    ModelMismatchError,
+    NotFoundError,
+    ReadOnlyError,
+    StateError,
+    StorageError,
+    TimstoreError,
+    TimstoreWarning,
+)
+from timstore.records import Factors, Rows
+from timstore.store import Store as _Store
+from timstore.store import open_stores as _open_stores
+
+if TYPE_CHECKING:
+    import torch
+
+    from timstore.recording import Recorder
+    from timstore.rollback import RollbackReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyExistsError",
+    "CorruptionError",
+    "CoverageError",
+    "Factors",
+    "FormatError",
+    "InvalidInputError",
+    "ModelMismatchError",
+    "NotFoundError",
+    "ReadOnlyError",
+    "Rows",
+    "StateError",
+    "StorageError",
+    "Store",
+    "TimstoreError",
+    "TimstoreWarning",
+    "open",
+    "rollback",
+]
+
+
+class Store(_Store):
+    __doc__ = _Store.__doc__
+
+    def record(
+        self,
+        model: "torch.nn.Module",
+        optimizer: "torch.optim.Optimizer",
+        samples: Iterable[int] | None = None,
+        *,
+        resume_from: tuple[int, int] | None = None,
+        probe: Iterable[Any] | None = None,
+        rank: int = 0,
+    ) -> "Recorder":
+        """Record what the chosen samples do to the model while the `with` block trains it.
+
+        The batch carries `sample_ids`, one integer per row, among the model's keyword arguments; they are
+        taken out before the model sees them. Models called otherwise: `recorder.batch(ids)`.
+
+        Durability: committed when the block ends, and by itself every 256 MB or 30 s.
+
+        Args:
+            samples: ids to record; all when None. The others cost nothing.
+            resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
+                everything recorded from there on.
+            probe: batches of any data like the training data, kept in the store for `rollback`.
+
+        Raises:
+            CoverageError: a trained parameter's gradient cannot be seen per sample.
+            InvalidInputError: a training forward without ids, or with the wrong number of them.
+            StateError: the model is being recorded already, or changed since recording stopped.
+        """
+        from timstore.recording import record
+
+        return record(self, model, optimizer, samples, resume_from=resume_from, probe=probe, rank=rank)
+
+    def rollback(
+        self,
+        model: "torch.nn.Module",
+        ids: Iterable[int] | None = None,
+        *,
+        where: str | None = None,
+        strength: float = 1.0,
+        epochs: Iterable[int] | None = None,
+        parameters: Iterable[str] | None = None,
+        probe: Iterable[Any] | None = None,
+        bins: int = 4,
+        outputs: Callable[[Any], Any] | None = None,
+        loss: str | None = None,
+        memory_limit: int | str = "512MB",
+        accumulate: str = "float32",
+        missing: str = "error",
+        dry_run: bool = False,
+        force: bool = False,
+        progress: bool | None = None,
+    ) -> "RollbackReport":
+        """Remove the contribution of samples from the model, in place, streaming their records.
+
+        With a probe (64 examples of any data like the training data, public will do) the removed sum passes
+        once through a filter made of the model's own curvature; without one, first order alone damages a
+        fine-tuned transformer, and the report says so. The model changes last: after an error it is what it was.
+        Before it changes, a row is written to the `rollbacks` table.
+
+        Args:
+            ids: the samples to remove; or `where`, an SQL condition on the `records` table.
+            strength: between 0 and 1, the share that is removed.
+            epochs, parameters: only these.
+            probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
+                `record(probe=...)` when None.
+            bins: time bins of the filter.
+            outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.
+            loss: the training loss, `cross_entropy` (default) or `mse`, a mean.
+            memory_limit: bytes, or text like "512MB", for everything but the model and its own passes.
+            accumulate: `float32` or `float64`.
+            missing: `error`, or `skip` to go on without samples that were never recorded.
+            dry_run: compute and report, change nothing.
+            force: also when these samples were removed from this model before.
+            progress: show a bar; by default when a person is looking.
+
+        Raises:
+            CoverageError: samples, steps or learning rates that were never recorded.
+            ModelMismatchError: another model, or one that was trained on without recording.
+            StateError: these samples were removed before.
+            InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
+            CorruptionError: an object of the store is missing or was changed.
+        """
+        from timstore.rollback import rollback
+
+        return rollback(
+            self,
+            model,
+            ids,
+            where=where,
+            strength=strength,
+            epochs=epochs,
+            parameters=parameters,
+            probe=probe,
+            bins=bins,
+            outputs=outputs,
+            loss=loss,
+            memory_limit=memory_limit,
+            accumulate=accumulate,
+            missing=missing,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+
+
+def open(
+    path: str | os.PathLike[str],
+    mode: str = "a",
+    *,
+    precision: str | None = None,
+    max_rel_error: float | None = None,
+    durability: str | None = None,
+) -> Store:
+    """Open or create the store at a path; see `Store` for the arguments and errors."""
+    return Store(path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability)
+
+
+def rollback(
+    model: "torch.nn.Module",
+    ids: Iterable[int] | None = None,
+    store: _Store | str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> "RollbackReport":
+    """Remove the contribution of samples from the model; see `Store.rollback` for the options.
+
+    Args:
+        store: a store or its path; when None, the only store that is open in this process.
+
+    Raises:
+        StateError: no store, or several, are open.
+    """
+    from timstore.rollback import rollback as roll_back
+
+    if isinstance(store, _Store):
+        return roll_back(store, model, ids, **options)
+    if store is not None:
+        if not os.path.exists(store):
+            raise NotFoundError(f"there is no store at {store}", path=str(store))
+        with open(store) as opened:
+            return roll_back(opened, model, ids, **options)
+    found = _open_stores()
+    if len(found) != 1:
+        which = "no store is" if not found else f"{len(found)} stores are"
+        raise StateError(f"{which} open in this process: pass store=, a store or its path")
+    return roll_back(found[0], model, ids, **options)

@@ -1,0 +1,271 @@
+"""Choose how each gradient of a record is stored: dense, factors or rows, whichever is smaller."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from timstore.encoding.precision import LADDER, restore, store_as
+from timstore.encoding.products import factor_norm, norm, norm_of_sum
+from timstore.records import Factors, Gradient, Parameter, Rows, widen
+
+_INDEX_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Matrix:
+    """Rows to be written: (n, d) in a stored dtype. Gradients that share storage hold the same object."""
+
+    values: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Encoded:
+    """One part of one parameter's gradient, ready to be written.
+
+    Attributes:
+        matrices: role (inputs, output_gradients, values, indices and their `_scales`) to its rows;
+            empty when the part is zero.
+        row_map: for factors, which rows of the shared inputs the rows of output_gradients belong to;
+            None when they are all of them in order.
+        rel_error: relative Frobenius error of what is stored, measured; 0 under exact.
+        bytes: stored bytes before lossless compression; shared inputs count at the first that shares them.
+        dense_bytes: bytes of the whole gradient, dense, in its captured dtype.
+    """
+
+    parameter: str
+    part: int
+    encoding: str
+    precision: str
+    norm: float
+    rel_error: float
+    bytes: int
+    dense_bytes: int
+    matrices: Mapping[str, Matrix]
+    row_map: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Layer:
+    """One factored part on its way through `encode`: which parameter it belongs to, and its two factors."""
+
+    parameter: Parameter
+    part: int
+    inputs: np.ndarray
+    output_gradients: np.ndarray
+
+
+def encode(
+    gradients: Mapping[str, Sequence[Gradient]],
+    parameters: Mapping[str, Parameter],
+    *,
+    precision: str = "exact",
+    max_rel_error: float = 0.02,
+    drop_zero_rows: bool = True,
+) -> tuple[list[Encoded], float]:
+    """Return every part of a record's gradients as stored matrices, and the norm of the whole record.
+
+    Args:
+        gradients: parameter name to its parts, arrays already validated against `parameters`.
+        precision: exact, bfloat16 or int8; a part whose measured relative error is above `max_rel_error`
+            is stored one precision finer.
+        drop_zero_rows: leave out token rows that contribute nothing; False keeps NaN and Inf in them.
+    """
+    # Numbers too large to square are no mistake of ours: their norm is inf or NaN, and says so.
+    with np.errstate(over="ignore", invalid="ignore"):
+        encoded = _encode_all(gradients, parameters, precision, max_rel_error, drop_zero_rows)
+        return encoded, _record_norm(encoded, gradients, parameters)
+
+
+def _encode_all(
+    gradients: Mapping[str, Sequence[Gradient]],
+    parameters: Mapping[str, Parameter],
+    precision: str,
+    max_rel_error: float,
+    drop: bool,
+) -> list[Encoded]:
+    encoded: list[Encoded] = []
+    layers: dict[int, list[_Layer]] = {}
+    for name, parts in gradients.items():
+        for number, part in enumerate(parts):
+            if isinstance(part, Factors):
+                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients)
+                layers.setdefault(id(part.inputs), []).append(layer)
+            else:
+                encoded.append(_encode_rows(parameters[name], number, part, precision, max_rel_error))
+    for sharers in layers.values():
+        encoded += _encode_factors(sharers, precision, max_rel_error, drop)
+    return encoded
+
+
+def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, drop: bool) -> list[Encoded]:
+    """Encode layers that share one input: its rows are stored once, for those whose factors are smaller."""
+    inputs = layers[0].inputs
+    used = _nonzero_rows(inputs) if drop else np.ones(len(inputs), bool)
+    keeps = [used & _nonzero_rows(layer.output_gradients) if drop else used for layer in layers]
+    as_factors = _worth_factors(layers, keeps)
+    encoded = []
+    for layer, keep, worth in zip(layers, keeps, as_factors, strict=True):
+        if not worth:
+            product = widen(layer.output_gradients[keep]).T @ widen(inputs[keep])
+            encoded.append(_encode_rows(layer.parameter, layer.part, product, precision, max_rel_error))
+    chosen = [(layer, keep) for layer, keep, worth in zip(layers, keeps, as_factors, strict=True) if worth]
+    if chosen:
+        encoded += _encode_shared(inputs, chosen, precision, max_rel_error)
+    return encoded
+
+
+def _worth_factors(layers: list[_Layer], keeps: list[np.ndarray]) -> list[bool]:
+    """Say which layers are smaller as factors, the shared input's rows paid for by all of them together."""
+    inputs = layers[0].inputs
+    savings = []
+    for layer, keep in zip(layers, keeps, strict=True):
+        output = layer.output_gradients
+        dense = layer.parameter.numel * np.result_type(widen(output[:0]), widen(inputs[:0])).itemsize
+        savings.append(dense - int(keep.sum()) * output.shape[1] * output.itemsize)
+    saved = sum(saving for saving in savings if saving > 0)
+    union = np.zeros(len(inputs), bool)
+    for saving, keep in zip(savings, keeps, strict=True):
+        if saving > 0:
+            union |= keep
+    worth = saved >= int(union.sum()) * inputs.shape[1] * inputs.itemsize
+    return [worth and saving > 0 for saving in savings]
+
+
+def _encode_shared(
+    inputs: np.ndarray, chosen: list[tuple[_Layer, np.ndarray]], precision: str, max_rel_error: float
+) -> list[Encoded]:
+    union = np.logical_or.reduce([keep for _, keep in chosen])
+    positions = np.cumsum(union) - 1
+    rows = inputs[union]
+    outputs = [layer.output_gradients[keep] for layer, keep in chosen]
+    row_maps = [positions[keep].astype(np.int32) for _, keep in chosen]
+    norms = [_factor_norm_of(rows, output, row_map) for output, row_map in zip(outputs, row_maps, strict=True)]
+    for rung in LADDER[precision]:
+        stored_inputs = store_as(rows, rung)
+        stored_outputs = [store_as(output, rung) for output in outputs]
+        errors = [
+            0.0 if rung == "exact" or size == 0 else _factor_error(rows, stored_inputs, output, stored, row_map) / size
+            for output, stored, row_map, size in zip(outputs, stored_outputs, row_maps, norms, strict=True)
+        ]
+        if all(error <= max_rel_error for error in errors) or rung == "exact":
+            break
+    shared = _matrices("inputs", *stored_inputs)
+    encoded: list[Encoded] = []
+    for (layer, keep), stored, row_map, size, error in zip(
+        chosen, stored_outputs, row_maps, norms, errors, strict=True
+    ):
+        own = _matrices("output_gradients", *stored)
+        counted = {**shared, **own} if not encoded else own
+        encoded.append(
+            Encoded(
+                parameter=layer.parameter.name,
+                part=layer.part,
+                encoding="factors",
+                precision=rung,
+                norm=size,
+                rel_error=error,
+                bytes=_stored_bytes(counted),
+                dense_bytes=layer.parameter.numel * max(inputs.itemsize, outputs[0].itemsize),
+                matrices={**shared, **own} if keep.any() else {},
+                row_map=None if len(row_map) == len(rows) else row_map,
+            )
+        )
+    return encoded
+
+
+def _factor_norm_of(rows: np.ndarray, output: np.ndarray, row_map: np.ndarray) -> float:
+    return factor_norm(widen(output), widen(rows[row_map]))
+
+
+def _factor_error(
+    rows: np.ndarray,
+    stored_rows: tuple[np.ndarray, np.ndarray | None],
+    output: np.ndarray,
+    stored_output: tuple[np.ndarray, np.ndarray | None],
+    row_map: np.ndarray,
+) -> float:
+    """Return the norm of (stored product - product), as one product of twice the tokens: nothing cancels."""
+    exact_in, exact_out = widen(rows[row_map]), widen(output)
+    lossy_in, lossy_out = restore(*stored_rows)[row_map], restore(*stored_output)
+    return factor_norm(
+        np.concatenate([lossy_out, lossy_out - exact_out]), np.concatenate([lossy_in - exact_in, exact_in])
+    )
+
+
+def _encode_rows(
+    parameter: Parameter, part: int, gradient: np.ndarray | Rows, precision: str, max_rel_error: float
+) -> Encoded:
+    """Encode a dense gradient or a set of rows: all of its rows, or only those that hold anything."""
+    total, width = parameter.matrix_shape
+    if isinstance(gradient, Rows):
+        indices, values = np.asarray(gradient.indices), gradient.values
+    else:
+        indices, values = np.arange(total), gradient.reshape(total, width)
+    dense_bytes = parameter.numel * values.itemsize
+    keep = _nonzero_rows(values)
+    count = int(keep.sum())
+    # Repeated indices are summed at reading; a dense copy could not hold them apart.
+    repeated = isinstance(gradient, Rows) and len(np.unique(indices)) < len(indices)
+    as_rows = repeated or count * (width * values.itemsize + _INDEX_BYTES) < dense_bytes
+    if as_rows:
+        indices, values = indices[keep], values[keep]
+    elif isinstance(gradient, Rows):
+        dense = np.zeros((total, width), values.dtype)
+        dense[indices] = values
+        values = dense
+    size = norm(Rows(indices, values, (total, width))) if as_rows else norm(values)
+    for rung in LADDER[precision]:
+        stored = store_as(values, rung)
+        error = 0.0
+        if rung != "exact" and size != 0:
+            difference = restore(*stored).astype(np.float64) - widen(values)
+            error = (norm(Rows(indices, difference, (total, width))) if as_rows else norm(difference)) / size
+        if error <= max_rel_error or rung == "exact":
+            break
+    matrices = _matrices("values", *stored)
+    if as_rows:
+        matrices["indices"] = Matrix(indices.astype(np.int32 if total < 2**31 else np.int64).reshape(-1, 1))
+    return Encoded(
+        parameter=parameter.name,
+        part=part,
+        encoding="rows" if as_rows else "dense",
+        precision=rung,
+        norm=size,
+        rel_error=error,
+        bytes=_stored_bytes(matrices),
+        dense_bytes=dense_bytes,
+        matrices=matrices if len(values) else {},
+    )
+
+
+def _nonzero_rows(matrix: np.ndarray) -> np.ndarray:
+    """Say which rows hold any set bit, so that -0.0 and denormals count as something."""
+    if matrix.shape[1] == 0:
+        return np.zeros(len(matrix), bool)
+    bits = np.ascontiguousarray(matrix).view(f"u{matrix.itemsize}")
+    return np.asarray(bits.any(axis=1))
+
+
+def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:
+    matrices = {role: Matrix(values)}
+    if scales is not None:
+        matrices[f"{role}_scales"] = Matrix(scales)
+    return matrices
+
+
+def _stored_bytes(matrices: Mapping[str, Matrix]) -> int:
+    return sum(matrix.values.nbytes for matrix in matrices.values())
+
+
+def _record_norm(
+    encoded: list[Encoded], gradients: Mapping[str, Sequence[Gradient]], parameters: Mapping[str, Parameter]
+) -> float:
+    square = 0.0
+    by_parameter: dict[str, dict[int, float]] = {}
+    for part in encoded:
+        by_parameter.setdefault(part.parameter, {})[part.part] = part.norm
+    for name, norms in by_parameter.items():
+        ordered = [norms[part] for part in sorted(norms)]
+        square += norm_of_sum(gradients[name], ordered, parameters[name].matrix_shape) ** 2
+    return float(np.sqrt(square))

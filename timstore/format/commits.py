@@ -1,0 +1,193 @@
+"""What the records of a store say: commits, the objects they name, and attempts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from timstore.errors import CorruptionError
+from timstore.format import layout
+from timstore.format.layout import take
+from timstore.format.settings import Settings
+
+Moment = tuple[int, int]
+Scope = tuple[int, ...] | Literal["all"] | None
+
+_KINDS = ("commit", "close", "fence")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One data object as its commit names it.
+
+    Attributes:
+        path: relative to the store.
+        bytes, crc32c: of the object as stored.
+        kind: the row table's name, or what else the object is.
+        logical_bytes: its size before compression.
+        rows: how many rows it holds.
+    """
+
+    path: str
+    bytes: int
+    crc32c: int
+    kind: str
+    logical_bytes: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One record of a writer's log.
+
+    Attributes:
+        seq: from 0, contiguous per writer.
+        kind: commit; close (the writer ended) and fence (it was ended) carry no objects.
+        at: ISO 8601 in UTC with microseconds; for people, nothing is decided by it.
+        steps: first and last (epoch, step) covered, None when there are none.
+        records: how many gradient records the commit holds.
+        digest: sha256 of the record; the writer's next one names it.
+    """
+
+    writer: str
+    seq: int
+    kind: str
+    at: str
+    attempt: int
+    rank: int
+    steps: tuple[Moment, Moment] | None
+    objects: tuple[ObjectInfo, ...]
+    records: int
+    digest: str
+
+    def __str__(self) -> str:
+        steps = f", steps {self.steps[0]} to {self.steps[1]}" if self.steps else ""
+        return f"{self.kind} {self.seq} of writer {self.writer} (attempt {self.attempt}{steps})"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One uninterrupted stretch of a run, which supersedes earlier ones from (from_epoch, from_step) on.
+
+    Attributes:
+        scope: the sample ids recorded, "all", or None when unknown.
+        ranks: how many processes train together.
+    """
+
+    attempt: int
+    from_epoch: int
+    from_step: int
+    scope: Scope
+    ranks: int
+    at: str
+
+
+def parse_record(
+    fields: Mapping[str, Any], digest: str, path: str, settings: Settings, previous: Commit | None
+) -> Commit:
+    """Return a log record's commit, if it is what this writer's next record can be.
+
+    Args:
+        fields, digest: as `layout.unseal` returns them.
+        path: where the record lies or is going to lie.
+        previous: the writer's record before this one, None for its first.
+
+    Raises:
+        CorruptionError: naming the file and the field.
+    """
+    writer, seq = take(fields, "writer", str, path), take(fields, "seq", int, path)
+    if layout.record_path(writer, seq) != path:
+        raise CorruptionError(f"{path} holds record {seq} of writer {writer}: files were renamed or swapped", path=path)
+    if fields.get("store") != settings.store_id:
+        raise CorruptionError(f"{path} belongs to store {fields.get('store')!r:.80}, not to this one", path=path)
+    if fields.get("previous") != (previous.digest if previous else None):
+        raise CorruptionError(f"{path} does not follow the record before it: one of the two was replaced", path=path)
+    if previous is not None and previous.kind != "commit":
+        raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", path=path)
+    kind, at = take(fields, "kind", str, path), take(fields, "at", str, path)
+    if kind not in _KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
+    return Commit(
+        writer=writer,
+        seq=seq,
+        kind=kind,
+        at=_time(at, path),
+        attempt=take(fields, "attempt", int, path),
+        rank=take(fields, "rank", int, path),
+        steps=_steps(fields.get("steps"), path),
+        objects=_infos(take(fields, "objects", list, path), (writer, seq), path),
+        records=take(fields, "records", int, path),
+        digest=digest,
+    )
+
+
+def parse_attempt(data: bytes, path: str) -> Attempt:
+    """Return the attempt that the bytes at `path` describe.
+
+    Raises:
+        CorruptionError: naming the file and the field.
+    """
+    fields, _ = layout.unseal(data, path)
+    attempt = take(fields, "attempt", int, path)
+    if layout.attempt_path(attempt) != path:
+        raise CorruptionError(f"{path} describes attempt {attempt}: files were renamed or swapped", path=path)
+    start = take(fields, "from", dict, path)
+    scope = fields.get("scope")
+    if isinstance(scope, list) and all(type(sample) is int for sample in scope):
+        scope = tuple(scope)
+    elif scope not in ("all", None):
+        raise CorruptionError(f"{path}: scope is {scope!r:.80}, not sample ids, 'all' or null", path=path)
+    return Attempt(
+        attempt=attempt,
+        from_epoch=take(start, "epoch", int, path),
+        from_step=take(start, "step", int, path),
+        scope=scope,
+        ranks=take(fields, "ranks", int, path),
+        at=_time(take(fields, "at", str, path), path),
+    )
+
+
+def _time(at: str, path: str) -> str:
+    try:
+        datetime.fromisoformat(at)
+    except ValueError as error:
+        raise CorruptionError(f"{path}: at is {at!r:.80}, not a time", path=path) from error
+    return at
+
+
+def _steps(value: Any, path: str) -> tuple[Moment, Moment] | None:
+    if value is None:
+        return None
+    try:
+        (first_epoch, first_step), (last_epoch, last_step) = value
+        steps = (first_epoch, first_step), (last_epoch, last_step)
+        sound = all(type(number) is int and number >= 0 for number in (*steps[0], *steps[1]))
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CorruptionError(f"{path}: steps is {value!r:.80}, not [[epoch, step], [epoch, step]]", path=path)
+    return steps
+
+
+def _infos(entries: list[Any], owner: tuple[str, int], path: str) -> tuple[ObjectInfo, ...]:
+    infos = []
+    for entry in entries:
+        if type(entry) is not dict:
+            raise CorruptionError(f"{path}: an object is {entry!r:.80}, not a description", path=path)
+        infos.append(
+            ObjectInfo(
+                path=take(entry, "path", str, path),
+                bytes=take(entry, "bytes", int, path),
+                crc32c=take(entry, "crc32c", int, path),
+                kind=take(entry, "kind", str, path),
+                logical_bytes=take(entry, "logical_bytes", int, path),
+                rows=take(entry, "rows", int, path),
+            )
+        )
+    folders = {layout.parse_data_path(info.path) for info in infos}
+    names = {info.path for info in infos}
+    if len(folders) > 1 or not all(folder is not None and folder[:2] == owner for folder in folders):
+        raise CorruptionError(f"{path} names objects that are not of its own commit: {sorted(names)!r:.200}", path=path)
+    if len(names) != len(infos):
+        raise CorruptionError(f"{path} names an object twice", path=path)
+    return tuple(infos)

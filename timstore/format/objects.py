@@ -1,0 +1,319 @@
+"""Where objects lie: named, immutable byte strings, written once and never replaced."""
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
+
+from timstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    ReadOnlyError,
+    StorageError,
+    TimstoreError,
+)
+from timstore.format import layout
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Paths: TypeAlias = list[str]  # `list` inside the classes below is their method
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK, opening a named pipe that someone put into the store would wait for ever.
+_READ = os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class Objects(Protocol):
+    """What a store needs of the place it lies in. Paths are those that `layout.is_object_path` accepts."""
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write one new data object. On disk, and found again after a power loss, only after `sync`."""
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Make the names of objects that were put survive a power loss."""
+
+    def create(self, path: str, data: bytes) -> None:
+        """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds."""
+
+    def read(self, path: str) -> bytes:
+        """Return the whole object, or raise `NotFoundError`."""
+
+    def list(self, prefix: str) -> Paths:
+        """Return the sorted paths of all objects below a folder; none when there is no such folder."""
+
+    def exists(self, path: str) -> bool:
+        """Say whether an object of that name exists."""
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a folder and all objects below it; nothing happens when there is none."""
+
+
+class LocalObjects:
+    """Objects as files of mode 0600 in folders of mode 0700, on a POSIX file system with hard links.
+
+    No symbolic link is followed below `root`. Every system call that changes the disk goes through
+    `_call`, where fault tests take hold.
+
+    Args:
+        root: the store's folder; it is made, with its parents, when the first object is written.
+        durable: fsync everything. Without it objects survive the death of the process but no power loss.
+    """
+
+    def __init__(self, root: str | Path, *, durable: bool) -> None:
+        self.root = Path(root).absolute()
+        self.durable = durable
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a new file, and fsync it; its name is durable after `sync`.
+
+        Raises:
+            AlreadyExistsError: objects are written once.
+            StorageError, ReadOnlyError: the file system refused; part of the file may be left.
+        """
+        *folders, name = self._parts(path)
+        with self._reporting("write", path, data), self._folder(folders, create=True) as folder:
+            self._write_new(name, data, folder)
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Fsync every folder above the paths, deepest first, the root last.
+
+        Raises:
+            StorageError: kind `not-durable`.
+        """
+        if not self.durable:
+            return
+        above = {parts[:depth] for parts in map(self._parts, paths) for depth in range(len(parts))}
+        for folders in sorted(above, key=lambda folders: (-len(folders), folders)):
+            path = "/".join(folders)
+            with self._reporting("fsync", path, kind="not-durable"), self._folder(folders) as folder:
+                self._call(os.fsync, folder)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Create a file whole: written under a temporary name, fsynced, then linked to its own.
+
+        Raises:
+            AlreadyExistsError: another caller was first; its file is untouched.
+            StorageError: nothing became visible, except with kind `not-durable`: then the file is there, but
+                a power loss may take it away.
+            ReadOnlyError: this process may not write here.
+        """
+        *folders, name = self._parts(path)
+        temporary = f".{name}.{secrets.token_hex(4)}"
+        with self._reporting("create", path, data), self._folder(folders, create=True) as folder:
+            try:
+                self._write_new(temporary, data, folder)
+                self._link(temporary, name, folder)
+            finally:
+                with suppress(OSError):  # a temporary name that stays is ignored by every reader
+                    self._call(os.unlink, temporary, dir_fd=folder)
+        self.sync([path])
+
+    def read(self, path: str) -> bytes:
+        """Return the whole file.
+
+        Raises:
+            NotFoundError: there is none.
+            CorruptionError: it is a symbolic link or otherwise no regular file.
+            StorageError: it cannot be read.
+        """
+        *folders, name = self._parts(path)
+        with self._reporting("read", path), self._folder(folders) as folder:
+
+            def opener(name: str, flags: int) -> int:
+                return os.open(name, flags | _READ, dir_fd=folder)
+
+            with open(name, "rb", buffering=0, opener=opener) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise self._not_plain(path)
+                return file.read()
+
+    def list(self, prefix: str) -> Paths:
+        """Return the sorted paths of all files below a folder, without those that begin with a dot.
+
+        Raises:
+            CorruptionError: a symbolic link lies there.
+            StorageError: a folder cannot be read.
+        """
+        folders = self._parts(prefix.rstrip("/")) if prefix else ()
+        with suppress(NotFoundError), self._reporting("list", prefix), self._folder(folders) as folder:
+            return sorted(self._walk(folder, "".join(f"{part}/" for part in folders)))
+        return []
+
+    def exists(self, path: str) -> bool:
+        """Say whether a file of that name exists, without reading it.
+
+        Raises:
+            StorageError: its folder cannot be searched.
+        """
+        *folders, name = self._parts(path)
+        with suppress(NotFoundError), self._reporting("look for", path), self._folder(folders) as folder:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+            return True
+        return False
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a folder with all that is below it; links in it are deleted, never followed.
+
+        Raises:
+            StorageError, ReadOnlyError: the file system refused; part of it may be left.
+        """
+        *folders, name = self._parts(prefix.rstrip("/"))
+        with suppress(NotFoundError), self._reporting("delete", prefix), self._folder(folders) as folder:
+            self._call(shutil.rmtree, name, dir_fd=folder)
+
+    def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    def _write_new(self, name: str, data: bytes, folder: int) -> None:
+        file = self._call(os.open, name, _NEW, 0o600, dir_fd=folder)
+        try:
+            left = memoryview(data)
+            while left:
+                written = self._call(os.write, file, left)
+                if written == 0:
+                    raise OSError(errno.EIO, "the file system accepts no more bytes and gives no reason")
+                left = left[written:]
+            if self.durable:
+                self._call(os.fsync, file)
+        finally:
+            os.close(file)
+
+    def _link(self, temporary: str, name: str, folder: int) -> None:
+        try:
+            self._call(os.link, temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise _with_errno(
+                    StorageError(
+                        f"the file system of {self.root} makes no hard links, without which a store cannot be written "
+                        "safely. Put the store on another file system",
+                        path=name,
+                        errno=error.errno,
+                    ),
+                    error,
+                ) from error
+            raise
+
+    @contextmanager
+    def _folder(self, folders: Sequence[str], *, create: bool = False) -> Iterator[int]:
+        """Open a folder below the root one component at a time: O_NOFOLLOW guards only the last one of a path."""
+        folder = self._open_root(create)
+        try:
+            for name in folders:
+                inner = self._open_folder(name, folder, create)
+                os.close(folder)
+                folder = inner
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _open_folder(self, name: str, folder: int, create: bool) -> int:
+        try:
+            return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        except FileNotFoundError:
+            if not create:
+                raise
+        with suppress(FileExistsError):
+            self._call(os.mkdir, name, 0o700, dir_fd=folder)
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+
+    def _open_root(self, create: bool) -> int:
+        try:
+            if create:
+                self._make_root()
+            return os.open(self.root, _FOLDER)
+        except NotADirectoryError as error:
+            raise InvalidInputError(f"{self.root} is not a folder; a store is one", path=str(self.root)) from error
+
+    def _make_root(self) -> None:
+        missing = []
+        path = self.root
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        for path in reversed(missing):
+            with suppress(FileExistsError):
+                self._call(os.mkdir, path, 0o700 if path == self.root else 0o777)
+            if self.durable:
+                parent = os.open(path.parent, _FOLDER)
+                try:
+                    self._call(os.fsync, parent)
+                finally:
+                    os.close(parent)
+
+    def _walk(self, folder: int, prefix: str) -> Iterator[str]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    raise self._not_plain(path)
+                if not entry.is_dir(follow_symlinks=False):
+                    yield path
+                    continue
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    inner = self._open_folder(entry.name, folder, create=False)
+                    try:
+                        yield from self._walk(inner, f"{path}/")
+                    finally:
+                        os.close(inner)
+
+    def _parts(self, path: str) -> tuple[str, ...]:
+        if not layout.is_object_path(path):
+            raise InvalidInputError(f"{path!r} cannot name an object of a store", path=path)
+        return tuple(path.split("/"))
+
+    def _not_plain(self, path: str) -> CorruptionError:
+        return CorruptionError(
+            f"{self.root / path} is, or lies behind, a symbolic link or something else that is neither file nor "
+            "folder. timstore follows none: put the real file there",
+            path=path,
+        )
+
+    @contextmanager
+    def _reporting(self, doing: str, path: str, data: bytes = b"", *, kind: str | None = None) -> Iterator[None]:
+        """Turn what the system says into errors of ours that name the path."""
+        try:
+            yield
+        except TimstoreError:
+            raise
+        except OSError as error:
+            raise self._translated(error, doing, path, len(data), kind) from error
+
+    def _translated(self, error: OSError, doing: str, path: str, size: int, kind: str | None) -> TimstoreError:
+        where = self.root / path
+        fields: dict[str, Any] = {"path": path, "errno": error.errno}
+        reads = doing in ("read", "list", "look for")
+        if kind is not None:
+            message = f"cannot {doing} {where}: {error.strerror}. What was written there may not survive a power loss"
+            return _with_errno(StorageError(message, kind=kind, **fields), error)
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+            return self._not_plain(path)
+        if error.errno == errno.ENOENT and (reads or doing == "delete"):
+            return NotFoundError(f"{where} does not exist", path=path)
+        if error.errno == errno.EEXIST:
+            return AlreadyExistsError(f"{where} exists already, and objects are written once", path=path)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not reads:
+            message = f"cannot {doing} {where}: {error.strerror}. Open the store with mode='r', or where you may write"
+            return _with_errno(ReadOnlyError(message, **fields), error)
+        message = f"cannot {doing} {where}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"no space left to {doing} {where} ({size} bytes); nothing became visible. Make room and try again"
+            )
+        return _with_errno(StorageError(message, **fields), error)
+
+
+def _with_errno(ours: TimstoreError, error: OSError) -> TimstoreError:
+    if isinstance(ours, OSError):
+        ours.errno = error.errno
+    return ours

@@ -1,0 +1,197 @@
+"""Rows to the bytes of a Zarr v3 array and back: one array per width, inner chunks in sharded objects.
+
+Written by hand because zarr-python's writer costs a training loop twice as much; the bytes are the same,
+to the letter, and tests hold this file to that.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import Blosc
+
+from timstore.errors import CorruptionError, FormatError
+from timstore.records import BFLOAT16
+
+CHUNK_BYTES = 512 * 1024
+SHARD_BYTES = 8 * 1024 * 1024
+# Widest row in bytes; a wider matrix is split by columns (`block` in slices), so that a chunk stays small.
+ROW_BYTES = 1024 * 1024
+
+GROUP_JSON = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
+
+_STORED: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": BFLOAT16,
+    "int8": np.dtype("i1"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+_MISSING = 2**64 - 1
+_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
+
+
+def stored_name(dtype: np.dtype[Any]) -> str:
+    """Return the name under which a dtype is stored, as in `w512-float32`."""
+    return next(name for name, known in _STORED.items() if known == dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """Shape and chunking of one array: (rows, width), `chunk_rows` to a chunk, `chunks` to a shard."""
+
+    rows: int
+    width: int
+    dtype: str
+    chunk_rows: int
+    chunks: int
+
+    @classmethod
+    def plan(cls, rows: int, width: int, dtype: np.dtype[Any]) -> "ArrayLayout":
+        """Choose chunks of about 512 KB in shards of at most 8 MB, no larger than the rows at hand."""
+        row_bytes = width * dtype.itemsize
+        chunk_rows = min(rows, max(1, CHUNK_BYTES // row_bytes))
+        needed = -(-rows // chunk_rows)
+        most = max(1, SHARD_BYTES // (chunk_rows * row_bytes))
+        # Shards of even size: the last one is then nearly full too.
+        chunks = -(-needed // -(-needed // most))
+        return cls(rows, width, stored_name(dtype), chunk_rows, chunks)
+
+    @classmethod
+    def from_json(cls, document: bytes, where: str) -> "ArrayLayout":
+        """Read back what `to_json` wrote.
+
+        Raises:
+            FormatError: if the array is anything but what `to_json` writes, or absurdly large.
+        """
+        try:
+            meta = json.loads(document)
+            rows, width = meta["shape"]
+            inner = meta["codecs"][0]["configuration"]["chunk_shape"][0]
+            outer = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
+            dtype = meta["attributes"].get("dtype", meta["data_type"])
+            layout = cls(rows, width, dtype, inner, outer // inner)
+            sound = layout.to_json() == document and layout.chunk_bytes <= 2 * ROW_BYTES and rows >= 1
+        except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError):
+            sound = False
+        if not sound:
+            raise FormatError(f"{where} is not the metadata of an array that timstore writes", path=where)
+        return layout
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return _STORED[self.dtype]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.width * self.numpy_dtype.itemsize
+
+    @property
+    def shard_rows(self) -> int:
+        return self.chunk_rows * self.chunks
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def to_json(self) -> bytes:
+        """Return `zarr.json`, byte for byte as zarr-python writes it; bfloat16 is uint16 with an attribute."""
+        bits = self.dtype == "bfloat16"
+        floating = self.dtype.startswith("float")
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        flat = {"name": "bytes"} if self.dtype == "int8" else little
+        blosc = {
+            "typesize": self.numpy_dtype.itemsize,
+            "cname": "lz4",
+            "clevel": 5,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        }
+        crc32c = {"name": "crc32c"}
+        sharding = {
+            "chunk_shape": [self.chunk_rows, self.width],
+            "codecs": [flat, {"name": "blosc", "configuration": blosc}, crc32c],
+            "index_codecs": [little, crc32c],
+            "index_location": "end",
+        }
+        document = {
+            "shape": [self.rows, self.width],
+            "data_type": "uint16" if bits else self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, self.width]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0.0 if floating else 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {"dtype": "bfloat16"} if bits else {},
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
+        }
+        return json.dumps(document, indent=2).encode()
+
+
+def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) -> Iterator[tuple[str, bytes, int]]:
+    """Yield (key, bytes, rows) of each shard, one at a time.
+
+    Args:
+        fill: called as fill(first_row, out) to copy rows [first_row, first_row + len(out)) into out.
+    """
+    # Chunks are always whole: the rows past the end are zeros, as the Zarr specification has it.
+    chunk = np.zeros((layout.chunk_rows, layout.width), layout.numpy_dtype)
+    for shard in range(layout.shards):
+        index = np.full((layout.chunks, 2), _MISSING, "<u8")
+        pieces: list[bytes] = []
+        offset = 0
+        first = shard * layout.shard_rows
+        for number in range(layout.chunks):
+            start = first + number * layout.chunk_rows
+            count = min(layout.chunk_rows, layout.rows - start)
+            if count <= 0:
+                break
+            if count < layout.chunk_rows:
+                chunk.view("u1")[:] = 0
+            fill(start, chunk[:count])
+            encoded = _with_checksum(_BLOSC.encode(_plain(chunk)))
+            index[number] = offset, len(encoded)
+            pieces.append(encoded)
+            offset += len(encoded)
+        pieces.append(_with_checksum(index.tobytes()))
+        yield f"c/{shard}/0", b"".join(pieces), min(layout.shard_rows, layout.rows - first)
+
+
+def decode_chunk(layout: ArrayLayout, shard: bytes, number: int, where: str) -> np.ndarray:
+    """Return one inner chunk of a shard, (chunk_rows, width), checked before it is decoded.
+
+    Raises:
+        CorruptionError: if a checksum, an offset or the declared size is not right.
+    """
+    index_bytes = layout.chunks * 16 + 4
+    index = np.frombuffer(_checked(shard[-index_bytes:], where), "<u8").reshape(layout.chunks, 2)
+    offset, size = (int(value) for value in index[number])
+    if offset == _MISSING or offset + size > len(shard) - index_bytes:
+        raise CorruptionError(f"{where}: chunk {number} is not in its shard", path=where)
+    encoded = _checked(shard[offset : offset + size], where)
+    # Blosc's header declares the decoded size; a bomb is refused before it is unpacked.
+    if len(encoded) < 16 or int.from_bytes(encoded[4:8], "little") != layout.chunk_bytes:
+        raise CorruptionError(f"{where}: chunk {number} does not hold {layout.chunk_bytes} bytes", path=where)
+    decoded = np.frombuffer(_BLOSC.decode(encoded), layout.numpy_dtype)
+    return decoded.reshape(layout.chunk_rows, layout.width)
+
+
+def _plain(chunk: np.ndarray) -> np.ndarray:
+    return chunk.view("<u2") if chunk.dtype == BFLOAT16 else chunk
+
+
+def _with_checksum(data: bytes) -> bytes:
+    return bytes(data) + int(google_crc32c.value(bytes(data))).to_bytes(4, "little")
+
+
+def _checked(data: bytes, where: str) -> bytes:
+    body = data[:-4]
+    if len(data) < 4 or int(google_crc32c.value(body)) != int.from_bytes(data[-4:], "little"):
+        raise CorruptionError(f"{where}: an inner checksum does not match", path=where)
+    return body

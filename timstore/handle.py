@@ -1,0 +1,100 @@
+"""One handle on a store, to ask in SQL and to read: a steady view until it is refreshed."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from timstore import errors, intake
+from timstore.opening import open_settings
+from timstore.snapshot import Snapshot, StoredRecord
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+class Handle:
+    """What reading needs of a store: its objects, its settings and a snapshot."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+        if "://" in str(path):
+            raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
+        self.path = Path(path)
+        self.mode = mode
+        self._objects, self.settings = open_settings(self.path, mode, options)
+        self._snapshot = Snapshot(self._objects, self.settings)
+        self._stale = False
+        self._pid = os.getpid()
+        self._closed = False
+
+    def refresh(self) -> None:
+        """See what others have committed since. Questions asked before keep their answers."""
+        self._check_open()
+        newer = Snapshot(self._objects, self.settings, self._snapshot)
+        if newer.view != self._snapshot.view:
+            self._snapshot = newer
+        self._stale = False
+
+    def snapshot(self) -> Snapshot:
+        """Return what this handle sees now; everything committed through it is in."""
+        self._check_open()
+        if self._stale:
+            self.refresh()
+        return self._snapshot
+
+    def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> "duckdb.DuckDBPyRelation":
+        """Ask one question in SQL: a DuckDB relation (`.df()`, `.pl()`, `.arrow()`, `.fetchall()`).
+
+        Tables: records, gradients, steps, parameters, samples, attempts, fingerprints, rollbacks, commits;
+        live rows only. The query can read these tables and nothing else, and changes nothing.
+
+        Raises:
+            InvalidInputError: if it is not one SELECT, or DuckDB does not understand it.
+        """
+        return self.snapshot().catalog.sql(query, params)
+
+    def read(self, where: str | None = None) -> Iterator[StoredRecord]:
+        """Iterate over records, all or those where an SQL condition on the `records` table holds.
+
+        Cost: memory of one record and a cache of 64 MB.
+
+        Raises:
+            CorruptionError: if an object is missing or is not what was written.
+        """
+        return self.snapshot().read(where)
+
+    def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
+        """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.
+
+        Raises:
+            NotFoundError: if it was not recorded.
+        """
+        epoch, step = intake.moment(epoch, step)
+        sample, rank = intake.whole_number(sample, "sample"), intake.whole_number(rank, "rank")
+        for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
+            return record.dense(parameter)
+        raise errors.NotFoundError(
+            f"{self.path} has no record of epoch {epoch}, step {step}, sample {sample}, rank {rank}", sample=sample
+        )
+
+    def latest_fingerprints(self) -> tuple[int, int, dict[str, str]] | None:
+        """Return the newest (epoch, step) whose parameters' digests were kept, and the digests."""
+        return self.snapshot().latest_fingerprints()
+
+    def probe(self) -> tuple[list[Any], str] | None:
+        """Return (batches, loss) of the probe kept last, or None."""
+        return self.snapshot().probe()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._snapshot.view.commits)} commits"
+        return f"<timstore.Store {str(self.path)!r} mode={self.mode!r} {state}>"
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.StateError(
+                f"{self.path} was opened in process {self._pid}: a forked child opens its own handle", kind="forked"
+            )
+        if self._closed:
+            raise errors.StateError(f"{self.path} is closed; open it again", kind="closed")

@@ -1,0 +1,268 @@
+"""Check what a user appends, and take it over: copied, so that the caller's buffers may be reused at once."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from timstore.errors import InvalidInputError
+from timstore.records import Factors, Gradient, Parameter, Record, Rows, as_array, dtype_name, widen
+
+
+def whole_number(value: Any, what: str) -> int:
+    """Return a Python int from any integer, numpy's and 0-d tensors' too; never from a bool or a float.
+
+    Raises:
+        InvalidInputError: naming `what`.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool):
+        raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value) from None
+
+
+def moment(epoch: Any, step: Any) -> tuple[int, int]:
+    """Return (epoch, step) as non-negative integers."""
+    checked = whole_number(epoch, "epoch"), whole_number(step, "step")
+    if min(checked) < 0:
+        raise InvalidInputError(f"epoch and step start at 0; got epoch {checked[0]}, step {checked[1]}")
+    return checked
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one `append` call holds, checked and owned.
+
+    Attributes:
+        records: one per sample.
+        finite: whether the numbers of each record are all finite.
+        new: parameters that were not known before.
+    """
+
+    records: list[Record]
+    finite: list[bool]
+    parameters: dict[str, Parameter]
+    new: list[Parameter]
+
+
+def take_in(
+    epoch: int,
+    step: int,
+    sample: Any,
+    gradients: Any,
+    *,
+    known: Mapping[str, Parameter],
+    rank: int,
+    loss: Any,
+    tokens: Any,
+    allow_zero: bool,
+    allow_nonfinite: bool,
+    copy: bool,
+) -> Taken:
+    """Return the records of one `append` call.
+
+    Args:
+        sample: an integer id, or B of them with a leading axis of B on every array.
+        known: the parameters of the store so far.
+
+    Raises:
+        InvalidInputError: naming the step, the sample and the parameter.
+    """
+    single = np.ndim(sample) == 0
+    samples = [whole_number(one, "sample") for one in ([sample] if single else sample)]
+    if not samples:
+        raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
+    where = f"epoch {epoch}, step {step}, sample {samples[0]}" + ("" if single else f" and {len(samples) - 1} more")
+    if not isinstance(gradients, Mapping) or not gradients:
+        raise InvalidInputError(f"{where}: gradients maps parameter names to gradients, and is not empty")
+    intake = _Intake(where, copy=copy)
+    columns = {name: intake.parts(name, value, None if single else len(samples)) for name, value in gradients.items()}
+    parameters = {}
+    for name, rows in columns.items():
+        try:
+            parameters[name] = parameter_of(name, rows[0], known.get(name))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{where}, parameter {name}: {error}", parameter=name) from None
+    losses = _per_sample(loss, len(samples), single, "loss")
+    counts = _per_sample(tokens, len(samples), single, "tokens")
+    records, finite = [], []
+    for number, one in enumerate(samples):
+        parts = {name: rows[number] for name, rows in columns.items()}
+        finite.append(is_finite(arrays_of(parts)))
+        what = f"epoch {epoch}, step {step}, sample {one}"
+        if not finite[-1] and not allow_nonfinite:
+            raise InvalidInputError(
+                f"{what}: a gradient holds NaN or Inf; pass allow_nonfinite=True to keep it all the same",
+                kind="not-finite",
+                sample=one,
+            )
+        if not allow_zero and is_zero(parts):
+            raise InvalidInputError(
+                f"{what}: every gradient is zero, as when backward never reached the model; pass allow_zero=True "
+                "if that is what happened",
+                kind="all-zero",
+                sample=one,
+            )
+        records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number]))
+    return Taken(records, finite, parameters, [one for name, one in parameters.items() if name not in known])
+
+
+def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
+    if value is None:
+        return [None] * count
+    number = int if what == "tokens" else float
+    values = [value] if single else list(value)
+    if len(values) != count:
+        raise InvalidInputError(f"{what} has {len(values)} values for {count} samples")
+    return [number(one) for one in values]
+
+
+class _Intake:
+    """Turns one call's gradients into parts with owned arrays.
+
+    Arrays that several parameters share are taken over once, so that sharing survives the copy.
+
+    Args:
+        where: "epoch 0, step 3, sample 7", for messages.
+        copy: False when the caller hands the arrays over and never changes them again.
+    """
+
+    def __init__(self, where: str, *, copy: bool) -> None:
+        self._where = where
+        self._copy = copy
+        self._taken: dict[int, tuple[Any, np.ndarray]] = {}
+        self._rows: dict[tuple[int, int], np.ndarray] = {}
+
+    def parts(self, name: str, value: Any, batch: int | None) -> list[tuple[Gradient, ...]]:
+        """Return, for each sample of the batch (one when None), the parts of one parameter's gradient."""
+        given = value if isinstance(value, list | tuple) else [value]
+        if not isinstance(name, str) or not name or not given:
+            raise InvalidInputError(f"{self._where}: gradients maps parameter names to gradients, not {name!r}")
+        numbers: Sequence[int | None] = [None] if batch is None else range(batch)
+        return [tuple(self._part(name, part, batch, number) for part in given) for number in numbers]
+
+    def _part(self, name: str, part: Any, batch: int | None, number: int | None) -> Gradient:
+        if isinstance(part, Factors):
+            inputs = self._array(name, part.inputs, batch, number)
+            outputs = self._array(name, part.output_gradients, batch, number)
+            if inputs.ndim != 2 or outputs.ndim != 2 or len(inputs) != len(outputs):
+                raise InvalidInputError(
+                    f"{self._where}, parameter {name}: factors are inputs (T, d_in) and output_gradients (T, d_out) "
+                    f"of the same T, not {inputs.shape} and {outputs.shape}",
+                    parameter=name,
+                )
+            return Factors(inputs, outputs)
+        if isinstance(part, Rows):
+            return self._rows_part(name, part, batch, number)
+        return self._array(name, part, batch, number)
+
+    def _rows_part(self, name: str, part: Rows, batch: int | None, number: int | None) -> Rows:
+        indices = part.indices.detach().cpu().numpy() if hasattr(part.indices, "detach") else np.asarray(part.indices)
+        if indices.dtype.kind not in "iu":
+            raise InvalidInputError(f"{self._where}, parameter {name}: row indices are integers, not {indices.dtype}")
+        indices = self._one(name, indices, batch, number).astype(np.int64)
+        values = self._array(name, part.values, batch, number)
+        shape = tuple(part.shape)
+        if len(shape) != 2 or indices.ndim != 1 or values.shape != (len(indices), shape[-1]):
+            raise InvalidInputError(
+                f"{self._where}, parameter {name}: rows are indices (n,) and values (n, d) of a (rows, d) shape, "
+                f"not {indices.shape}, {values.shape} and {shape}",
+                parameter=name,
+            )
+        if len(indices) and (indices.min() < 0 or indices.max() >= shape[0]):
+            raise InvalidInputError(f"{self._where}, parameter {name}: row indices must lie in 0-{shape[0] - 1}")
+        return Rows(indices, values, shape)
+
+    def _array(self, name: str, value: Any, batch: int | None, number: int | None) -> np.ndarray:
+        if id(value) not in self._taken:
+            try:
+                array = as_array(value)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{self._where}, parameter {name}: {error}", parameter=name) from None
+            # The value is kept beside its copy: its id stays its own for as long as this call lasts.
+            self._taken[id(value)] = value, np.array(array, order="C") if self._copy else array
+        array = self._taken[id(value)][1]
+        if number is None:
+            return array
+        key = id(value), number
+        if key not in self._rows:
+            self._rows[key] = self._one(name, array, batch, number)
+        return self._rows[key]
+
+    def _one(self, name: str, array: np.ndarray, batch: int | None, number: int | None) -> np.ndarray:
+        if number is None:
+            return array
+        if array.ndim == 0 or len(array) != batch:
+            raise InvalidInputError(
+                f"{self._where}, parameter {name}: with {batch} samples every array has a leading axis of {batch}, "
+                f"not shape {array.shape}",
+                parameter=name,
+            )
+        row: np.ndarray = array[number]
+        return row
+
+
+def gradient_shape(parts: Sequence[Gradient], known: Parameter | None) -> tuple[int, ...]:
+    """Return the parameter's shape that these parts say, or the known one if they fit it."""
+    shapes = []
+    for part in parts:
+        if isinstance(part, Factors):
+            shape: tuple[int, ...] = (part.output_gradients.shape[1], part.inputs.shape[1])
+        else:
+            shape = part.shape
+        if isinstance(part, Factors) and known is not None and known.matrix_shape == shape:
+            shape = known.shape  # a convolution's factors: the trailing axes are one
+        shapes.append(shape)
+    wrong = [shape for shape in shapes if shape != (known.shape if known else shapes[0])]
+    if wrong:
+        expected = known.shape if known else shapes[0]
+        raise InvalidInputError(f"its shape is {expected}, not {wrong[0]}", expected=expected, got=wrong[0])
+    return shapes[0]
+
+
+def parameter_of(name: str, parts: Sequence[Gradient], known: Parameter | None) -> Parameter:
+    """Return what is known of the parameter, or what these parts of a new one say."""
+    shape = gradient_shape(parts, known)
+    if known is not None:
+        return known
+    first = parts[0]
+    values = (
+        first.output_gradients if isinstance(first, Factors) else first.values if isinstance(first, Rows) else first
+    )
+    return Parameter(name, shape, dtype_name(values.dtype))
+
+
+def arrays_of(gradients: Mapping[str, Sequence[Gradient]]) -> list[np.ndarray]:
+    """Return every array of a record once, shared ones too."""
+    found: dict[int, np.ndarray] = {}
+    for parts in gradients.values():
+        for part in parts:
+            if isinstance(part, Factors):
+                arrays = [part.inputs, part.output_gradients]
+            else:
+                arrays = [part.values if isinstance(part, Rows) else part]
+            found.update((id(array), array) for array in arrays)
+    return list(found.values())
+
+
+def is_finite(arrays: Sequence[np.ndarray]) -> bool:
+    """Say whether no number is NaN or infinite."""
+    return all(bool(np.isfinite(widen(array)).all()) for array in arrays)
+
+
+def is_zero(gradients: Mapping[str, Sequence[Gradient]]) -> bool:
+    """Say whether every gradient of the record is zero."""
+    return not any(_any(part) for parts in gradients.values() for part in parts)
+
+
+def _any(part: Gradient) -> bool:
+    if isinstance(part, Factors):
+        outputs, inputs = widen(part.output_gradients), widen(part.inputs)
+        return bool((outputs.any(axis=1) & inputs.any(axis=1)).any())
+    return bool(widen(part.values if isinstance(part, Rows) else part).any())

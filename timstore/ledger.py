@@ -1,0 +1,180 @@
+"""What one writing handle knows of its attempt: parameters, moments recorded before, the last step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from timstore.errors import InvalidInputError
+from timstore.format.tables import SCHEMAS
+from timstore.records import Parameter, Step
+
+Query = Callable[[str, list[Any]], pa.Table]
+Moment = tuple[int, int]
+
+
+class Ledger:
+    """Keeps the attempt free of duplicates without reading more of the store than the moments in question.
+
+    Args:
+        attempt: the attempt that is written.
+        query: asks the committed tables.
+    """
+
+    def __init__(self, attempt: int, query: Query) -> None:
+        self.attempt = attempt
+        self._query = query
+        self._parameters: dict[str, Parameter] | None = None
+        self._recorded: dict[tuple[int, int, int], dict[int, frozenset[str]]] = {}
+        self._steps: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+        self._committed: Moment | None = self._last_committed()
+        self._last: Moment | None = self._committed
+
+    @property
+    def frontier(self) -> Moment | None:
+        """The last live (epoch, step), committed or appended here."""
+        return self._last
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return what is known of every parameter."""
+        if self._parameters is None:
+            rows = self._query("SELECT parameter, shape, dtype, group_id FROM parameters", []).to_pylist()
+            self._parameters = {
+                row["parameter"]: Parameter(row["parameter"], tuple(row["shape"]), row["dtype"], row["group_id"])
+                for row in rows
+            }
+        return self._parameters
+
+    def check_new(self, moment: Moment, rank: int, samples: Sequence[int], names: frozenset[str]) -> None:
+        """Refuse gradients that this attempt holds already.
+
+        Raises:
+            InvalidInputError: naming the sample, the moment and the parameters.
+        """
+        recorded = self._at(moment, rank)
+        seen: set[int] = set()
+        for sample in samples:
+            twice = names if sample in seen else names & recorded.get(sample, frozenset())
+            if twice:
+                raise InvalidInputError(
+                    f"epoch {moment[0]}, step {moment[1]}, sample {sample}, rank {rank}: {_some(twice)} recorded "
+                    f"before in attempt {self.attempt}; a resumed run begins a new attempt (begin_attempt), and a "
+                    "sample that is in a step twice is appended once, with a list of parts",
+                    kind="duplicate",
+                    sample=sample,
+                )
+            seen.add(sample)
+
+    def new_steps(self, step: Step) -> list[dict[str, Any]]:
+        """Return the rows of `step` that are not known yet.
+
+        Raises:
+            InvalidInputError: if a group's row is known with another learning rate.
+        """
+        key = step.epoch, step.step, step.rank
+        known = {row["group_id"]: row for row in self._steps_at(key)}
+        new = []
+        for row in step_rows(step, self.attempt):
+            before = known.get(row["group_id"])
+            if before is None:
+                new.append(row)
+            elif before["lr"] != row["lr"]:
+                raise InvalidInputError(
+                    f"epoch {step.epoch}, step {step.step}, group {row['group_id']}: recorded before with learning "
+                    f"rate {before['lr']}, now {row['lr']}",
+                    kind="duplicate",
+                )
+        return new
+
+    def accept(
+        self,
+        moment: Moment,
+        rank: int,
+        *,
+        samples: Sequence[int] = (),
+        names: frozenset[str] = frozenset(),
+        steps: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Remember what was accepted for writing."""
+        if samples:
+            recorded = self._at(moment, rank)
+            for sample in samples:
+                recorded[sample] = recorded.get(sample, frozenset()) | names
+        if steps:
+            self._steps_at((*moment, rank)).extend(steps)
+        self._last = moment if self._last is None else max(self._last, moment)
+
+    def know(self, parameters: Iterable[Parameter]) -> None:
+        """Remember parameters that were accepted for writing."""
+        self.parameters().update({parameter.name: parameter for parameter in parameters})
+
+    def _last_committed(self) -> Moment | None:
+        rows = self._query(
+            "SELECT epoch, step FROM (SELECT epoch, step FROM steps UNION ALL SELECT epoch, step FROM records) "
+            "ORDER BY epoch DESC, step DESC LIMIT 1",
+            [],
+        ).to_pylist()
+        return (rows[0]["epoch"], rows[0]["step"]) if rows else None
+
+    def _at(self, moment: Moment, rank: int) -> dict[int, frozenset[str]]:
+        key = (*moment, rank)
+        if key not in self._recorded:
+            self._recorded[key] = {}
+            # Training moves forward: only a moment that is not beyond everything committed has to be looked up.
+            if self._committed is not None and moment <= self._committed:
+                rows = self._query(
+                    "SELECT sample, list(parameter) AS names FROM gradients WHERE attempt = ? AND epoch = ? "
+                    "AND step = ? AND rank = ? GROUP BY sample",
+                    [self.attempt, *key],
+                ).to_pylist()
+                self._recorded[key] = {row["sample"]: frozenset(row["names"]) for row in rows}
+        return self._recorded[key]
+
+    def _steps_at(self, key: tuple[int, int, int]) -> list[dict[str, Any]]:
+        if key not in self._steps:
+            self._steps[key] = []
+            if self._committed is not None and key[:2] <= self._committed:
+                query = "SELECT group_id, lr FROM steps WHERE attempt = ? AND epoch = ? AND step = ? AND rank = ?"
+                self._steps[key] = self._query(query, [self.attempt, *key]).to_pylist()
+        return self._steps[key]
+
+
+def step_rows(step: Step, attempt: int) -> list[dict[str, Any]]:
+    """Return one `steps` row per optimizer group."""
+    shared = {
+        "attempt": attempt,
+        "epoch": step.epoch,
+        "step": step.step,
+        "rank": step.rank,
+        "consumed_ratio": step.consumed_ratio,
+        "samples": None if step.sample_ids is None else len(step.sample_ids),
+        "tokens": step.tokens,
+        "sample_ids": None if step.sample_ids is None else list(step.sample_ids),
+    }
+    return [{**asdict(group), **shared} for group in step.groups]
+
+
+def parameter_rows(parameters: Iterable[Parameter], attempt: int) -> list[dict[str, Any]]:
+    """Return one `parameters` row each."""
+    return [
+        {
+            "attempt": attempt,
+            "parameter": parameter.name,
+            "shape": list(parameter.shape),
+            "dtype": parameter.dtype,
+            "numel": parameter.numel,
+            "group_id": parameter.group_id,
+        }
+        for parameter in parameters
+    ]
+
+
+def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as the table of that kind."""
+    return pa.Table.from_pylist([dict(row) for row in rows], SCHEMAS[kind])
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return f"{ordered[0]} was" if len(ordered) == 1 else f"{ordered[0]} and {len(ordered) - 1} more parameters were"

@@ -1,0 +1,63 @@
+"""Find or make the store at a path, and hold its options to what it was made with."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from timstore.encoding import PRECISIONS
+from timstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, ReadOnlyError
+from timstore.format.objects import LocalObjects
+from timstore.format.settings import Settings, create_settings, read_settings
+
+_DEFAULTS: dict[str, Any] = {"precision": "exact", "max_rel_error": 0.02, "durability": "commit"}
+_CHOICES = {"precision": PRECISIONS, "durability": ("commit", "os")}
+
+
+def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
+    """Return the object backend and the settings of the store at `path`, made first where the mode says so.
+
+    Args:
+        options: precision, max_rel_error, durability; None where the caller has no wish.
+    """
+    _check(mode, options)
+    exists = (path / "timstore.json").exists()
+    if mode == "x" and exists:
+        raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
+    if not exists:
+        if mode == "r":
+            raise NotFoundError(f"there is no store at {path}; mode 'a' makes one", path=str(path))
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InvalidInputError(
+                f"{path} is not a store, and is not empty: choose an empty or a new directory", path=str(path)
+            )
+        wanted = {name: _DEFAULTS[name] if value is None else value for name, value in options.items()}
+        objects = LocalObjects(path, durable=wanted["durability"] == "commit")
+        try:
+            return objects, create_settings(objects, **wanted)
+        except AlreadyExistsError:
+            pass  # another process made it just now; its options are held against ours below
+    settings = read_settings(LocalObjects(path, durable=False))
+    for name, value in options.items():
+        kept = getattr(settings, name)
+        if value is not None and value != kept:
+            raise InvalidInputError(
+                f"{path} was made with {name}={kept!r}, not {value!r}: leave {name} out, or make another store",
+                path=str(path),
+            )
+    if mode != "r":
+        if not settings.writable:
+            raise ReadOnlyError(f"{path} was written by a newer timstore: this version can only read it (mode 'r')")
+        if not os.access(path, os.W_OK):
+            raise ReadOnlyError(f"{path} is not writable for this process: open it with mode 'r'", path=str(path))
+    return LocalObjects(path, durable=settings.durability == "commit"), settings
+
+
+def _check(mode: str, options: dict[str, Any]) -> None:
+    if mode not in ("r", "a", "x"):
+        raise InvalidInputError(f"mode is 'r' (read), 'a' (open or create) or 'x' (create), not {mode!r}")
+    for name, choices in _CHOICES.items():
+        if options[name] is not None and options[name] not in choices:
+            raise InvalidInputError(f"{name} is one of {', '.join(choices)}, not {options[name]!r}")
+    limit = options["max_rel_error"]
+    if limit is not None and not (isinstance(limit, float | int) and 0 < limit < 1):
+        raise InvalidInputError(f"max_rel_error lies between 0 and 1, not {limit!r}")

@@ -1,0 +1,84 @@
+"""What a rollback did, for people and for files."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What the probe filter did.
+
+    Attributes:
+        sequences: rows of the probe's batches.
+        products: products of the curvature matrix with a vector; each costs about two gradients of the probe.
+        moved: how far the filter moved the first-order change, relative to the result.
+        loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
+    """
+
+    sequences: int
+    products: int
+    moved: float
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackReport:
+    """What a rollback removed, how, and how sure that is.
+
+    Attributes:
+        method: "first order" or "first order + probe".
+        model: how the model was recognised.
+        delta_norm: Frobenius norm of the change; `relative_change` is that over the norm of the parameters.
+        error_bound: the change is at most this far (Frobenius) from that of exactly stored records.
+        rounding: norm of what the parameters' own precision could not take up, over `delta_norm`.
+        read_bytes: size of the gradients that were added up, if they were dense.
+        rollback_id: the digest of the model afterwards, as in the `rollbacks` table.
+    """
+
+    samples: tuple[int, ...]
+    skipped: tuple[int, ...]
+    records: int
+    parameters: int
+    method: str
+    strength: float
+    dry_run: bool
+    model: str
+    delta_norm: float
+    relative_change: float
+    error_bound: float
+    rounding: float
+    read_bytes: int
+    seconds: float
+    rollback_id: str
+    probe: ProbeReport | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as plain numbers, strings, lists and dicts, ready for JSON."""
+        plain = asdict(self)
+        for name in ("samples", "skipped", "warnings"):
+            plain[name] = list(plain[name])
+        return plain
+
+    def __str__(self) -> str:
+        ids = ", ".join(map(str, self.samples[:8])) + (", ..." if len(self.samples) > 8 else "")
+        lines = [
+            f"{'would remove' if self.dry_run else 'removed'}  {len(self.samples)} samples ({ids}), "
+            f"{self.records} records, strength {self.strength:g}",
+            f"method        {self.method}",
+            f"model         {self.model}",
+            f"change        {self.delta_norm:.4g} in norm, {self.relative_change:.3%} of that of {self.parameters} parameters",
+            f"stored error  at most {self.error_bound:.2g} of that norm; rounding lost {self.rounding:.1%}",
+            f"read          {self.read_bytes / 1e6:.1f} MB of gradients (as if dense) in {self.seconds:.2f} s",
+        ]
+        if self.probe is not None:
+            probe = self.probe
+            lines.append(
+                f"probe         {probe.sequences} sequences, {probe.products} products, moved the change by "
+                f"{probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+            )
+        if self.skipped:
+            lines.append(f"skipped       {len(self.skipped)} samples without records")
+        lines += [f"warning       {warning}" for warning in self.warnings]
+        return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""The optimizer's history as the store holds it: one timeline per parameter group, checked for gaps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from timstore.errors import CoverageError, StateError
+from timstore.rollback.coefficients import Schedule, step_lengths, weights
+from timstore.snapshot import Snapshot
+
+Moment = tuple[int, int]
+
+# (epoch, step) as one integer that sorts the same way.
+_EPOCH = 2**40
+
+
+def moment_key(epoch: Any, step: Any) -> Any:
+    """Return (epoch, step), integers or arrays of them, as integers in order of time."""
+    return epoch * _EPOCH + step
+
+
+def up_to(moment: Moment | None) -> str:
+    """Return the SQL condition that (epoch, step) is not after a moment."""
+    if moment is None:
+        return "true"
+    epoch, step = moment
+    return f"(epoch < {epoch} OR (epoch = {epoch} AND step <= {step}))"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Timeline:
+    """The steps of one parameter group, in order; every array has shape (T,).
+
+    Attributes:
+        keys: `moment_key` of each step.
+        kept: the share of the step's batch that is not removed.
+        ratio: consumed over accumulated gradient.
+        idle, fresh: per step, names of parameters; fresh is None where unknown.
+    """
+
+    keys: np.ndarray
+    schedule: Schedule
+    ratio: np.ndarray
+    kept: np.ndarray
+    idle: list[frozenset[str]]
+    fresh: list[frozenset[str] | None]
+
+    def active(self, parameter: str) -> np.ndarray:
+        """Say in which steps the parameter had a gradient."""
+        return np.array([parameter not in names for names in self.idle], bool)
+
+    def weights(self, parameter: str) -> np.ndarray:
+        """Return, for each step, how much of the gradient accumulated then is in the final parameter."""
+        active = self.active(parameter)
+        return weights(self.schedule, active, self._fresh(parameter, active)) * self.ratio
+
+    def lengths(self, parameter: str) -> np.ndarray:
+        """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
+        return step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.kept
+
+    def pattern(self, parameter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what sets the parameter apart from others of its group: equal patterns, equal weights."""
+        active = self.active(parameter)
+        return tuple(np.flatnonzero(~active)), tuple(np.flatnonzero(self._fresh(parameter, active)))
+
+    def _fresh(self, parameter: str, active: np.ndarray) -> np.ndarray:
+        fresh = np.array([names is not None and parameter in names for names in self.fresh], bool)
+        if active.any() and self.fresh[int(np.argmax(active))] is None:
+            # Nobody said: the first step of a run makes the buffer.
+            fresh[int(np.argmax(active))] = True
+        return fresh
+
+
+def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[int]) -> dict[int, Timeline]:
+    """Return the timeline of every group up to a moment (all when None).
+
+    Raises:
+        StateError: for an optimizer outside the SGD family.
+        CoverageError: if a step has no learning rate, or steps that matter are missing.
+    """
+    table = snapshot.catalog.rows(
+        "WITH removed AS (SELECT unnest(?::BIGINT[]) AS sample), "
+        "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
+        "group_id, unnest(sample_ids) AS sample FROM steps) JOIN removed r USING (sample) GROUP BY ALL) "
+        "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples) AS samples, "
+        "coalesce(sum(hits), 0) AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits FROM steps "
+        f"LEFT JOIN drawn USING (epoch, step, rank, group_id)) s WHERE {up_to(moment)} "
+        "GROUP BY epoch, step, group_id ORDER BY epoch, step",
+        [list(removed)],
+    )
+    by_group: dict[int, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_group.setdefault(row["group_id"], []).append({**row, **row["scalars"], "samples": row["samples"]})
+    return {group: _timeline(group, rows) for group, rows in by_group.items()}
+
+
+def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
+    for row in rows:
+        where = f"epoch {row['epoch']}, step {row['step']}, group {group}"
+        if row["optimizer"] != "SGD":
+            raise StateError(
+                f"{where} was taken by {row['optimizer']}: this version removes samples from runs of torch.optim.SGD "
+                "(momentum, Nesterov, decay and any schedule) only. What is recorded stays usable for a later one",
+                kind="optimizer-not-supported",
+            )
+        if row["lr"] is None:
+            raise CoverageError(f"{where} has no learning rate: pass lr= to append, or append_step", kind="no-lr")
+    columns = {name: np.array([row[name] for row in rows]) for name in Schedule.__dataclass_fields__}
+    timeline = Timeline(
+        keys=moment_key(*(np.array([row[name] for row in rows], np.int64) for name in ("epoch", "step"))),
+        schedule=Schedule.from_columns(columns),
+        ratio=np.array([row["consumed_ratio"] for row in rows]),
+        kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
+        idle=[frozenset(row["idle"] or ()) for row in rows],
+        fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
+    )
+    _check_no_gap(group, rows, timeline.schedule)
+    return timeline
+
+
+def _check_no_gap(group: int, rows: list[dict[str, Any]], schedule: Schedule) -> None:
+    """With momentum or decay every step changes what earlier ones left behind: none may be missing."""
+    if not (schedule.momentum.any() or schedule.weight_decay.any()):
+        return
+    for before, after in pairwise(rows):
+        follows = after["step"] == before["step"] + 1
+        restarts = after["epoch"] > before["epoch"] and after["step"] == rows[0]["step"]
+        if not follows and not restarts:
+            raise CoverageError(
+                f"group {group}: no step is recorded between epoch {before['epoch']}, step {before['step']} and epoch "
+                f"{after['epoch']}, step {after['step']}; with momentum or weight decay every step counts: append_step "
+                "those that held no recorded sample too",
+                kind="missing-steps",
+            )

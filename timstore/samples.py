@@ -1,0 +1,70 @@
+"""The user's own columns beside sample ids."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from timstore.errors import InvalidInputError
+
+
+class Samples:
+    """`store.samples`: what the user knows about samples (owner, document, hash), to select by."""
+
+    def __init__(self, write: Callable[[pa.Table], None]) -> None:
+        self._write = write
+
+    def update(self, rows: Any) -> None:
+        """Attach columns to sample ids; the last value written for a sample and column wins.
+
+        Durability: on disk when this returns.
+
+        Args:
+            rows: a pandas or polars frame, an arrow table, a list of mappings, or a mapping of columns,
+                with an integer column `sample`.
+
+        Raises:
+            InvalidInputError: no `sample` column, ids that are no integers, or missing ids.
+        """
+        table = _as_table(rows)
+        if "sample" not in table.column_names:
+            raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
+        ids = table["sample"]
+        if not pa.types.is_integer(ids.type) or ids.null_count:
+            raise InvalidInputError(f"the column `sample` holds integers without gaps, not {ids.type}")
+        if table.num_rows:
+            position = table.column_names.index("sample")
+            self._write(table.set_column(position, "sample", ids.cast(pa.int64())))
+
+
+def check_columns(table: pa.Table, known: pa.Table) -> None:
+    """Refuse a column whose type cannot join what is stored under its name.
+
+    Raises:
+        InvalidInputError: naming the column and both types.
+    """
+    for name in sorted(set(table.column_names) & set(known.column_names)):
+        held, given = known.schema.field(name).type, table.schema.field(name).type
+        try:
+            pa.unify_schemas([pa.schema([(name, held)]), pa.schema([(name, given)])], promote_options="permissive")
+        except pa.ArrowException:
+            raise InvalidInputError(f"the samples column {name} holds {held}, not {given}", column=name) from None
+
+
+def _as_table(rows: Any) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        return rows
+    try:
+        if hasattr(rows, "to_arrow"):
+            return rows.to_arrow()
+        if isinstance(rows, Mapping):
+            return pa.Table.from_pydict({name: list(values) for name, values in rows.items()})
+        if isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows):
+            return pa.Table.from_pylist([dict(row) for row in rows])
+        if hasattr(rows, "columns"):
+            return pa.Table.from_pandas(rows, preserve_index=False)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InvalidInputError(f"these samples are no table: {error}") from error
+    raise InvalidInputError(
+        f"samples are a frame, a list of mappings or a mapping of columns, not {type(rows).__name__}"
+    )

@@ -1,0 +1,196 @@
+"""One steady view of a store: its commits, their tables in DuckDB, their arrays on request."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from timstore.catalog import AttemptRow, Catalog, CommitRows
+from timstore.encoding import densify
+from timstore.errors import NotFoundError
+from timstore.format.commits import Commit, ObjectInfo
+from timstore.format.objects import Objects
+from timstore.format.reader import ByteCache, SegmentReader
+from timstore.format.settings import Settings
+from timstore.format.view import View, read_verified, read_view
+from timstore.records import Gradient, Parameter, Record
+
+_CACHE_BYTES = 64 * 1024 * 1024
+_NOT_TABLES = {"slices", "zarr", "shard", "probe"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StoredRecord(Record):
+    """A record read back. Its parts hold float32 or float64 numbers, whatever they are stored as.
+
+    Attributes:
+        shapes: parameter name to its shape.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = None  # type: ignore[assignment]
+
+    def dense(self, parameter: str) -> np.ndarray:
+        """Return one gradient as an array of the parameter's shape, the sum of its parts."""
+        if parameter not in self.gradients:
+            raise NotFoundError(f"this record has no gradient of {parameter}", parameter=parameter)
+        shape = self.shapes[parameter]
+        matrix = Parameter(parameter, shape, "").matrix_shape
+        return densify(self.gradients[parameter], matrix).reshape(shape)
+
+
+class Snapshot:
+    """What one handle sees until it refreshes. Writes nothing.
+
+    Row files are checked and loaded when the first question is asked, arrays when they are read.
+    """
+
+    def __init__(self, objects: Objects, settings: Settings, previous: "Snapshot | None" = None) -> None:
+        self.objects = objects
+        self.settings = settings
+        # A snapshot whose tables were never asked for is no help to the next one.
+        self._previous = previous._previous if previous is not None and previous._catalog is None else previous
+        self.view: View = read_view(objects, settings, previous.view if previous else None)
+        self._catalog: Catalog | None = None
+
+    @property
+    def catalog(self) -> Catalog:
+        """The DuckDB tables, built at the first use from those of the snapshot before."""
+        if self._catalog is None:
+            before = self._previous._catalog if self._previous else None
+            known = len(self._previous.view.commits) if before and self._previous else 0
+            new = ((number, self.view.commits[number]) for number in range(known, len(self.view.commits)))
+            self._catalog = Catalog.build(
+                (self._commit_rows(number, commit) for number, commit in new), self._attempt_rows(), previous=before
+            )
+            self._previous = None
+        return self._catalog
+
+    def close(self) -> None:
+        """Drop the tables."""
+        if self._catalog is not None:
+            self._catalog.close()
+
+    def reader(self, number: int, cache: ByteCache) -> SegmentReader:
+        """Return the arrays of commit `number`."""
+        return SegmentReader(self.view.commits[number], self._read, cache)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return every parameter that was ever declared or recorded, newest declaration first to count."""
+        rows = self.catalog.rows("SELECT parameter, shape, dtype, group_id FROM parameters").to_pylist()
+        return {
+            row["parameter"]: Parameter(row["parameter"], tuple(row["shape"]), row["dtype"], row["group_id"])
+            for row in rows
+        }
+
+    def read(self, where: str | None = None) -> Iterator[StoredRecord]:
+        """Iterate live records in order of (epoch, step, rank, sample), decoding one at a time."""
+        parameters = self.parameters()
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        chosen = f"SELECT * FROM records WHERE ({where})" if where else "SELECT * FROM records"
+        keys = "attempt, epoch, step, rank, sample"
+        records = self.catalog.sql(f"SELECT {keys}, loss, tokens FROM ({chosen}) ORDER BY epoch, step, rank, sample")
+        cache = ByteCache(_CACHE_BYTES)
+        readers: dict[int, SegmentReader] = {}
+        for row in records.fetchall():
+            gradients = self._gradients(row[:5], parameters, readers, cache)
+            attempt, epoch, step, rank, sample, loss, tokens = row
+            yield StoredRecord(epoch, step, sample, gradients, rank, loss, tokens, attempt, shapes)
+
+    def latest_fingerprints(self) -> tuple[int, int, dict[str, str]] | None:
+        """Return the newest live (epoch, step) at which the parameters' digests were kept, and the digests."""
+        rows = self.catalog.rows(
+            "SELECT epoch, step, parameter, digest FROM fingerprints "
+            "WHERE (attempt, epoch, step) = (SELECT (attempt, epoch, step) FROM fingerprints "
+            "ORDER BY attempt DESC, epoch DESC, step DESC LIMIT 1)"
+        ).to_pylist()
+        if not rows:
+            return None
+        return rows[0]["epoch"], rows[0]["step"], {row["parameter"]: row["digest"] for row in rows}
+
+    def probe(self) -> tuple[list[Any], str] | None:
+        """Return (batches, loss) of the newest probe that was kept, or None."""
+        for commit in reversed(self.view.commits):
+            blobs = [info for info in commit.objects if info.kind == "probe"]
+            if blobs:
+                return unpack_probe(self._read(blobs[-1], commit))
+        return None
+
+    def _gradients(
+        self,
+        key: tuple[int, ...],
+        parameters: Mapping[str, Parameter],
+        readers: dict[int, SegmentReader],
+        cache: ByteCache,
+    ) -> dict[str, tuple[Gradient, ...]]:
+        rows = self.catalog.rows(
+            "SELECT commit, owner, parameter, part, encoding FROM stored.gradients WHERE attempt = ? AND epoch = ? "
+            "AND step = ? AND rank = ? AND sample = ? ORDER BY commit, owner",
+            list(key),
+        ).to_pylist()
+        parts: dict[str, list[Gradient]] = {}
+        for row in rows:
+            number = row["commit"]
+            if number not in readers:
+                readers[number] = self.reader(number, cache)
+            matrix = parameters[row["parameter"]].matrix_shape
+            parts.setdefault(row["parameter"], []).append(readers[number].part(row["owner"], row["encoding"], matrix))
+        return {name: tuple(found) for name, found in parts.items()}
+
+    def _read(self, info: ObjectInfo, commit: Commit) -> bytes:
+        return read_verified(self.objects, info, commit)
+
+    def _commit_rows(self, number: int, commit: Commit) -> CommitRows:
+        tables = {
+            info.kind: pq.read_table(pa.BufferReader(self._read(info, commit)))
+            for info in commit.objects
+            if info.kind not in _NOT_TABLES
+        }
+        size = sum(info.bytes for info in commit.objects)
+        return CommitRows(number, commit.writer, commit.seq, commit.at, commit.records, size, tables)
+
+    def _attempt_rows(self) -> list[AttemptRow]:
+        rows = []
+        for attempt in self.view.attempts:
+            recorded = None if attempt.scope is None else "all" if attempt.scope == "all" else "selected"
+            scope = list(attempt.scope) if isinstance(attempt.scope, tuple) else None
+            rows.append(
+                AttemptRow(attempt.attempt, attempt.from_epoch, attempt.from_step, attempt.ranks, scope, recorded)
+            )
+        return rows
+
+
+def pack_probe(batches: list[Any], loss: str) -> bytes:
+    """Return probe batches (mappings, sequences or single arrays) as the bytes of one .npz file."""
+    arrays: dict[str, np.ndarray] = {}
+    layout = []
+    for number, batch in enumerate(batches):
+        kind = "mapping" if isinstance(batch, Mapping) else "array" if isinstance(batch, np.ndarray) else "sequence"
+        named = batch.items() if kind == "mapping" else enumerate([batch] if kind == "array" else batch)
+        names = []
+        for name, array in named:
+            arrays[f"{number}.{len(names)}"] = np.asarray(array)
+            names.append(str(name))
+        layout.append({"kind": kind, "names": names})
+    header = json.dumps({"loss": loss, "batches": layout})
+    sink = BytesIO()
+    np.savez_compressed(sink, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def unpack_probe(data: bytes) -> tuple[list[Any], str]:
+    """Return what `pack_probe` was given."""
+    with np.load(BytesIO(data), allow_pickle=False) as arrays:
+        header = json.loads(arrays["header"].tobytes())
+        batches: list[Any] = []
+        for number, entry in enumerate(header["batches"]):
+            values = [arrays[f"{number}.{position}"] for position in range(len(entry["names"]))]
+            if entry["kind"] == "mapping":
+                batches.append(dict(zip(entry["names"], values, strict=True)))
+            else:
+                batches.append(values[0] if entry["kind"] == "array" else tuple(values))
+    return batches, header["loss"]

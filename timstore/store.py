@@ -1,0 +1,357 @@
+"""`Store`: open, append, commit, close; asking and reading are in `handle`."""
+
+import atexit
+import contextlib
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from timstore import errors, intake
+from timstore.format.commits import Attempt
+from timstore.format.log import LogWriter, claim_attempt
+from timstore.handle import Handle
+from timstore.ledger import Ledger, parameter_rows, table
+from timstore.records import Parameter, Step, StepGroup
+from timstore.samples import Samples, check_columns
+from timstore.snapshot import pack_probe
+from timstore.writing import BackgroundWriter, Item
+
+_open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+
+
+class Store(Handle):
+    """A database of training trajectories in one directory.
+
+    A handle sees the commits that were there when it was opened, its own after `commit`, and all others
+    after `refresh`. Any number of handles, in any number of processes, may read and write one store.
+    Within a process one handle is for one thread at a time.
+
+    Args:
+        path: the store's directory.
+        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create.
+        precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
+        max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
+        durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the
+            process, not of the machine).
+
+    Raises:
+        NotFoundError, AlreadyExistsError, ReadOnlyError: the path does not fit the mode.
+        InvalidInputError: the path holds something else, or the store was made with other options.
+        FormatError, CorruptionError: this version cannot read the store, or its files were changed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mode: str = "a",
+        *,
+        precision: str | None = None,
+        max_rel_error: float | None = None,
+        durability: str | None = None,
+    ) -> None:
+        super().__init__(path, mode, {"precision": precision, "max_rel_error": max_rel_error, "durability": durability})
+        self._attempt: Attempt | None = self._snapshot.view.attempts[-1] if self._snapshot.view.attempts else None
+        self._writer: BackgroundWriter | None = None
+        self._ledger: Ledger | None = None
+        _open_stores.add(self)
+
+    def append(
+        self,
+        epoch: int,
+        step: int,
+        sample: int | Sequence[int],
+        gradients: Mapping[str, Any],
+        *,
+        lr: float | None = None,
+        loss: float | Sequence[float] | None = None,
+        tokens: int | Sequence[int] | None = None,
+        rank: int = 0,
+        allow_zero: bool = False,
+        allow_nonfinite: bool = False,
+        copy: bool = True,
+    ) -> None:
+        """Record what one sample, or B samples, contributed to the gradient of one optimizer step.
+
+        Durability: accepted in memory; on disk after `commit`, or by itself every 256 MB or 30 s. Waits
+        while 256 MB are queued. On an error nothing of the call was accepted.
+
+        Args:
+            sample: a stable integer id, or B of them with a leading axis of B on every array.
+            gradients: parameter name to an array or tensor of the parameter's shape, `Factors`, `Rows`, or
+                a list of those, whose sum is the gradient. Factors that hold the same `inputs` object share it.
+            lr: shortcut for `append_step` of plain SGD with this rate.
+            loss, tokens: of the sample (B of them for B samples), for the `records` table.
+            allow_zero, allow_nonfinite: accept a record that is all zero, or holds NaN or Inf.
+            copy: False hands the arrays over: they must not change afterwards.
+
+        Raises:
+            InvalidInputError: wrong shape, dtype, name or id; all zero; not finite; recorded before.
+            StateError: the store is closed, or this is a forked child.
+            StorageError: an earlier write failed (no space left); earlier records are kept in memory.
+        """
+        ledger = self._writing()
+        epoch, step = intake.moment(epoch, step)
+        rank = intake.whole_number(rank, "rank")
+        taken = intake.take_in(
+            epoch,
+            step,
+            sample,
+            gradients,
+            known=ledger.parameters(),
+            rank=rank,
+            loss=loss,
+            tokens=tokens,
+            allow_zero=allow_zero,
+            allow_nonfinite=allow_nonfinite,
+            copy=copy,
+        )
+        samples, names = [record.sample for record in taken.records], frozenset(taken.parameters)
+        ledger.check_new((epoch, step), rank, samples, names)
+        steps = ledger.new_steps(Step(epoch, step, (StepGroup(lr=float(lr)),), rank)) if lr is not None else []
+        items = [
+            Item(
+                sum(array.nbytes for array in intake.arrays_of(record.gradients)),
+                record=record,
+                parameters=taken.parameters,
+                finite=finite,
+                moment=(epoch, step),
+            )
+            for record, finite in zip(taken.records, taken.finite, strict=True)
+        ]
+        new = parameter_rows(taken.new, ledger.attempt)
+        self._put(*_rows("parameters", new), *_rows("steps", steps, (epoch, step)), *items)
+        ledger.know(taken.new)
+        ledger.accept((epoch, step), rank, samples=samples, names=names, steps=steps)
+
+    def append_step(
+        self,
+        epoch: int,
+        step: int,
+        groups: Sequence[Mapping[str, Any] | StepGroup],
+        *,
+        rank: int = 0,
+        consumed_ratio: float = 1.0,
+        sample_ids: Sequence[int] | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """Record the scalars that one optimizer step used, recorded samples in it or not.
+
+        Durability: as `append`.
+
+        Args:
+            groups: one mapping per optimizer group with the fields of `records.StepGroup`: lr, momentum,
+                dampening, nesterov, weight_decay, decoupled, maximize, ...
+            consumed_ratio: consumed over accumulated gradient: the factor of gradient clipping.
+            sample_ids: ordered ids of the whole batch, None when unknown.
+
+        Raises:
+            InvalidInputError: a field that does not exist, or a step recorded before with another rate.
+        """
+        ledger = self._writing()
+        epoch, step = intake.moment(epoch, step)
+        rank = intake.whole_number(rank, "rank")
+        parsed = tuple(_step_group(group, f"epoch {epoch}, step {step}") for group in groups)
+        ids = None if sample_ids is None else tuple(intake.whole_number(one, "sample id") for one in sample_ids)
+        rows = ledger.new_steps(Step(epoch, step, parsed, rank, float(consumed_ratio), ids, tokens))
+        self._put(*_rows("steps", rows, (epoch, step)))
+        ledger.accept((epoch, step), rank, steps=rows)
+
+    def declare(self, parameters: Sequence[Parameter]) -> None:
+        """Name the parameters of the model, their shapes and optimizer groups, before they are recorded.
+
+        Raises:
+            InvalidInputError: if one is known with another shape.
+        """
+        ledger = self._writing()
+        known = ledger.parameters()
+        for parameter in parameters:
+            before = known.get(parameter.name, parameter)
+            if before.shape != parameter.shape:
+                raise errors.InvalidInputError(
+                    f"parameter {parameter.name} has shape {before.shape} in {self.path}, not {parameter.shape}; "
+                    "record another model into a store of its own",
+                    parameter=parameter.name,
+                )
+        changed = [parameter for parameter in parameters if known.get(parameter.name) != parameter]
+        self._put(*_rows("parameters", parameter_rows(changed, ledger.attempt)))
+        ledger.know(changed)
+
+    def append_fingerprints(self, epoch: int, step: int, digests: Mapping[str, str]) -> None:
+        """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
+        shared = {"attempt": self._writing().attempt, "epoch": epoch, "step": step}
+        rows = [{**shared, "parameter": name, "digest": digest} for name, digest in digests.items()]
+        self._put(*_rows("fingerprints", rows, (epoch, step)))
+
+    def append_rollback(self, row: Mapping[str, Any]) -> None:
+        """Write one row of the `rollbacks` table; on disk when this returns."""
+        self._writing()
+        self._put(*_rows("rollbacks", [row]))
+        self.commit()
+
+    def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
+        """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
+        self._writing()
+        data = pack_probe(list(batches), loss)
+        self._put(Item(len(data), blobs={"probe.npz": data}))
+
+    def begin_attempt(
+        self, from_epoch: int, from_step: int, *, scope: str | tuple[int, ...] | None = None, ranks: int = 1
+    ) -> int:
+        """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
+
+        What was appended before is committed first. Durable when this returns.
+
+        Returns:
+            The attempt's number.
+        """
+        known = dict(self._writing().parameters())
+        from_epoch, from_step = intake.moment(from_epoch, from_step)
+        self._end_writer()
+        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
+        self._stale = True
+        # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
+        self._put(*_rows("parameters", parameter_rows(known.values(), self._attempt.attempt)), Item(0))
+        self.commit()
+        return self._attempt.attempt
+
+    def claim_scope(self, scope: str | tuple[int, ...]) -> None:
+        """Say which samples the current attempt records: `all`, or the sorted ids.
+
+        Raises:
+            StateError: if the attempt was begun with another scope.
+        """
+        attempt = self._writing_attempt(scope)
+        if attempt.scope is not None and attempt.scope != scope:
+            raise errors.StateError(
+                f"attempt {attempt.attempt} of {self.path} records {_scope_text(attempt.scope)}, not "
+                f"{_scope_text(scope)}: keep the samples, or pass resume_from=(epoch, step) to begin a new attempt",
+                kind="other-scope",
+            )
+
+    @property
+    def samples(self) -> Samples:
+        """The user's own columns beside sample ids: `store.samples.update(frame_or_rows)`."""
+        return Samples(self._write_samples)
+
+    @property
+    def frontier(self) -> tuple[int, int] | None:
+        """The last live (epoch, step), committed or appended here; None in an empty store."""
+        return self._writing().frontier
+
+    def commit(self) -> None:
+        """Put everything accepted so far on disk, and let this handle see it.
+
+        Durability: when this returns, a kill (and with durability `commit` a power loss) loses nothing of it.
+
+        Raises:
+            StorageError: nothing became visible, everything is kept in memory; call again after making room.
+        """
+        self._check_open()
+        if self._writer is not None:
+            self._writer.commit()
+            self._stale = True
+
+    def close(self) -> None:
+        """Commit, and release the handle. Closing twice is harmless.
+
+        Raises:
+            StorageError: as `commit`; the store then stays open, and may be closed again.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._end_writer()
+        self._closed = True
+        _open_stores.discard(self)
+        self._snapshot.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except errors.TimstoreError as failure:
+            if error is None:
+                raise
+            # The error of the training loop is the one to see.
+            error.add_note(f"timstore: closing {self.path} failed as well: {failure}")
+
+    def _writing_attempt(self, scope: str | tuple[int, ...] | None = None) -> Attempt:
+        self._check_open()
+        if self.mode == "r":
+            raise errors.ReadOnlyError(f"{self.path} was opened to read; open it with mode 'a' to write")
+        if self._attempt is None:
+            self._attempt = claim_attempt(self._objects, 0, 0, scope, 1, first=True)
+        return self._attempt
+
+    def _writing(self) -> Ledger:
+        """Return the ledger of the current attempt, begun if there is none."""
+        attempt = self._writing_attempt()
+        if self._ledger is None or self._ledger.attempt != attempt.attempt:
+            self._ledger = Ledger(attempt.attempt, self.snapshot().catalog.rows)
+        return self._ledger
+
+    def _put(self, *items: Item) -> None:
+        if not items:
+            return
+        if self._writer is None:
+            self._writer = BackgroundWriter(
+                LogWriter(self._objects, self.settings),
+                attempt=self._writing_attempt().attempt,
+                precision=self.settings.precision,
+                max_rel_error=self.settings.max_rel_error,
+            )
+        self._writer.put(*items)
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_samples(self, rows: pa.Table) -> None:
+        self._writing()
+        check_columns(rows, self.snapshot().catalog.rows("SELECT * FROM samples LIMIT 0"))
+        self._put(Item(rows.nbytes, tables={"samples": rows}))
+        self.commit()
+
+
+def open_stores() -> list[Store]:
+    """Return the stores that are open in this process."""
+    return [store for store in _open_stores if not store._closed and store._pid == os.getpid()]
+
+
+def _rows(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
+    if not rows:
+        return []
+    rows_of_kind = table(kind, rows)
+    return [Item(rows_of_kind.nbytes, tables={kind: rows_of_kind}, moment=moment)]
+
+
+def _step_group(group: Mapping[str, Any] | StepGroup, where: str) -> StepGroup:
+    if isinstance(group, StepGroup):
+        return group
+    try:
+        return StepGroup(**group)
+    except TypeError:
+        known = ", ".join(field.name for field in fields(StepGroup))
+        raise errors.InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
+
+
+def _scope_text(scope: str | tuple[int, ...]) -> str:
+    return "all samples" if scope == "all" else f"{len(scope)} chosen samples"
+
+
+@atexit.register
+def _close_all() -> None:
+    """Commit what an interpreter that ends without `close()` still holds."""
+    for store in open_stores():
+        with contextlib.suppress(errors.TimstoreError):
+            store.close()

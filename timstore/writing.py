@@ -1,0 +1,241 @@
+"""The background writer: records in at training speed, segments and commits out, nothing lost between."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from timstore.encoding import encode
+from timstore.errors import StateError, StorageError
+from timstore.format.log import LogWriter
+from timstore.format.segment import EncodedRecord, build_segment
+from timstore.records import Parameter, Record
+
+QUEUE_BYTES = 256 * 1024 * 1024
+COMMIT_BYTES = 256 * 1024 * 1024
+COMMIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Item:
+    """One thing to be written: a record, rows of a table, or a blob.
+
+    Attributes:
+        parameters: shapes of the record's parameters.
+        finite: whether every number of the record is; if not, no row of it is left out.
+    """
+
+    size_bytes: int
+    record: Record | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    finite: bool = True
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    moment: tuple[int, int] | None = None
+
+
+class _Batch:
+    """What the next commit will hold."""
+
+    def __init__(self) -> None:
+        self.records: list[EncodedRecord] = []
+        self.tables: dict[str, list[pa.Table]] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.moments: list[tuple[int, int]] = []
+        self.items = 0
+        self.bytes = 0
+        self.since = time.monotonic()
+
+    def __bool__(self) -> bool:
+        return self.items > 0
+
+    @property
+    def rank(self) -> int:
+        return self.records[0].record.rank if self.records else 0
+
+    def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
+        tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
+        return build_segment(self.records, tables, self.blobs)
+
+
+class BackgroundWriter:
+    """One thread that encodes and writes behind a bounded queue.
+
+    An error of the thread is raised once, by the next call from the training thread, and what was
+    accepted before it stays in memory: the next commit tries again.
+    """
+
+    def __init__(self, log: LogWriter, *, attempt: int, precision: str, max_rel_error: float) -> None:
+        self.attempt = attempt
+        self._log = log
+        self._precision = precision
+        self._max_rel_error = max_rel_error
+        self._condition = threading.Condition()
+        self._queue: deque[Item] = deque()
+        self._queued_bytes = 0
+        self._batch = _Batch()
+        self._error: Exception | None = None
+        self._broken = False
+        self._asked = 0
+        self._answered = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="timstore-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, *items: Item) -> None:
+        """Accept items in order, all or none; wait while the queue is full.
+
+        Durability: none yet. They are on disk after the next `commit`, automatic or asked for.
+
+        Raises:
+            StorageError: if an earlier write failed; these items were not accepted, earlier ones are kept.
+        """
+        size_bytes = sum(item.size_bytes for item in items)
+        with self._condition:
+            self._raise_error()
+            while self._queued_bytes and self._queued_bytes + size_bytes > QUEUE_BYTES:
+                self._condition.wait()
+                self._raise_error()
+            self._queue.extend(items)
+            self._queued_bytes += size_bytes
+            self._condition.notify_all()
+
+    def commit(self) -> None:
+        """Write everything accepted so far, and return when it is on disk.
+
+        Raises:
+            StorageError: if it could not be written; it is kept, and the next commit tries again.
+        """
+        with self._condition:
+            if not self._broken:
+                self._error = None
+            self._raise_error()
+            self._asked += 1
+            ticket = self._asked
+            self._condition.notify_all()
+            while self._answered < ticket and self._error is None:
+                self._condition.wait()
+            self._raise_error()
+
+    def close(self) -> None:
+        """Commit, write the closing record, and end the thread."""
+        self.commit()
+        self._log.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread without another commit."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        self._thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error = self._error
+            if not self._broken:
+                self._error = None
+            raise error
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not (work := self._next_work()):
+                    self._condition.wait(self._seconds_left())
+                if work == "stop":
+                    return
+                item = self._queue.popleft() if work == "encode" else None
+                # A commit answers those who asked only when nothing accepted before is still in the queue.
+                answers = self._answered if self._queue else self._asked
+            if item is not None:
+                self._encode(item)
+            else:
+                self._commit(answers)
+
+    def _next_work(self) -> str | None:
+        full = self._batch.bytes >= COMMIT_BYTES
+        if self._stopping:
+            return "stop"
+        if self._error is not None:
+            return None  # wait until the training thread has heard of it
+        if self._queue and not full:
+            return "encode"
+        if full or self._asked > self._answered or (self._batch and self._seconds_left() == 0):
+            return "commit"
+        return None
+
+    def _seconds_left(self) -> float | None:
+        if not self._batch or self._error is not None:
+            return None
+        return max(0.0, self._batch.since + COMMIT_SECONDS - time.monotonic())
+
+    def _encode(self, item: Item) -> None:
+        try:
+            encoded = self._encoded(item)
+        except Exception as error:  # whatever it is, the training thread must hear of it
+            self._break(error)
+            return
+        if not self._batch:
+            self._batch.since = time.monotonic()
+        self._batch.items += 1
+        if encoded is not None:
+            self._batch.records.append(encoded)
+        for kind, table in item.tables.items():
+            self._batch.tables.setdefault(kind, []).append(table)
+        self._batch.blobs.update(item.blobs)
+        self._batch.bytes += item.size_bytes if encoded is None else encoded.stored_bytes
+        if item.moment is not None:
+            self._batch.moments.append(item.moment)
+        with self._condition:
+            self._queued_bytes -= item.size_bytes
+            self._condition.notify_all()
+
+    def _encoded(self, item: Item) -> EncodedRecord | None:
+        if item.record is None:
+            return None
+        parts, norm = encode(
+            item.record.gradients,
+            item.parameters,
+            precision=self._precision,
+            max_rel_error=self._max_rel_error,
+            drop_zero_rows=item.finite,
+        )
+        return EncodedRecord(item.record, self.attempt, parts, norm)
+
+    def _commit(self, answers: int) -> None:
+        batch = self._batch
+        try:
+            if batch:
+                steps = (min(batch.moments), max(batch.moments)) if batch.moments else None
+                self._log.commit(
+                    attempt=self.attempt, rank=batch.rank, steps=steps, records=len(batch.records), build=batch.build
+                )
+        except StorageError as error:
+            batch.since = time.monotonic()
+            with self._condition:
+                self._error = error
+                self._condition.notify_all()
+            return
+        except Exception as error:
+            self._break(error)
+            return
+        with self._condition:
+            if batch:
+                self._batch = _Batch()
+            self._answered = max(self._answered, answers)
+            self._condition.notify_all()
+
+    def _break(self, error: Exception) -> None:
+        """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""
+        with self._condition:
+            self._broken = True
+            self._error = StateError(
+                f"the writer stopped: {type(error).__name__}: {error}. What was committed before is safe; "
+                "open the store again and go on from its last committed step",
+                kind="writer-stopped",
+            )
+            self._error.__cause__ = error
+            self._condition.notify_all()
