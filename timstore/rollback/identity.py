@@ -14,13 +14,23 @@ class Identity:
 
     Attributes:
         moment: (epoch, step) after which its parameters were these; None when the store holds no digests.
-        digest: of all its parameters together.
+        names: of the parameters that make the digest.
+        digest: of them together.
         removed: ids that earlier rollbacks took out of it.
     """
 
     moment: tuple[int, int] | None
+    names: tuple[str, ...]
     digest: str
     removed: frozenset[int]
+
+    def __str__(self) -> str:
+        place = (
+            f"the one after epoch {self.moment[0]}, step {self.moment[1]}, by its fingerprint"
+            if self.moment
+            else "identity not checked: the store holds no fingerprints"
+        )
+        return place + (f", {len(self.removed)} samples removed before" if self.removed else "")
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -73,4 +83,4 @@ def recognise(snapshot: Snapshot, digests: Mapping[str, str]) -> Identity:
             "rolled back",
             kind="unknown-model",
         )
-    return Identity(known.get(origin), digest, frozenset(removed))
+    return Identity(known.get(origin), tuple(digests), digest, frozenset(removed))

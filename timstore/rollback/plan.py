@@ -1,6 +1,5 @@
 """From ids or SQL to rows and weights: everything a rollback needs to know before it reads one gradient."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,59 +8,12 @@ import pyarrow as pa
 import pyarrow.compute
 
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError
-from timstore.intake import whole_number
 from timstore.records import Parameter
+from timstore.rollback.request import Request
 from timstore.rollback.timeline import Moment, Timeline, moment_key, read_timelines, up_to
 from timstore.snapshot import Snapshot
 
 ENCODINGS = ("factors", "dense", "rows")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Request:
-    """What the caller asked for, checked."""
-
-    ids: tuple[int, ...] | None
-    where: str | None
-    epochs: tuple[int, ...] | None
-    parameters: frozenset[str] | None
-    strength: float
-    missing: str
-
-    @classmethod
-    def check(
-        cls,
-        ids: Iterable[int] | None,
-        where: str | None,
-        epochs: Iterable[int] | None,
-        parameters: Iterable[str] | None,
-        strength: float,
-        missing: str,
-    ) -> "Request":
-        """Check the arguments of a rollback.
-
-        Raises:
-            InvalidInputError: naming the argument.
-        """
-        if (ids is None) == (where is None):
-            raise InvalidInputError("say what to remove: ids, or where (an SQL condition on the records table)")
-        checked = None if ids is None else _integers(ids, "ids")
-        if checked is not None and not checked:
-            raise InvalidInputError("ids is empty: nothing to remove")
-        if not (isinstance(strength, float | int) and 0 <= strength <= 1):
-            raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
-        if missing not in ("error", "skip"):
-            raise InvalidInputError(f"missing is 'error' or 'skip', not {missing!r}")
-        if isinstance(parameters, str):
-            raise InvalidInputError("parameters is a list of names, not one string")
-        return cls(
-            checked,
-            where,
-            None if epochs is None else _integers(epochs, "epochs"),
-            None if parameters is None else frozenset(parameters),
-            float(strength),
-            missing,
-        )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -282,12 +234,6 @@ def _check_once(rows: pa.Table) -> None:
             kind="recorded-twice",
             sample=one["sample"],
         )
-
-
-def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise InvalidInputError(f"{what} is a list of integers, not {values!r}")
-    return tuple(dict.fromkeys(whole_number(one, what) for one in values))
 
 
 def _some(ids: list[int]) -> str:

@@ -68,7 +68,7 @@ class RollbackReport:
             f"{self.records} records, strength {self.strength:g}",
             f"method        {self.method}",
             f"model         {self.model}",
-            f"change        {self.delta_norm:.4g} in norm, {self.relative_change:.3%} of that of {self.parameters} parameters",
+            f"change        {self.delta_norm:.4g} in norm, {self.relative_change:.3%} of {self.parameters} parameters",
             f"stored error  at most {self.error_bound:.2g} of that norm; rounding lost {self.rounding:.1%}",
             f"read          {self.read_bytes / 1e6:.1f} MB of gradients (as if dense) in {self.seconds:.2f} s",
         ]

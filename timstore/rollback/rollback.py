@@ -1,32 +1,33 @@
 """Plan, stream, filter, audit, apply: the way of a rollback, in this order and no other."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
 from timstore.fingerprints import digest_of_blocks, digests
 from timstore.records import Parameter
 from timstore.rollback.apply import apply, foresee, new_values
-from timstore.rollback.curvature import probe_filter
+from timstore.rollback.curvature import probe_filter, probe_losses
 from timstore.rollback.engine import Budget, stream
 from timstore.rollback.identity import Identity, combined_digest, recognise
-from timstore.rollback.plan import Plan, Request, make_plan
+from timstore.rollback.plan import Plan, make_plan
 from timstore.rollback.probe import Probe
+from timstore.rollback.progress import Bar, shown
 from timstore.rollback.report import ProbeReport, RollbackReport
+from timstore.rollback.request import Request, parse_bytes
 from timstore.rollback.vectors import Vector, Workspace
 from timstore.store import Store
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
+_LANCZOS_STEPS = 12
 
 
 def rollback(
@@ -52,61 +53,59 @@ def rollback(
     """Remove the contribution of samples from the model; see `timstore.Store.rollback`."""
     started = time.perf_counter()
     request = Request.check(ids, where, epochs, parameters, strength, missing)
-    limit_bytes, dtype = parse_bytes(memory_limit), _dtype(accumulate)
+    limit_bytes = parse_bytes(memory_limit)
+    if accumulate not in _DTYPES:
+        raise InvalidInputError(f"accumulate is {' or '.join(_DTYPES)}, not {accumulate!r}")
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise InvalidInputError(f"bins is a number of time bins, 1 or more, not {bins!r}")
     if store.mode == "r" and not dry_run:
-        raise ReadOnlyError(f"{store.path} was opened to read: a rollback is written down; open it with mode 'a'")
+        raise ReadOnlyError(f"{store.path} was opened to read, and a rollback is written down: open it with mode 'a'")
+    asked = _probe(store, model, probe, outputs, loss)
     snapshot = store.snapshot()
-    kept = store.probe() if probe is None else None
-    batches = kept[0] if kept else probe
-    filter_with = None
-    if batches is not None:
-        filter_with = Probe(model, batches, outputs=outputs, loss=loss or (kept[1] if kept else "cross_entropy"))
-        if not (isinstance(bins, int) and bins >= 1):
-            raise InvalidInputError(f"bins is a number of time bins, 1 or more, not {bins!r}")
     before = digests(model)
     identity = recognise(snapshot, before)
-    plan = make_plan(snapshot, request, identity.moment, bins if filter_with else 1)
+    plan = make_plan(snapshot, request, identity.moment, bins if asked else 1)
     _check_not_removed(identity, plan, force)
     changed = _match(model, plan.parameters)
     budget = Budget.divide(limit_bytes, snapshot)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
-    device = next(iter(changed.values())).device
+    device, dtype = next(iter(changed.values())).device, _DTYPES[accumulate]
+    products = len(plan.lengths) * (_LANCZOS_STEPS + 1) - 1 if asked else 0
     with (
         Workspace(sizes, dtype=dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
-        _bar(progress, sum(len(rows.owner) for rows in plan.rows.values())) as advance,
+        shown(progress, sum(len(rows.owner) for rows in plan.rows.values()), products) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
-        stream(plan, snapshot, increments, budget, device=device, dtype=dtype, advance=advance)
-        delta, probe_report = _filtered(model, plan, increments, filter_with, workspace)
+        stream(plan, snapshot, increments, budget, device=device, dtype=dtype, advance=bar.added)
+        delta, probed = _filtered(model, plan, increments, asked, workspace, bar)
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
-                "the change holds NaN or Inf: records that were kept with allow_nonfinite cannot be removed",
+                "the change holds NaN or Inf, as records do that were kept with allow_nonfinite; leave them out by where=",
                 kind="not-finite",
             )
-        after = {**before}
+        after = dict(before)
         for name, parameter in changed.items():
             blocks = new_values(parameter, delta, name, workspace.block_numel)
             after[name] = digest_of_blocks(parameter.dtype, tuple(parameter.shape), blocks)
-        names = snapshot_names(identity, before, snapshot)
         report = RollbackReport(
             samples=plan.samples,
             skipped=plan.skipped,
             records=plan.records,
             parameters=sum(sizes.values()),
-            method="first order + probe" if probe_report else "first order",
+            method="first order + probe" if probed else "first order",
             strength=request.strength,
             dry_run=dry_run,
-            model=_recognised(identity),
+            model=str(identity),
             delta_norm=change.norm,
             relative_change=change.norm / change.before_norm if change.before_norm else 0.0,
             error_bound=plan.error_bound,
             rounding=change.lost_norm / change.norm if change.norm else 0.0,
             read_bytes=plan.dense_bytes,
             seconds=0.0,
-            rollback_id=combined_digest({name: after[name] for name in names}),
-            probe=probe_report,
-            warnings=tuple(_warnings(probe_report)),
+            rollback_id=combined_digest({name: after[name] for name in identity.names}),
+            probe=probed,
+            warnings=tuple(_warnings(probed)),
         )
         if not dry_run:
             # The row comes first: digests decide what a model is, so a row whose change never came is harmless.
@@ -114,5 +113,85 @@ def rollback(
             apply(changed, delta, workspace)
     report = replace(report, seconds=time.perf_counter() - started)
     for warning in report.warnings:
-        _warn(warning)
+        warnings.warn(warning, TimstoreWarning, stacklevel=3)
     return report
+
+
+def _probe(
+    store: Store,
+    model: torch.nn.Module,
+    batches: Iterable[Any] | None,
+    outputs: Callable[[Any], Any] | None,
+    loss: str | None,
+) -> Probe | None:
+    """Return the probe that was given, or the one that the store keeps."""
+    kept = store.probe() if batches is None else None
+    if kept is not None:
+        batches, loss = kept[0], loss or kept[1]
+    return None if batches is None else Probe(model, batches, outputs=outputs, loss=loss or "cross_entropy")
+
+
+def _check_not_removed(identity: Identity, plan: Plan, force: bool) -> None:
+    again = sorted(identity.removed & set(plan.samples))
+    if again and not force:
+        raise StateError(
+            f"{len(again)} of these samples were removed from this model before (the first is {again[0]}): removing "
+            "them twice is a wrong update; force=True does so all the same",
+            kind="removed-before",
+            samples=again,
+        )
+
+
+def _match(model: torch.nn.Module, wanted: dict[str, Parameter]) -> dict[str, torch.nn.Parameter]:
+    """Return the model's parameters that change, in the plan's order."""
+    held = dict(model.named_parameters())
+    for name, parameter in wanted.items():
+        if name not in held:
+            raise ModelMismatchError(f"the model has no parameter {name}, which was recorded", parameter=name)
+        if tuple(held[name].shape) != parameter.shape:
+            raise ModelMismatchError(
+                f"parameter {name} has shape {tuple(held[name].shape)}; {parameter.shape} was recorded", parameter=name
+            )
+    return {name: held[name] for name in wanted}
+
+
+def _filtered(
+    model: torch.nn.Module,
+    plan: Plan,
+    increments: Sequence[Vector],
+    probe: Probe | None,
+    workspace: Workspace,
+    bar: Bar,
+) -> tuple[Vector, ProbeReport | None]:
+    if probe is None:
+        return increments[0], None
+    found = probe_filter(model, increments, plan.lengths, probe, workspace, steps=_LANCZOS_STEPS, advance=bar.taken)
+    losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+    return found.delta, ProbeReport(probe.sequences, found.products, found.moved, *losses)
+
+
+def _warnings(probed: ProbeReport | None) -> list[str]:
+    if probed is None:
+        return [
+            "first order only: the other samples' gradients are taken as recorded, which over-forgets and can damage "
+            "the model; pass probe= (64 examples of any data like the training data)"
+        ]
+    if probed.loss_before and probed.loss_after > probed.loss_before * (1 + _DAMAGE):
+        return [
+            f"the probe's own loss rose from {probed.loss_before:.4f} to {probed.loss_after:.4f}: the change is larger "
+            "than one linearisation can carry, and the model is damaged; do not use it without a closer look"
+        ]
+    return []
+
+
+def _row(report: RollbackReport, digest_before: str) -> dict[str, Any]:
+    return {
+        "at": datetime.now(UTC).isoformat(),
+        "samples": list(report.samples),
+        "strength": report.strength,
+        "method": report.method,
+        "records": report.records,
+        "delta_norm": report.delta_norm,
+        "digest_before": digest_before,
+        "digest_after": report.rollback_id,
+    }

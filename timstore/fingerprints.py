@@ -1,0 +1,34 @@
+"""A digest per parameter, so that a model is known again by its bits."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+_BLOCK_BYTES = 16 * 1024 * 1024
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's dtype, shape and bits, whatever device it is on. Memory of one block."""
+    return digest_of_blocks(tensor.dtype, tuple(tensor.shape), _blocks(tensor.detach()))
+
+
+def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[torch.Tensor]) -> str:
+    """Return the digest of a tensor that is given flat, in blocks, in order."""
+    state = hashlib.sha256(f"{dtype} {shape}\n".encode())
+    for block in blocks:
+        if block.numel():
+            state.update(block.contiguous().view(torch.uint8).cpu().numpy())
+    return state.hexdigest()
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    """Return the digest of every named parameter."""
+    return {name: digest(parameter) for name, parameter in model.named_parameters()}
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    step = max(1, _BLOCK_BYTES // max(1, flat.element_size()))
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step]

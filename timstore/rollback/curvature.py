@@ -1,0 +1,205 @@
+"""The probe filter: let the other samples' gradients answer, by the model's own curvature on a probe.
+
+    d  <-  d + s phi(s H s) (inc / s - s H d),      phi(x) = (1 - exp(-x)) / x
+
+bin after bin, where inc is the bin's first-order change, s the square root of its remaining step length
+(one number per parameter) and H the Gauss-Newton matrix of the probe's mean loss. It is the closed form of
+training's linear response with constant curvature: steep directions, where later training has undone most of
+a sample's push already, are damped, flat ones pass.
+
+Source: docs/design/rollback.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from timstore.rollback.probe import Answer, Probe, tensors_of
+from timstore.rollback.vectors import Vector, Workspace
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Filtered:
+    """What the filter returns.
+
+    Attributes:
+        moved: |first order - delta| / |delta|, how much curvature mattered.
+    """
+
+    delta: Vector
+    products: int
+    moved: float
+
+
+class GaussNewton:
+    """Products with H = (1/N) sum of J' H_out J over the probe's N counted positions.
+
+    J is the outputs' Jacobian, H_out the loss's second derivative by the outputs: diag(p) - p p' for cross
+    entropy, 2 / values for mse.
+
+    Cost: a product takes about three gradients of the probe; memory of two parameter-sized tensors and one
+    batch's graph beyond what the workspace holds.
+    """
+
+    def __init__(self, model: torch.nn.Module, names: Sequence[str], probe: Probe) -> None:
+        self.products = 0
+        self._probe = probe
+        self._tensors = tensors_of(model)
+        self._names = list(names)
+        with torch.no_grad():
+            self._positions = sum(len(answer.outputs) for answer in probe.answers(self._tensors))
+
+    def product(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return H v; parameter name to a flat tensor, in and out."""
+        self.products += 1
+        leaves = {name: self._tensors[name].requires_grad_() for name in self._names}
+        direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in leaves.items()]
+        total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in leaves.items()}
+        for answer in self._probe.answers({**self._tensors, **leaves}):
+            outputs = answer.outputs
+            # J v: J' u is linear in u, so its derivative by u, along v, is J v.
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
+            )
+            (pushed,) = torch.autograd.grad(pulled, dummy, direction, retain_graph=True)
+            bent = self._second_derivative(outputs.detach(), pushed) / self._positions
+            grads = torch.autograd.grad(outputs, wanted, bent, materialize_grads=True)
+            for name, grad in zip(leaves, grads, strict=True):
+                total[name] += grad.reshape(-1)
+        return total
+
+    def _second_derivative(self, outputs: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
+        if self._probe.loss == "mse":
+            return pushed * (2 / outputs.shape[-1])
+        chances = outputs.softmax(-1)
+        return chances * (pushed - (chances * pushed).sum(-1, keepdim=True))
+
+
+def probe_filter(
+    model: torch.nn.Module,
+    increments: Sequence[Vector],
+    lengths: Sequence[Mapping[str, float]],
+    probe: Probe,
+    workspace: Workspace,
+    *,
+    steps: int,
+    advance: Callable[[], None] = lambda: None,
+) -> Filtered:
+    """Return the change that remains when the other samples have answered.
+
+    Cost: up to `steps` products for each bin and one more; `steps` vectors in the workspace.
+
+    Args:
+        increments: first-order change of each time bin, in order of time; they are used up.
+        lengths: of each bin, parameter to its remaining step length tau = s * s; a parameter with 0 passes.
+        steps: Lanczos steps per bin.
+        advance: called after every product.
+    """
+    names = list(workspace.sizes)
+    delta, first_order = workspace.new(), workspace.new()
+    with probe.undisturbed():
+        curvature = GaussNewton(model, names, probe)
+
+        def bend(vector: Vector, scale: Mapping[str, float]) -> dict[str, torch.Tensor]:
+            """H s v, in parameter-sized tensors."""
+            bent = curvature.product({name: vector.read(name) * scale[name] for name in names})
+            advance()
+            return bent
+
+        for number, (increment, taus) in enumerate(zip(increments, lengths, strict=True)):
+            scale = {name: taus[name] ** 0.5 for name in names}
+            first_order.add(increment)
+            held = bend(delta, dict.fromkeys(names, 1.0)) if number else None
+            for name in names:
+                rest = increment.read(name)
+                if scale[name] > 0:
+                    rest = rest / scale[name]
+                    if held is not None:
+                        rest = rest - scale[name] * held[name]
+                else:
+                    delta.write(name, 0, delta.read(name) + rest)
+                    rest = torch.zeros_like(rest)
+                increment.write(name, 0, rest)
+            held = None
+            _add_filtered(delta, increment, scale, bend, workspace, steps)
+            increment.free()
+    first_order.add(delta, -1.0)
+    norm = delta.norm()
+    moved = first_order.norm() / norm if norm else 0.0
+    first_order.free()
+    return Filtered(delta, curvature.products, moved)
+
+
+def _add_filtered(
+    delta: Vector,
+    start: Vector,
+    scale: Mapping[str, float],
+    bend: Callable[[Vector, Mapping[str, float]], dict[str, torch.Tensor]],
+    workspace: Workspace,
+    steps: int,
+) -> None:
+    """Add s phi(s H s) start to delta, by Lanczos with full re-orthogonalisation."""
+    length = start.norm()
+    if length == 0:
+        return
+    basis = [workspace.new()]
+    basis[0].add(start, 1 / length)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        candidate = workspace.new()
+        for name, bent in bend(basis[-1], scale).items():
+            candidate.write(name, 0, bent * scale[name])
+        diagonal.append(candidate.dot(basis[-1]))
+        # Twice: once leaves what rounding put back.
+        for vector in (*basis, *basis):
+            candidate.add(vector, -candidate.dot(vector))
+        size = candidate.norm()
+        if len(basis) >= steps or size <= 1e-10 * max(map(abs, diagonal)):
+            candidate.free()
+            break
+        candidate.scale(1 / size)
+        beside.append(size)
+        basis.append(candidate)
+    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    for number, size in enumerate(beside):
+        small[number, number + 1] = small[number + 1, number] = size
+    values, vectors = torch.linalg.eigh(small)
+    weights = length * (vectors @ (_phi(values.clamp(min=0)) * vectors[0]))
+    for vector, weight in zip(basis, weights.tolist(), strict=True):
+        for name, size_of in scale.items():
+            delta.write(name, 0, torch.add(delta.read(name), vector.read(name), alpha=weight * size_of))
+        vector.free()
+
+
+def _phi(values: torch.Tensor) -> torch.Tensor:
+    small = values < 1e-8
+    return torch.where(small, 1 - values / 2, -torch.expm1(-values) / torch.where(small, 1.0, values))
+
+
+def probe_losses(model: torch.nn.Module, probe: Probe, delta: Vector, names: Sequence[str]) -> tuple[float, float]:
+    """Return the probe's own mean loss before and after the change; the model itself is left alone.
+
+    Where a batch names no targets, the model's outputs before the change are the targets.
+    """
+    before = tensors_of(model)
+    after = dict(before)
+    for name in names:
+        after[name] = before[name] + delta.read(name).to(before[name]).view(before[name].shape)
+    totals, positions = torch.zeros(2, dtype=torch.float64), 0
+    with torch.no_grad(), probe.undisturbed():
+        for old, new in zip(probe.answers(before), probe.answers(after), strict=True):
+            totals += torch.tensor([_loss(probe.loss, one.outputs, old) for one in (old, new)], dtype=torch.float64)
+            positions += len(old.outputs)
+    return totals[0].item() / positions, totals[1].item() / positions
+
+
+def _loss(kind: str, outputs: torch.Tensor, old: Answer) -> float:
+    if kind == "mse":
+        targets = old.outputs if old.targets is None else old.targets
+        return float(F.mse_loss(outputs, targets.to(outputs.dtype)) * len(outputs))
+    targets = old.outputs.softmax(-1) if old.targets is None else old.targets
+    return float(F.cross_entropy(outputs, targets, reduction="sum"))

@@ -1,0 +1,78 @@
+"""What the caller of a rollback asked for, checked before anything is read."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from timstore.errors import InvalidInputError
+from timstore.intake import whole_number
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """What the caller asked for, checked."""
+
+    ids: tuple[int, ...] | None
+    where: str | None
+    epochs: tuple[int, ...] | None
+    parameters: frozenset[str] | None
+    strength: float
+    missing: str
+
+    @classmethod
+    def check(
+        cls,
+        ids: Iterable[int] | None,
+        where: str | None,
+        epochs: Iterable[int] | None,
+        parameters: Iterable[str] | None,
+        strength: float,
+        missing: str,
+    ) -> "Request":
+        """Check the arguments of a rollback.
+
+        Raises:
+            InvalidInputError: naming the argument.
+        """
+        if (ids is None) == (where is None):
+            raise InvalidInputError("say what to remove: ids, or where (an SQL condition on the records table)")
+        checked = None if ids is None else _integers(ids, "ids")
+        if checked is not None and not checked:
+            raise InvalidInputError("ids is empty: nothing to remove")
+        if not (isinstance(strength, float | int) and 0 <= strength <= 1):
+            raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
+        if missing not in ("error", "skip"):
+            raise InvalidInputError(f"missing is 'error' or 'skip', not {missing!r}")
+        if isinstance(parameters, str):
+            raise InvalidInputError("parameters is a list of names, not one string")
+        return cls(
+            checked,
+            where,
+            None if epochs is None else _integers(epochs, "epochs"),
+            None if parameters is None else frozenset(parameters),
+            float(strength),
+            missing,
+        )
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a number of bytes from an integer or from text such as "512MB" or "2 GiB".
+
+    Raises:
+        InvalidInputError: if it is neither, or not positive.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
+        if match and match[2] in _UNITS:
+            size = int(float(match[1]) * _UNITS[match[2]])
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise InvalidInputError(f'memory_limit is a number of bytes or text like "512MB", not {size!r}')
+    return size
+
+
+def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise InvalidInputError(f"{what} is a list of integers, not {values!r}")
+    return tuple(dict.fromkeys(whole_number(one, what) for one in values))

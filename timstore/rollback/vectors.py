@@ -1,0 +1,203 @@
+"""Parameter-shaped vectors: in memory up to a limit, in a private spill file beyond it."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from timstore.errors import StorageError
+
+_LARGEST_BLOCK_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements [start, stop) of one parameter, flat."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+class Workspace:
+    """Makes vectors with one number per element of the chosen parameters.
+
+    The spill file is read and written in blocks and never mapped: mapped pages would count as memory. It is
+    deleted from its directory as soon as it is open, so that nothing is left behind.
+
+    Args:
+        sizes: parameter name to its number of elements.
+        memory_limit_bytes: for all vectors in memory together.
+        directory: where the spill file goes, the system's temporary directory when None.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory_limit_bytes: int,
+        device: torch.device | str = "cpu",
+        directory: Path | None = None,
+    ) -> None:
+        self.sizes = dict(sizes)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.numel = sum(self.sizes.values())
+        self.vector_bytes = self.numel * dtype.itemsize
+        self.block_numel = max(1, min(_LARGEST_BLOCK_BYTES, memory_limit_bytes // 8) // dtype.itemsize)
+        self.offsets: dict[str, int] = {}
+        offset = 0
+        for name, size in self.sizes.items():
+            self.offsets[name] = offset
+            offset += size
+        self._limit_bytes = memory_limit_bytes
+        self._directory = directory
+        self._used_bytes = 0
+        self._file: int | None = None
+        self._file_bytes = 0
+        self._free: list[int] = []
+
+    def new(self) -> "Vector":
+        """Return a vector of zeros."""
+        if self._used_bytes + self.vector_bytes <= self._limit_bytes:
+            self._used_bytes += self.vector_bytes
+            return Vector(self, torch.zeros(self.numel, dtype=self.dtype, device=self.device), None)
+        return Vector(self, None, self._place())
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the elements of a vector in order, a bounded number at a time."""
+        for name, size in self.sizes.items():
+            for start in range(0, size, self.block_numel):
+                yield Block(name, start, min(size, start + self.block_numel))
+
+    def close(self) -> None:
+        """Give the spill file's space back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _place(self) -> int:
+        if self._free:
+            place = self._free.pop()
+            self._write(place, bytes(0), self.vector_bytes)
+            return place
+        place = self._file_bytes
+        self._file_bytes += self.vector_bytes
+        self._write(place, bytes(0), self.vector_bytes)
+        return place
+
+    def _write(self, place: int, data: bytes | memoryview, zeros: int = 0) -> None:
+        try:
+            if self._file is None:
+                self._file, name = tempfile.mkstemp(prefix="timstore-", suffix=".spill", dir=self._directory)
+                os.unlink(name)
+            if zeros:
+                piece = bytes(min(zeros, _LARGEST_BLOCK_BYTES))
+                for start in range(0, zeros, len(piece)):
+                    self._write(place + start, memoryview(piece)[: zeros - start])
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._file, memoryview(data)[done:], place + done)
+        except OSError as error:
+            where = self._directory or tempfile.gettempdir()
+            raise StorageError(
+                f"the deltas do not fit into memory_limit, and the spill file in {where} cannot be written "
+                f"({error.strerror}): make room there, set TMPDIR to a larger disk, or raise memory_limit"
+            ) from error
+
+    def _read(self, place: int, size: int) -> bytearray:
+        assert self._file is not None
+        data = bytearray(size)
+        done = 0
+        while done < size:
+            got = os.preadv(self._file, [memoryview(data)[done:]], place + done)
+            if got == 0:
+                raise StorageError(f"the spill file ended {size - done} bytes early")
+            done += got
+        return data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Vector:
+    """One number per parameter element; made by `Workspace.new`."""
+
+    def __init__(self, workspace: Workspace, numbers: torch.Tensor | None, place: int | None) -> None:
+        self._workspace = workspace
+        self._numbers = numbers
+        self._place = place
+
+    @property
+    def spilled(self) -> bool:
+        """Whether it lives in the spill file."""
+        return self._place is not None
+
+    def read(self, parameter: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return elements [start, stop) of one parameter, 1-D; do not change them, `write` does."""
+        stop = self._workspace.sizes[parameter] if stop is None else stop
+        first = self._workspace.offsets[parameter] + start
+        if self._numbers is not None:
+            return self._numbers[first : first + stop - start]
+        itemsize = self._workspace.dtype.itemsize
+        assert self._place is not None
+        if stop == start:
+            return torch.zeros(0, dtype=self._workspace.dtype, device=self._workspace.device)
+        data = self._workspace._read(self._place + first * itemsize, (stop - start) * itemsize)
+        return torch.frombuffer(data, dtype=self._workspace.dtype).to(self._workspace.device)
+
+    def write(self, parameter: str, start: int, numbers: torch.Tensor) -> None:
+        """Set elements from `start` on; numbers is 1-D."""
+        first = self._workspace.offsets[parameter] + start
+        if self._numbers is not None:
+            self._numbers[first : first + numbers.numel()] = numbers
+            return
+        assert self._place is not None
+        itemsize = self._workspace.dtype.itemsize
+        data = numbers.to("cpu", self._workspace.dtype).contiguous().view(torch.uint8).numpy()
+        self._workspace._write(self._place + first * itemsize, memoryview(data))
+
+    def dot(self, other: "Vector") -> float:
+        """Return the inner product, accumulated in float64."""
+        total = 0.0
+        for block in self._workspace.blocks():
+            left = self.read(block.parameter, block.start, block.stop)
+            right = left if other is self else other.read(block.parameter, block.start, block.stop)
+            total += float(torch.dot(left.double(), right.double()))
+        return total
+
+    def norm(self) -> float:
+        """Return the Euclidean norm."""
+        return float(self.dot(self) ** 0.5)
+
+    def add(self, other: "Vector", factor: float = 1.0) -> None:
+        """Add a multiple of another vector, in place."""
+        for block in self._workspace.blocks():
+            mine = self.read(block.parameter, block.start, block.stop)
+            theirs = other.read(block.parameter, block.start, block.stop)
+            self.write(block.parameter, block.start, torch.add(mine, theirs, alpha=factor))
+
+    def scale(self, factor: float) -> None:
+        """Multiply by a number, in place."""
+        for block in self._workspace.blocks():
+            self.write(block.parameter, block.start, self.read(block.parameter, block.start, block.stop) * factor)
+
+    def free(self) -> None:
+        """Give the space back to the workspace; the vector must not be used afterwards."""
+        if self._numbers is not None:
+            self._numbers = None
+            self._workspace._used_bytes -= self._workspace.vector_bytes
+        elif self._place is not None:
+            self._workspace._free.append(self._place)
+            self._place = None
