@@ -61,9 +61,8 @@ class GaussNewton:
             outputs = answer.outputs
             # J v: J' u is linear in u, so its derivative by u, along v, is J v.
             dummy = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(
-                outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
-            )
+            wanted = list(leaves.values())
+            pulled = torch.autograd.grad(outputs, wanted, dummy, create_graph=True, materialize_grads=True)
             (pushed,) = torch.autograd.grad(pulled, dummy, direction, retain_graph=True)
             bent = self._second_derivative(outputs.detach(), pushed) / self._positions
             grads = torch.autograd.grad(outputs, wanted, bent, materialize_grads=True)

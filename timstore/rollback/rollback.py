@@ -81,7 +81,7 @@ def rollback(
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
-                "the change holds NaN or Inf, as records do that were kept with allow_nonfinite; leave them out by where=",
+                "the change holds NaN or Inf, as records kept with allow_nonfinite do; leave them out by where=",
                 kind="not-finite",
             )
         after = dict(before)

@@ -1,0 +1,82 @@
+"""The row tables of a commit: their columns, as Parquet holds them and DuckDB loads them.
+
+The row number in a commit's gradients file is that gradient's `owner` number in its slices.
+"""
+
+import pyarrow as pa
+
+_INT, _SMALL, _FLOAT, _TEXT, _BOOL = pa.int64(), pa.int32(), pa.float64(), pa.string(), pa.bool_()
+_MOMENT = [("attempt", _INT), ("epoch", _INT), ("step", _INT)]
+_RECORD = [*_MOMENT, ("rank", _INT), ("sample", _INT)]
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "records": pa.schema([*_RECORD, ("loss", _FLOAT), ("tokens", _INT), ("norm", _FLOAT), ("bytes", _INT)]),
+    "gradients": pa.schema(
+        [
+            *_RECORD,
+            ("parameter", _TEXT),
+            ("part", _SMALL),
+            ("encoding", _TEXT),
+            ("precision", _TEXT),
+            ("norm", _FLOAT),
+            ("rel_error", _FLOAT),
+            ("bytes", _INT),
+            ("dense_bytes", _INT),
+        ]
+    ),
+    "slices": pa.schema(
+        [
+            ("owner", _INT),
+            ("role", _TEXT),
+            ("array", _TEXT),
+            ("start", _INT),
+            ("rows", _INT),
+            ("row_map", pa.list_(_SMALL)),
+            ("block", pa.list_(_INT)),
+        ]
+    ),
+    "steps": pa.schema(
+        [
+            *_MOMENT,
+            ("rank", _INT),
+            ("group_id", _SMALL),
+            ("optimizer", _TEXT),
+            *((name, _FLOAT) for name in ("lr", "momentum", "dampening")),
+            ("nesterov", _BOOL),
+            *((name, _FLOAT) for name in ("beta1", "beta2", "eps", "weight_decay")),
+            ("decoupled", _BOOL),
+            ("maximize", _BOOL),
+            ("consumed_ratio", _FLOAT),
+            ("samples", _INT),
+            ("tokens", _INT),
+            ("sample_ids", pa.list_(_INT)),
+            ("idle", pa.list_(_TEXT)),
+            ("fresh", pa.list_(_TEXT)),
+        ]
+    ),
+    "parameters": pa.schema(
+        [
+            ("attempt", _INT),
+            ("parameter", _TEXT),
+            ("shape", pa.list_(_INT)),
+            ("dtype", _TEXT),
+            ("numel", _INT),
+            ("group_id", _SMALL),
+        ]
+    ),
+    # The user's own columns follow.
+    "samples": pa.schema([("sample", _INT)]),
+    "fingerprints": pa.schema([*_MOMENT, ("parameter", _TEXT), ("digest", _TEXT)]),
+    "rollbacks": pa.schema(
+        [
+            ("at", _TEXT),
+            ("samples", pa.list_(_INT)),
+            ("strength", _FLOAT),
+            ("method", _TEXT),
+            ("records", _INT),
+            ("delta_norm", _FLOAT),
+            ("digest_before", _TEXT),
+            ("digest_after", _TEXT),
+        ]
+    ),
+}
