@@ -154,9 +154,9 @@ def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
         if kind == "gradients":
             numbered.append(pa.field("owner", pa.int64()))
         _create(connection, f"stored.{kind}", pa.schema([*numbered, *SCHEMAS[kind]]).empty_table())
-    connection.execute(
-        "CREATE TABLE stored.commits (commit BIGINT, writer VARCHAR, seq BIGINT, at VARCHAR, records BIGINT, bytes BIGINT)"
-    )
+    # `at` is a word of DuckDB's own, and has to be quoted.
+    columns = 'commit BIGINT, writer VARCHAR, seq BIGINT, "at" VARCHAR, records BIGINT, bytes BIGINT'
+    connection.execute(f"CREATE TABLE stored.commits ({columns})")
 
 
 def _create(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
@@ -258,7 +258,7 @@ def _records(connection: duckdb.DuckDBPyConnection) -> str:
 
 
 def _columns(kind: str) -> str:
-    return ", ".join(f"r.{name}" for name in SCHEMAS[kind].names)
+    return ", ".join(f"r.{_quoted(name)}" for name in SCHEMAS[kind].names)
 
 
 def _quoted(name: str) -> str:
