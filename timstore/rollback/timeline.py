@@ -85,15 +85,15 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
         "WITH removed AS (SELECT unnest(?::BIGINT[]) AS sample), "
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
         "group_id, unnest(sample_ids) AS sample FROM steps) JOIN removed r USING (sample) GROUP BY ALL) "
-        "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples) AS samples, "
-        "coalesce(sum(hits), 0) AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits FROM steps "
+        "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples)::BIGINT AS samples, "
+        "coalesce(sum(hits), 0)::BIGINT AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits FROM steps "
         f"LEFT JOIN drawn USING (epoch, step, rank, group_id)) s WHERE {up_to(moment)} "
         "GROUP BY epoch, step, group_id ORDER BY epoch, step",
         [list(removed)],
     )
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
-        by_group.setdefault(row["group_id"], []).append({**row, **row["scalars"], "samples": row["samples"]})
+        by_group.setdefault(row["group_id"], []).append({**row["scalars"], "samples": row["samples"], "hits": row["hits"]})
     return {group: _timeline(group, rows) for group, rows in by_group.items()}
 
 
