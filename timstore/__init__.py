@@ -63,6 +63,7 @@ class Store(_Store):
         resume_from: tuple[int, int] | None = None,
         probe: Iterable[Any] | None = None,
         rank: int = 0,
+        allow_zero: bool = False,
     ) -> "Recorder":
         """Record what the chosen samples do to the model while the `with` block trains it.
 
@@ -76,6 +77,7 @@ class Store(_Store):
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
                 everything recorded from there on.
             probe: batches of any data like the training data, kept in the store for `rollback`.
+            allow_zero: accept a sample whose every gradient is zero, such as one without a single label.
 
         Raises:
             CoverageError: a trained parameter's gradient cannot be seen per sample.
@@ -84,7 +86,9 @@ class Store(_Store):
         """
         from timstore.recording import record
 
-        return record(self, model, optimizer, samples, resume_from=resume_from, probe=probe, rank=rank)
+        return record(
+            self, model, optimizer, samples, resume_from=resume_from, probe=probe, rank=rank, allow_zero=allow_zero
+        )
 
     def rollback(
         self,

@@ -19,22 +19,7 @@ from timstore.errors import (
 from timstore.format import layout
 from timstore.format.commits import Attempt, Commit, Moment, ObjectInfo, Scope, parse_attempt, parse_record
 from timstore.format.objects import Objects
-from timstore.format.settings import Settings, create_settings, read_settings
-from timstore.format.view import View, read_verified, read_view
-
-__all__ = [
-    "Attempt",
-    "Commit",
-    "LogWriter",
-    "ObjectInfo",
-    "Settings",
-    "View",
-    "claim_attempt",
-    "create_settings",
-    "read_settings",
-    "read_verified",
-    "read_view",
-]
+from timstore.format.settings import Settings
 
 Build = Callable[[], Iterator[tuple[str, bytes, str, int, int]]]
 
@@ -101,12 +86,11 @@ class LogWriter:
                 commit = self._publish(
                     kind="commit", attempt=attempt, rank=rank, steps=steps, records=records, objects=infos
                 )
-            except BaseException:
+            except Exception:  # after an interrupt nothing is deleted: the record may be there
                 if self._unsettled is None:
                     self._drop(folder)
                 raise
             if commit is not None:
-                self._newest = commit
                 return commit
             self._drop(folder)
             self._start()
@@ -191,6 +175,8 @@ class LogWriter:
             if getattr(error, "kind", None) != "outcome-unknown":
                 self._unsettled = None
             raise
+        if found == data:
+            self._newest = record
         self._unsettled = None
         if found == data:
             return record

@@ -313,7 +313,6 @@ class LocalObjects:
         return _with_errno(StorageError(message, **fields), error)
 
 
-def _with_errno(ours: TimstoreError, error: OSError) -> TimstoreError:
-    if isinstance(ours, OSError):
-        ours.errno = error.errno
+def _with_errno(ours: StorageError | ReadOnlyError, error: OSError) -> TimstoreError:
+    ours.errno = error.errno
     return ours

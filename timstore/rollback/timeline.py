@@ -93,7 +93,9 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     )
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
-        by_group.setdefault(row["group_id"], []).append({**row["scalars"], "samples": row["samples"], "hits": row["hits"]})
+        by_group.setdefault(row["group_id"], []).append(
+            {**row["scalars"], "samples": row["samples"], "hits": row["hits"]}
+        )
     return {group: _timeline(group, rows) for group, rows in by_group.items()}
 
 
