@@ -139,8 +139,8 @@ class Capture:
         rows = len(batch.ids)
         if given.shape[:1] != (rows,) or output.shape[:1] != (rows,):
             raise CoverageError(
-                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} sample "
-                "ids: axis 0 must be the batch. Keep it so, or freeze the module",
+                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
+                "sample ids: axis 0 must be the batch. Keep it so, or freeze the module",
                 module=kind.name,
             )
         chosen = None if batch.positions is None else torch.tensor(batch.positions, device=output.device)

@@ -35,14 +35,14 @@ def check_sum(parameters: Mapping[str, nn.Parameter], parts: Mapping[int, Sequen
         if off > tolerance * max(bound * abs(ratio), float(parameter.grad.double().norm()), 1e-30):
             if not found:
                 raise CoverageError(
-                    f"parameter {name} is trained, and no module that can be recorded uses it (it is used directly, or by "
-                    "a module such as LSTM or MultiheadAttention): freeze it, or build that module from Linear layers",
+                    f"parameter {name} is trained, and no module that can be recorded uses it (it is used directly, "
+                    "or by a module such as LSTM or MultiheadAttention): freeze it, or build that module from Linears",
                     kind="not-captured",
                     parameter=name,
                 )
             raise CoverageError(
-                f"parameter {name}: the recorded gradients add up to something else than its gradient (off by {off:.2g} in "
-                "norm). Something besides its module uses it, or samples of the batch are coupled",
+                f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
+                f"{off:.2g} in norm). Something besides its module uses it, or samples of the batch are coupled",
                 kind="sum-check",
                 parameter=name,
             )
@@ -58,8 +58,8 @@ def check_captured(parameters: Mapping[str, nn.Parameter], captured: Iterable[in
     for name, parameter in parameters.items():
         if id(parameter) not in seen and parameter.grad is not None and bool(parameter.grad.any()):
             raise CoverageError(
-                f"parameter {name} got a gradient in this step, and no recorded module used it: it is used directly, or by "
-                "a module that hooks cannot see; freeze it, or build that module from Linear layers",
+                f"parameter {name} got a gradient in this step, and no recorded module used it: it is used directly, "
+                "or by a module that hooks cannot see; freeze it, or build that module from Linear layers",
                 kind="not-captured",
                 parameter=name,
             )

@@ -27,11 +27,11 @@ class Input:
 
     Attributes:
         tensor: the input, detached; dropped once it is copied.
-        array: the chosen samples' rows, (n, T, d), on the host.
+        arrays: of each chosen sample, (T, d) on the host; the store knows shared inputs by these very objects.
     """
 
     tensor: torch.Tensor | None
-    array: np.ndarray | None = None
+    arrays: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,11 +79,11 @@ class LinearKind(Kind):
         weight, bias = self.module.weight, self.module.bias
         outputs = _tokens(_chosen(gradient, call))
         captured: Captured = []
-        if wanted(weight):
-            inputs, grads = _input_rows(call), as_array(outputs)
-            captured.append((weight, [self._factors(one, grad) for one, grad in zip(inputs, grads, strict=True)]))  # type: ignore[arg-type]
-        if wanted(bias):
-            captured.append((bias, list(as_array(outputs.sum(1)))))  # type: ignore[arg-type]
+        if isinstance(weight, nn.Parameter) and wanted(weight):
+            pairs = zip(_input_rows(call), as_array(outputs), strict=True)
+            captured.append((weight, [self._factors(inputs, grads) for inputs, grads in pairs]))
+        if isinstance(bias, nn.Parameter) and wanted(bias):
+            captured.append((bias, list(as_array(outputs.sum(1)))))
         return captured
 
     def _factors(self, inputs: np.ndarray, outputs: np.ndarray) -> Gradient:
@@ -191,12 +191,12 @@ def _held(call: Call) -> torch.Tensor:
     return call.input.tensor
 
 
-def _input_rows(call: Call) -> np.ndarray:
+def _input_rows(call: Call) -> list[np.ndarray]:
     """Return the chosen samples' input on the host, copied once for all layers that share it."""
-    if call.input.array is None:
-        call.input.array = as_array(_tokens(_chosen(_held(call), call)))
+    if call.input.arrays is None:
+        call.input.arrays = list(as_array(_tokens(_chosen(_held(call), call))))
         call.input.tensor = None
-    return call.input.array
+    return call.input.arrays
 
 
 def _chosen(tensor: torch.Tensor, call: Call) -> torch.Tensor:

@@ -138,8 +138,8 @@ class Recorder:
         known = self._store.latest_fingerprints()
         if known is not None and known[2] != digests(self._model):
             raise StateError(
-                f"the model is not the one that recording stopped with after epoch {known[0]}, step {known[1]}: a resumed or "
-                "repeated run passes resume_from=(epoch, step), which supersedes what was recorded from there on",
+                f"the model is not the one that recording stopped with after epoch {known[0]}, step {known[1]}: a "
+                "resumed or repeated run passes resume_from=(epoch, step), which supersedes what was recorded from there on",
                 kind="model-changed",
             )
 

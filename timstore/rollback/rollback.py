@@ -27,7 +27,6 @@ from timstore.store import Store
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
-_LANCZOS_STEPS = 12
 
 
 def rollback(
@@ -70,14 +69,16 @@ def rollback(
     budget = Budget.divide(limit_bytes, snapshot)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
     device, dtype = next(iter(changed.values())).device, _DTYPES[accumulate]
-    products = len(plan.lengths) * (_LANCZOS_STEPS + 1) - 1 if asked else 0
+    # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
+    steps = 8 if len(plan.lengths) > 1 else 16
+    products = len(plan.lengths) * (steps + 1) - 1 if asked else 0
     with (
         Workspace(sizes, dtype=dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
         shown(progress, sum(len(rows.owner) for rows in plan.rows.values()), products) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
         stream(plan, snapshot, increments, budget, device=device, dtype=dtype, advance=bar.added)
-        delta, probed = _filtered(model, plan, increments, asked, workspace, bar)
+        delta, probed = _filtered(model, plan, increments, asked, steps, workspace, bar)
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
@@ -160,12 +161,13 @@ def _filtered(
     plan: Plan,
     increments: Sequence[Vector],
     probe: Probe | None,
+    steps: int,
     workspace: Workspace,
     bar: Bar,
 ) -> tuple[Vector, ProbeReport | None]:
     if probe is None:
         return increments[0], None
-    found = probe_filter(model, increments, plan.lengths, probe, workspace, steps=_LANCZOS_STEPS, advance=bar.taken)
+    found = probe_filter(model, increments, plan.lengths, probe, workspace, steps=steps, advance=bar.taken)
     losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
     return found.delta, ProbeReport(probe.sequences, found.products, found.moved, *losses)
 
