@@ -18,7 +18,7 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
     state = hashlib.sha256(f"{dtype} {shape}\n".encode())
     for block in blocks:
         if block.numel():
-            state.update(block.contiguous().view(torch.uint8).cpu().numpy())
+            state.update(block.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return state.hexdigest()
 
 

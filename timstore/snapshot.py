@@ -53,7 +53,9 @@ class Snapshot:
         self.objects = objects
         self.settings = settings
         # A snapshot whose tables were never asked for is no help to the next one.
-        self._previous = previous._previous if previous is not None and previous._catalog is None else previous
+        self._previous: Snapshot | None = (
+            previous._previous if previous is not None and previous._catalog is None else previous
+        )
         self.view: View = read_view(objects, settings, previous.view if previous else None)
         self._catalog: Catalog | None = None
 
@@ -171,7 +173,7 @@ def pack_probe(batches: list[Any], loss: str) -> bytes:
     for number, batch in enumerate(batches):
         kind = "mapping" if isinstance(batch, Mapping) else "array" if isinstance(batch, np.ndarray) else "sequence"
         named = batch.items() if kind == "mapping" else enumerate([batch] if kind == "array" else batch)
-        names = []
+        names: list[str] = []
         for name, array in named:
             arrays[f"{number}.{len(names)}"] = np.asarray(array)
             names.append(str(name))

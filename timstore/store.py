@@ -12,7 +12,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from timstore import errors, intake
-from timstore.format.commits import Attempt
+from timstore.format.commits import Attempt, Scope
 from timstore.format.log import LogWriter, claim_attempt
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows, table
@@ -199,9 +199,7 @@ class Store(Handle):
         data = pack_probe(list(batches), loss)
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
-    def begin_attempt(
-        self, from_epoch: int, from_step: int, *, scope: str | tuple[int, ...] | None = None, ranks: int = 1
-    ) -> int:
+    def begin_attempt(self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1) -> int:
         """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
 
         What was appended before is committed first. Durable when this returns.
@@ -219,7 +217,7 @@ class Store(Handle):
         self.commit()
         return self._attempt.attempt
 
-    def claim_scope(self, scope: str | tuple[int, ...]) -> None:
+    def claim_scope(self, scope: Scope) -> None:
         """Say which samples the current attempt records: `all`, or the sorted ids.
 
         Raises:
@@ -284,7 +282,7 @@ class Store(Handle):
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: closing {self.path} failed as well: {failure}")
 
-    def _writing_attempt(self, scope: str | tuple[int, ...] | None = None) -> Attempt:
+    def _writing_attempt(self, scope: Scope = None) -> Attempt:
         self._check_open()
         if self.mode == "r":
             raise errors.ReadOnlyError(f"{self.path} was opened to read; open it with mode 'a' to write")
@@ -345,8 +343,8 @@ def _step_group(group: Mapping[str, Any] | StepGroup, where: str) -> StepGroup:
         raise errors.InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
 
 
-def _scope_text(scope: str | tuple[int, ...]) -> str:
-    return "all samples" if scope == "all" else f"{len(scope)} chosen samples"
+def _scope_text(scope: Scope) -> str:
+    return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"
 
 
 @atexit.register

@@ -150,7 +150,7 @@ class Capture:
         call = Call(rows, chosen, shared, output.shape, arguments)
         # In-place operations on a view would lose a hook on it.
         target = output._base if output._is_view() and output._base is not None else output
-        target.register_hook(self._backward(kind, call, batch))
+        target.register_hook(self._backward(kind, call, batch))  # type: ignore[no-untyped-call]
 
     def _backward(self, kind: Kind, call: Call, batch: MicroBatch) -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:

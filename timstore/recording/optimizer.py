@@ -82,7 +82,8 @@ class GradientScale:
         self._parameters = parameters
         self._kept: dict[str, torch.Tensor] = {}
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._keeper(name)) for name, parameter in parameters.items()
+            parameter.register_post_accumulate_grad_hook(self._keeper(name))  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items()
         ]
 
     def remove(self) -> None:

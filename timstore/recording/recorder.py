@@ -11,6 +11,7 @@ from torch import nn
 
 from timstore.errors import InvalidInputError, StateError, TimstoreError
 from timstore.fingerprints import digests
+from timstore.format.commits import Scope
 from timstore.intake import whole_number
 from timstore.recording import checks
 from timstore.recording.capture import Capture, MicroBatch
@@ -85,7 +86,7 @@ class Recorder:
     def __enter__(self) -> Self:
         if self._model in _recorded:
             raise StateError("this model is being recorded already", kind="already-recording")
-        scope = "all" if self._samples is None else tuple(sorted(self._samples))
+        scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
         if self._resume_from is not None:
             self._store.begin_attempt(*self._resume_from, scope=scope)
             self._epoch, self.step = self._resume_from
@@ -138,8 +139,8 @@ class Recorder:
         known = self._store.latest_fingerprints()
         if known is not None and known[2] != digests(self._model):
             raise StateError(
-                f"the model is not the one that recording stopped with after epoch {known[0]}, step {known[1]}: a "
-                "resumed or repeated run passes resume_from=(epoch, step), which supersedes what was recorded from there on",
+                f"the model is not the one that recording stopped with (epoch {known[0]}, step {known[1]}): a resumed "
+                "or repeated run passes resume_from=(epoch, step), which supersedes what was recorded from there on",
                 kind="model-changed",
             )
 

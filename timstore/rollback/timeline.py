@@ -55,11 +55,13 @@ class Timeline:
     def weights(self, parameter: str) -> np.ndarray:
         """Return, for each step, how much of the gradient accumulated then is in the final parameter."""
         active = self.active(parameter)
-        return weights(self.schedule, active, self._fresh(parameter, active)) * self.ratio
+        consumed: np.ndarray = weights(self.schedule, active, self._fresh(parameter, active)) * self.ratio
+        return consumed
 
     def lengths(self, parameter: str) -> np.ndarray:
         """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
-        return step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.kept
+        lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.kept
+        return lengths
 
     def pattern(self, parameter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return what sets the parameter apart from others of its group: equal patterns, equal weights."""

@@ -166,7 +166,7 @@ class Vector:
         assert self._place is not None
         itemsize = self._workspace.dtype.itemsize
         data = numbers.to("cpu", self._workspace.dtype).contiguous().view(torch.uint8).numpy()
-        self._workspace._write(self._place + first * itemsize, memoryview(data))
+        self._workspace._write(self._place + first * itemsize, data.tobytes())
 
     def dot(self, other: "Vector") -> float:
         """Return the inner product, accumulated in float64."""
