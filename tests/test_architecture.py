@@ -26,7 +26,7 @@ LAYERS = [
     ["timstore.handle"],
     ["timstore.store"],
     ["timstore.fingerprints"],
-    ["timstore.recording", "timstore.rollback"],
+    ["timstore.recording", "timstore.rollbacks"],
     ["timstore"],
 ]
 
@@ -35,8 +35,8 @@ OWNERS = {
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
     "duckdb": ["timstore.catalog", "timstore.handle"],
-    "torch": ["timstore.fingerprints", "timstore.recording", "timstore.rollback", "timstore"],
-    "rich": ["timstore.rollback"],
+    "torch": ["timstore.fingerprints", "timstore.recording", "timstore.rollbacks", "timstore"],
+    "rich": ["timstore.rollbacks"],
     "transformers": [],
 }
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from timstore.recording import Recorder
-    from timstore.rollback import RollbackReport
+    from timstore.rollbacks import RollbackReport
 
 __version__ = "0.1.0"
 
@@ -140,7 +140,7 @@ class Store(_Store):
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
             CorruptionError: an object of the store is missing or was changed.
         """
-        from timstore.rollback import rollback
+        from timstore.rollbacks import rollback
 
         return rollback(
             self,
@@ -189,7 +189,7 @@ def rollback(
     Raises:
         StateError: no store, or several, are open.
     """
-    from timstore.rollback import rollback as roll_back
+    from timstore.rollbacks import rollback as roll_back
 
     if isinstance(store, _Store):
         return roll_back(store, model, ids, **options)

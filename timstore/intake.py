@@ -12,7 +12,7 @@ from timstore.records import Factors, Gradient, Parameter, Record, Rows, as_arra
 
 
 def whole_number(value: Any, what: str) -> int:
-    """Return a Python int from any integer, numpy's and 0-d tensors' too; never from a bool or a float.
+    """Return a Python int from any integer of 64 bits, numpy's and 0-d tensors' too; never from a bool or a float.
 
     Raises:
         InvalidInputError: naming `what`.
@@ -22,9 +22,24 @@ def whole_number(value: Any, what: str) -> int:
     if isinstance(value, bool):
         raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value)
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value) from None
+    if not -(2**63) <= number < 2**63:
+        raise InvalidInputError(f"{what} must fit into 64 bits; got {number}", value=number)
+    return number
+
+
+def number(value: Any, what: str) -> float:
+    """Return a float from any number.
+
+    Raises:
+        InvalidInputError: naming `what`.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInputError(f"{what} must be a number, not {value!r:.80}") from None
 
 
 def moment(epoch: Any, step: Any) -> tuple[int, int]:
@@ -32,6 +47,14 @@ def moment(epoch: Any, step: Any) -> tuple[int, int]:
     checked = whole_number(epoch, "epoch"), whole_number(step, "step")
     if min(checked) < 0:
         raise InvalidInputError(f"epoch and step start at 0; got epoch {checked[0]}, step {checked[1]}")
+    return checked
+
+
+def rank_number(rank: Any) -> int:
+    """Return a process's rank as a non-negative integer."""
+    checked = whole_number(rank, "rank")
+    if checked < 0:
+        raise InvalidInputError(f"rank starts at 0; got {checked}")
     return checked
 
 
@@ -74,7 +97,7 @@ def take_in(
     Raises:
         InvalidInputError: naming the step, the sample and the parameter.
     """
-    single = np.ndim(sample) == 0
+    single = not isinstance(sample, list | tuple) and np.ndim(sample) == 0
     samples = [whole_number(one, "sample") for one in ([sample] if single else sample)]
     if not samples:
         raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
@@ -116,11 +139,11 @@ def take_in(
 def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
     if value is None:
         return [None] * count
-    number = int if what == "tokens" else float
-    values = [value] if single else list(value)
+    values = [value] if single else list(value) if np.iterable(value) else []
     if len(values) != count:
         raise InvalidInputError(f"{what} has {len(values)} values for {count} samples")
-    return [number(one) for one in values]
+    check = whole_number if what == "tokens" else number
+    return [check(one, what) for one in values]
 
 
 class _Intake:

@@ -70,21 +70,22 @@ class Ledger:
         """Return the rows of `step` that are not known yet.
 
         Raises:
-            InvalidInputError: if a group's row is known with another learning rate.
+            InvalidInputError: if a group's row is known and says something else.
         """
         key = step.epoch, step.step, step.rank
         known = {row["group_id"]: row for row in self._steps_at(key)}
         new = []
         for row in step_rows(step, self.attempt):
-            before = known.get(row["group_id"])
-            if before is None:
+            before = known.setdefault(row["group_id"], row)
+            if before is row:
                 new.append(row)
-            elif before["lr"] != row["lr"]:
-                raise InvalidInputError(
-                    f"epoch {step.epoch}, step {step.step}, group {row['group_id']}: recorded before with learning "
-                    f"rate {before['lr']}, now {row['lr']}",
-                    kind="duplicate",
-                )
+            for name in row:
+                if before[name] != row[name]:
+                    raise InvalidInputError(
+                        f"epoch {step.epoch}, step {step.step}, group {row['group_id']}: recorded before with "
+                        f"{name} {before[name]}, now {row[name]}",
+                        kind="duplicate",
+                    )
         return new
 
     def accept(
@@ -135,7 +136,7 @@ class Ledger:
         if key not in self._steps:
             self._steps[key] = []
             if self._committed is not None and key[:2] <= self._committed:
-                query = "SELECT group_id, lr FROM steps WHERE attempt = ? AND epoch = ? AND step = ? AND rank = ?"
+                query = "SELECT * FROM steps WHERE attempt = ? AND epoch = ? AND step = ? AND rank = ?"
                 self._steps[key] = self._query(query, [self.attempt, *key]).to_pylist()
         return self._steps[key]
 
@@ -152,7 +153,9 @@ def step_rows(step: Step, attempt: int) -> list[dict[str, Any]]:
         "tokens": step.tokens,
         "sample_ids": None if step.sample_ids is None else list(step.sample_ids),
     }
-    return [{**asdict(group), **shared} for group in step.groups]
+    rows = [{**asdict(group), **shared} for group in step.groups]
+    # As lists they compare with rows that were read back.
+    return [{name: list(value) if isinstance(value, tuple) else value for name, value in row.items()} for row in rows]
 
 
 def parameter_rows(parameters: Iterable[Parameter], attempt: int) -> list[dict[str, Any]]:
@@ -171,8 +174,18 @@ def parameter_rows(parameters: Iterable[Parameter], attempt: int) -> list[dict[s
 
 
 def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return rows as the table of that kind."""
-    return pa.Table.from_pylist([dict(row) for row in rows], SCHEMAS[kind])
+    """Return rows as the table of that kind.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
+    columns = []
+    for column in SCHEMAS[kind]:
+        try:
+            columns.append(pa.array([row.get(column.name) for row in rows], column.type))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
 
 
 def _some(names: Iterable[str]) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from timstore.encoding import PRECISIONS
-from timstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, ReadOnlyError
+from timstore.errors import AlreadyExistsError, CorruptionError, InvalidInputError, NotFoundError, ReadOnlyError
+from timstore.format import layout
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
 
@@ -20,13 +21,18 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         options: precision, max_rel_error, durability; None where the caller has no wish.
     """
     _check(mode, options)
-    exists = (path / "timstore.json").exists()
+    exists = (path / layout.SETTINGS).exists()
     if mode == "x" and exists:
         raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
     if not exists:
+        if (path / layout.attempt_path(0)).exists():
+            raise CorruptionError(
+                f"{path} has records, but its {layout.SETTINGS} is missing. Restore this file from a copy",
+                path=layout.SETTINGS,
+            )
         if mode == "r":
             raise NotFoundError(f"there is no store at {path}; mode 'a' makes one", path=str(path))
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not _is_free(path):
             raise InvalidInputError(
                 f"{path} is not a store, and is not empty: choose an empty or a new directory", path=str(path)
             )
@@ -35,7 +41,9 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         try:
             return objects, create_settings(objects, **wanted)
         except AlreadyExistsError:
-            pass  # another process made it just now; its options are held against ours below
+            if mode == "x":
+                raise
+            # Another process made it just now; its options are held against ours below.
     settings = read_settings(LocalObjects(path, durable=False))
     for name, value in options.items():
         kept = getattr(settings, name)
@@ -50,6 +58,12 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         if not os.access(path, os.W_OK):
             raise ReadOnlyError(f"{path} is not writable for this process: open it with mode 'r'", path=str(path))
     return LocalObjects(path, durable=settings.durability == "commit"), settings
+
+
+def _is_free(path: Path) -> bool:
+    """Say whether a store may be made here: an empty folder, or one in which somebody began to make it."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    return layout.SETTINGS in names or all(name.startswith(f".{layout.SETTINGS}.") for name in names)
 
 
 def _check(mode: str, options: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """`Store`: open, append, commit, close; asking and reading are in `handle`."""
 
 import atexit
-import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -22,6 +22,7 @@ from timstore.snapshot import pack_probe
 from timstore.writing import BackgroundWriter, Item
 
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+_inherited: "list[Store]" = []
 
 
 class Store(Handle):
@@ -96,7 +97,7 @@ class Store(Handle):
         """
         ledger = self._writing()
         epoch, step = intake.moment(epoch, step)
-        rank = intake.whole_number(rank, "rank")
+        rank = intake.rank_number(rank)
         taken = intake.take_in(
             epoch,
             step,
@@ -112,7 +113,8 @@ class Store(Handle):
         )
         samples, names = [record.sample for record in taken.records], frozenset(taken.parameters)
         ledger.check_new((epoch, step), rank, samples, names)
-        steps = ledger.new_steps(Step(epoch, step, (StepGroup(lr=float(lr)),), rank)) if lr is not None else []
+        group = () if lr is None else (StepGroup(lr=intake.number(lr, "lr")),)
+        steps = ledger.new_steps(Step(epoch, step, group, rank))
         items = [
             Item(
                 sum(array.nbytes for array in intake.arrays_of(record.gradients)),
@@ -150,14 +152,15 @@ class Store(Handle):
             sample_ids: ordered ids of the whole batch, None when unknown.
 
         Raises:
-            InvalidInputError: a field that does not exist, or a step recorded before with another rate.
+            InvalidInputError: a field that does not exist, or a step recorded before with other values.
         """
         ledger = self._writing()
         epoch, step = intake.moment(epoch, step)
-        rank = intake.whole_number(rank, "rank")
+        rank = intake.rank_number(rank)
         parsed = tuple(_step_group(group, f"epoch {epoch}, step {step}") for group in groups)
         ids = None if sample_ids is None else tuple(intake.whole_number(one, "sample id") for one in sample_ids)
-        rows = ledger.new_steps(Step(epoch, step, parsed, rank, float(consumed_ratio), ids, tokens))
+        ratio = intake.number(consumed_ratio, "consumed_ratio")
+        rows = ledger.new_steps(Step(epoch, step, parsed, rank, ratio, ids, tokens))
         self._put(*_rows("steps", rows, (epoch, step)))
         ledger.accept((epoch, step), rank, steps=rows)
 
@@ -247,7 +250,9 @@ class Store(Handle):
         Durability: when this returns, a kill (and with durability `commit` a power loss) loses nothing of it.
 
         Raises:
-            StorageError: nothing became visible, everything is kept in memory; call again after making room.
+            StorageError, ReadOnlyError: nothing became visible, everything is kept in memory; call again after
+                making room. Only with kind `outcome-unknown` may it be visible: open the store again to see.
+            StateError: the writer stopped for good.
         """
         self._check_open()
         if self._writer is not None:
@@ -258,11 +263,22 @@ class Store(Handle):
         """Commit, and release the handle. Closing twice is harmless.
 
         Raises:
-            StorageError: as `commit`; the store then stays open, and may be closed again.
+            StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.
+            StateError: the writer stopped for good; the handle is closed all the same.
         """
         if self._closed or os.getpid() != self._pid:
             return
-        self._end_writer()
+        try:
+            self._end_writer()
+        except errors.StateError:
+            self._release()
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        if self._writer is not None:
+            self._writer.stop()
+            self._writer = None
         self._closed = True
         _open_stores.discard(self)
         self._snapshot.close()
@@ -347,9 +363,19 @@ def _scope_text(scope: Scope) -> str:
     return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"
 
 
+def _keep_inherited() -> None:
+    """Hold the stores of the parent in a forked child: DuckDB crashes where a connection is freed after a fork."""
+    _inherited.extend(_open_stores)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
+
+
 @atexit.register
 def _close_all() -> None:
     """Commit what an interpreter that ends without `close()` still holds."""
     for store in open_stores():
-        with contextlib.suppress(errors.TimstoreError):
+        try:
             store.close()
+        except errors.TimstoreError as error:
+            warnings.warn(f"{store.path}: records were lost at exit: {error}", errors.TimstoreWarning, stacklevel=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from timstore.encoding import encode
-from timstore.errors import StateError, StorageError
+from timstore.errors import ReadOnlyError, StateError, StorageError
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
 from timstore.records import Parameter, Record
@@ -91,7 +91,7 @@ class BackgroundWriter:
         Durability: none yet. They are on disk after the next `commit`, automatic or asked for.
 
         Raises:
-            StorageError: if an earlier write failed; these items were not accepted, earlier ones are kept.
+            StorageError, ReadOnlyError: an earlier write failed; these items were not accepted, earlier ones are kept.
         """
         size_bytes = sum(item.size_bytes for item in items)
         with self._condition:
@@ -107,7 +107,7 @@ class BackgroundWriter:
         """Write everything accepted so far, and return when it is on disk.
 
         Raises:
-            StorageError: if it could not be written; it is kept, and the next commit tries again.
+            StorageError, ReadOnlyError: if it could not be written; it is kept, and the next commit tries again.
         """
         with self._condition:
             if not self._broken:
@@ -213,7 +213,7 @@ class BackgroundWriter:
                 self._log.commit(
                     attempt=self.attempt, rank=batch.rank, steps=steps, records=len(batch.records), build=batch.build
                 )
-        except StorageError as error:
+        except (StorageError, ReadOnlyError) as error:
             batch.since = time.monotonic()
             with self._condition:
                 self._error = error

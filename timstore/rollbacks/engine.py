@@ -13,8 +13,8 @@ import torch
 from timstore.errors import InvalidInputError
 from timstore.format.reader import ByteCache, SegmentReader
 from timstore.records import Parameter
-from timstore.rollback.plan import ENCODINGS, ParameterRows, Plan
-from timstore.rollback.vectors import Vector
+from timstore.rollbacks.plan import ENCODINGS, ParameterRows, Plan
+from timstore.rollbacks.vectors import Vector
 from timstore.snapshot import Snapshot
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from timstore.errors import CoverageError, StateError
-from timstore.rollback.coefficients import Schedule, step_lengths, weights
+from timstore.rollbacks.coefficients import Schedule, step_lengths, weights
 from timstore.snapshot import Snapshot
 
 Moment = tuple[int, int]

@@ -12,16 +12,16 @@ import torch
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
 from timstore.fingerprints import digest_of_blocks, digests
 from timstore.records import Parameter
-from timstore.rollback.apply import apply, foresee, new_values
-from timstore.rollback.curvature import probe_filter, probe_losses
-from timstore.rollback.engine import Budget, stream
-from timstore.rollback.identity import Identity, combined_digest, recognise
-from timstore.rollback.plan import Plan, make_plan
-from timstore.rollback.probe import Probe
-from timstore.rollback.progress import Bar, shown
-from timstore.rollback.report import ProbeReport, RollbackReport
-from timstore.rollback.request import Request, parse_bytes
-from timstore.rollback.vectors import Vector, Workspace
+from timstore.rollbacks.apply import apply, foresee, new_values
+from timstore.rollbacks.curvature import probe_filter, probe_losses
+from timstore.rollbacks.engine import Budget, stream
+from timstore.rollbacks.identity import Identity, combined_digest, recognise
+from timstore.rollbacks.plan import Plan, make_plan
+from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.progress import Bar, shown
+from timstore.rollbacks.report import ProbeReport, RollbackReport
+from timstore.rollbacks.request import Request, parse_bytes
+from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.store import Store
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}

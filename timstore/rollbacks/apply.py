@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from timstore.rollback.vectors import Vector, Workspace
+from timstore.rollbacks.vectors import Vector, Workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import pyarrow.compute
 
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError
 from timstore.records import Parameter
-from timstore.rollback.request import Request
-from timstore.rollback.timeline import Moment, Timeline, moment_key, read_timelines, up_to
+from timstore.rollbacks.request import Request
+from timstore.rollbacks.timeline import Moment, Timeline, moment_key, read_timelines, up_to
 from timstore.snapshot import Snapshot
 
 ENCODINGS = ("factors", "dense", "rows")

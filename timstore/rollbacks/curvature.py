@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from timstore.rollback.probe import Answer, Probe, tensors_of
-from timstore.rollback.vectors import Vector, Workspace
+from timstore.rollbacks.probe import Answer, Probe, tensors_of
+from timstore.rollbacks.vectors import Vector, Workspace
 
 
 @dataclass(frozen=True, eq=False, slots=True)

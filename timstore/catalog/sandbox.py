@@ -1,0 +1,66 @@
+"""A connection that can read one catalogue file and do nothing else, and a folder that nobody else may enter."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import duckdb
+
+from timstore.errors import InvalidInputError
+
+VIEWS = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
+
+# In this order: what is locked cannot be set.
+_LOCKS = (
+    # Spilling would need a file system. A question too big for memory fails; the default would spill into the
+    # working directory.
+    "SET temp_directory = ''",
+    "SET autoinstall_known_extensions = false",
+    "SET autoload_known_extensions = false",
+    "SET python_enable_replacements = false",
+    "SET enable_external_access = false",
+    # Without external access DuckDB still admits the attached file, its log and the temporary directory, by name:
+    # COPY could overwrite the catalogue, ATTACH could make a writable one. What is open stays readable.
+    "SET disabled_filesystems = 'LocalFileSystem'",
+    "SET lock_configuration = true",
+)
+
+
+def private_folder() -> Path:
+    """Make a folder of mode 0700 in the system's temporary directory."""
+    return Path(tempfile.mkdtemp(prefix="timstore-catalogue-"))
+
+
+def remove_own(folder: Path, pid: int) -> None:
+    """Remove a folder if this is the process that made it: a forked child must leave its parent's alone."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_locked(path: Path) -> duckdb.DuckDBPyConnection:
+    """Open a catalogue file read-only, shut every door (files, network, extensions, Python variables) and lock."""
+    connection = duckdb.connect(path, read_only=True, config={"threads": "2"})
+    for lock in _LOCKS:
+        connection.execute(lock)
+    return connection
+
+
+def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> duckdb.DuckDBPyRelation:
+    """Return the answer to one SELECT.
+
+    Raises:
+        InvalidInputError: it is something else, or DuckDB refuses it.
+    """
+    try:
+        statements = cursor.extract_statements(query)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            raise InvalidInputError(
+                f"one SELECT at a time, and nothing else; the tables are {', '.join(VIEWS)}", kind="not-a-select"
+            )
+        return cursor.sql(query, params=params)
+    # TypeError: the query is no text.
+    except (duckdb.Error, TypeError) as error:
+        raise InvalidInputError(
+            f"DuckDB says: {error}\nThe tables are {', '.join(VIEWS)}; DESCRIBE names a table's columns", kind="sql"
+        ) from error
