@@ -47,7 +47,7 @@ PRE_TRAINING = (
 )
 FINE_TUNING = "mailbox optparse pathlib pickle platform plistlib random shutil statistics subprocess"
 HELD_OUT = "tarfile tempfile"
-FORGOTTEN = "stringprep"
+FORGOTTEN = "html/entities"
 
 CONTEXT, VOCABULARY, PROBE = 64, 2048, 64
 SEQUENCES, FORGET, BATCH, EPOCHS = 496, 16, 16, 2
@@ -363,7 +363,7 @@ def main() -> int:
         say(f"rolling back, with a probe of {PROBE} sequences of the pre-training text")
         with measured() as with_probe:
             report = store.rollback(model, text.forget_ids, probe=probe)
-        console.print(report, markup=False)
+        console.print(str(report), markup=False)
 
         say("fine-tuning again without the forgotten sequences")
         models["retrained"] = copy.deepcopy(start)

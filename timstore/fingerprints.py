@@ -18,7 +18,9 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
     state = hashlib.sha256(f"{dtype} {shape}\n".encode())
     for block in blocks:
         if block.numel():
-            state.update(block.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            # A single element counts as contiguous whatever its stride is, and then has no view as bytes.
+            packed = block.contiguous().as_strided((block.numel(),), (1,))
+            state.update(packed.view(torch.uint8).cpu().numpy().tobytes())
     return state.hexdigest()
 
 
@@ -28,6 +30,11 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if not tensor.is_contiguous() and tensor.ndim > 1 and tensor.numel() * tensor.element_size() > _BLOCK_BYTES:
+        # Flattening it would copy the whole of it.
+        for part in tensor:
+            yield from _blocks(part)
+        return
     flat = tensor.reshape(-1)
     step = max(1, _BLOCK_BYTES // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):

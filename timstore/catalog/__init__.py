@@ -21,7 +21,7 @@ from timstore.errors import StateError
 
 __all__ = ["AttemptRow", "Catalog", "CommitRows"]
 
-_LOADING = {"memory_limit": "1GB", "threads": "2", "preserve_insertion_order": "false"}
+_LOADING = {"memory_limit": "256MB", "threads": "2", "preserve_insertion_order": "false"}
 
 
 class Catalog:
@@ -41,7 +41,7 @@ class Catalog:
 
         The previous catalogue, and relations made from it, stay as they are.
 
-        Cost: about 1 GB of memory at most, whatever the number of rows; 14 bytes of temporary disk per gradient row.
+        Cost: about 0.5 GB of memory, whatever the number of rows; 14 bytes of temporary disk per gradient row.
 
         Raises:
             FormatError: rows that this version does not know, or user columns of samples that do not fit together.

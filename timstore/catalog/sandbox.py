@@ -11,19 +11,20 @@ from timstore.errors import InvalidInputError
 
 VIEWS = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
 
-# In this order: what is locked cannot be set.
+# In this order: what is locked cannot be set. GLOBAL, because some of these are otherwise the connection's alone, and
+# every question has a connection of its own.
 _LOCKS = (
     # Spilling would need a file system. A question too big for memory fails; the default would spill into the
     # working directory.
-    "SET temp_directory = ''",
-    "SET autoinstall_known_extensions = false",
-    "SET autoload_known_extensions = false",
-    "SET python_enable_replacements = false",
-    "SET enable_external_access = false",
+    "SET GLOBAL temp_directory = ''",
+    "SET GLOBAL autoinstall_known_extensions = false",
+    "SET GLOBAL autoload_known_extensions = false",
+    "SET GLOBAL python_enable_replacements = false",
+    "SET GLOBAL enable_external_access = false",
     # Without external access DuckDB still admits the attached file, its log and the temporary directory, by name:
     # COPY could overwrite the catalogue, ATTACH could make a writable one. What is open stays readable.
-    "SET disabled_filesystems = 'LocalFileSystem'",
-    "SET lock_configuration = true",
+    "SET GLOBAL disabled_filesystems = 'LocalFileSystem'",
+    "SET GLOBAL lock_configuration = true",
 )
 
 
@@ -53,14 +54,21 @@ def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> duckdb
         InvalidInputError: it is something else, or DuckDB refuses it.
     """
     try:
-        statements = cursor.extract_statements(query)
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise InvalidInputError(
-                f"one SELECT at a time, and nothing else; the tables are {', '.join(VIEWS)}", kind="not-a-select"
-            )
-        return cursor.sql(query, params=params)
+        if _is_one_select(cursor.extract_statements(query)):
+            return cursor.sql(query, params=params)
     # TypeError: the query is no text.
     except (duckdb.Error, TypeError) as error:
         raise InvalidInputError(
             f"DuckDB says: {error}\nThe tables are {', '.join(VIEWS)}; DESCRIBE names a table's columns", kind="sql"
         ) from error
+    raise InvalidInputError(
+        f"one SELECT at a time, and nothing else; the tables are {', '.join(VIEWS)}", kind="not-a-select"
+    )
+
+
+def _is_one_select(statements: list[duckdb.Statement]) -> bool:
+    try:
+        return len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
+    except ValueError:
+        # DuckDB's Python has no name for the type of UPDATE EXTENSIONS.
+        return False

@@ -4,51 +4,15 @@ A hook is a tensor's or a module's and holds neither the output nor, once its gr
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from timstore.errors import CoverageError, InvalidInputError
-from timstore.recording.modules import Call, Captured, EmbeddingKind, Input, Kind, check_separable, kind_of
-from timstore.records import Gradient
-
-
-@dataclass(eq=False)
-class MicroBatch:
-    """One forward and backward pass.
-
-    Attributes:
-        ids: the sample id of every row.
-        positions: rows to capture, None for all of them.
-        parts: parameter (by identity) to, per captured row, its parts.
-    """
-
-    ids: list[int]
-    positions: list[int] | None
-    captured: list[tuple[nn.Parameter, list[Gradient]]] = field(default_factory=list)
-    inputs: dict[int, tuple[Callable[[], torch.Tensor | None], int, Input]] = field(default_factory=dict)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no row of it is to be captured."""
-        return self.positions is not None and not self.positions
-
-    def rows(self) -> Iterator[tuple[int, int]]:
-        """Yield (index among the captured rows, sample id)."""
-        chosen = self.ids if self.positions is None else [self.ids[position] for position in self.positions]
-        yield from enumerate(chosen)
-
-    def share(self, tensor: torch.Tensor) -> Input:
-        """Return the Input of a tensor, the same for all layers that were given this very tensor."""
-        known = self.inputs.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
-            return known[2]
-        made = Input(tensor.detach())
-        self.inputs[id(tensor)] = weakref.ref(tensor), tensor._version, made
-        return made
+from timstore.errors import CoverageError, InvalidInputError, StateError
+from timstore.recording.batches import MicroBatch
+from timstore.recording.modules import Call, EmbeddingKind, Input, Kind, check_separable, kind_of
 
 
 class Capture:
@@ -70,7 +34,6 @@ class Capture:
         self._trained = {id(parameter) for parameter in trained}
         self._current = current
         self._seen = seen
-        self._inside = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for name, module in model.named_modules():
@@ -93,8 +56,7 @@ class Capture:
 
     def _hook(self, kind: Kind) -> None:
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._inside:
-                self._forward(kind, args, kwargs, output)
+            self._forward(kind, args, kwargs, output)
 
         self._handles.append(kind.module.register_forward_hook(forward, with_kwargs=True))
         if isinstance(kind, EmbeddingKind):
@@ -103,7 +65,7 @@ class Capture:
     def _expand(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give position ids (1, T) the batch's rows, so that each sample has a gradient of its own."""
         batch = self._current()
-        if batch is None or not args or not torch.is_grad_enabled():
+        if batch is None or batch.empty or not args or not torch.is_grad_enabled():
             return None
         ids, rows = args[0], len(batch.ids)
         if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) == 1 and rows > 1:
@@ -120,6 +82,8 @@ class Capture:
         if batch is None:
             if isinstance(output, torch.Tensor) and not output.requires_grad:
                 return
+            if torch._C._current_graph_task_id() != -1:
+                return  # a checkpoint computes again during backward; its first pass has the hooks
             raise InvalidInputError(
                 f"module {kind.name} ran a training forward without sample ids: pass sample_ids=... to the model, use "
                 "recorder.batch(ids), or wrap what is no training in torch.no_grad()",
@@ -143,25 +107,35 @@ class Capture:
                 "sample ids: axis 0 must be the batch. Keep it so, or freeze the module",
                 module=kind.name,
             )
-        chosen = None if batch.positions is None else torch.tensor(batch.positions, device=output.device)
         arguments = (_detached(args), _detached(kwargs)) if kind.needs_arguments else None
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
-        call = Call(rows, chosen, shared, output.shape, arguments)
-        # In-place operations on a view would lose a hook on it.
-        target = output._base if output._is_view() and output._base is not None else output
-        target.register_hook(self._backward(kind, call, batch))  # type: ignore[no-untyped-call]
+        call = Call(rows, batch.chosen(output.device), shared, given._version, output.shape, arguments)
+        batch.watch(call)
+        _hooked(output).register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
 
-    def _backward(self, kind: Kind, call: Call, batch: MicroBatch) -> Callable[[torch.Tensor], None]:
+    def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
-            self._inside = True
-            try:
-                found: Captured = kind.capture(call, gradient, self._wanted)
-            finally:
-                self._inside = False
-            batch.captured.extend(found)
+            if not self._handles:
+                return
+            batch = owner()
+            if batch is None or call.released:
+                raise StateError(
+                    f"module {kind.name}: a backward pass came after the optimizer step that its forward pass belonged "
+                    "to; run every backward before the step",
+                    kind="late-backward",
+                )
+            batch.captured.extend(kind.capture(call, gradient, self._wanted))
 
         return arrived
+
+
+def _hooked(output: torch.Tensor) -> torch.Tensor:
+    """Return the tensor to hook: an in-place operation on a view would lose a hook on the view itself."""
+    base = output._base if output._is_view() else None
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    # A permuted view has its elements in another order than what it is a view of.
+    return base if base is not None and whole and base.requires_grad else output
 
 
 def _detached(values: Any) -> Any:

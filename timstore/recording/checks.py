@@ -13,9 +13,16 @@ from timstore.records import Factors, Gradient, Rows, widen
 # Of the sum of the token norms' products: some gradients are pure rounding noise, relative to themselves.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-2
+# Attention's key bias has a gradient of nothing but rounding noise: less than this part of the whole is no evidence.
+_NOISE = 1e-3
 
 
-def check_sum(parameters: Mapping[str, nn.Parameter], parts: Mapping[int, Sequence[Gradient]], ratio: float) -> None:
+def check_sum(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[int, Sequence[Gradient]],
+    ratio: float,
+) -> None:
     """Hold the sum of all samples' parts to the gradient that the optimizer consumes.
 
     Args:
@@ -25,21 +32,18 @@ def check_sum(parameters: Mapping[str, nn.Parameter], parts: Mapping[int, Sequen
     Raises:
         CoverageError: naming the parameter that something else than the hooked modules reaches.
     """
+    norms = [float(one.grad.double().norm()) for one in parameters.values() if one.grad is not None]
+    noise = _NOISE * sum(norm * norm for norm in norms) ** 0.5
     for name, parameter in parameters.items():
         if parameter.grad is None:
             continue
         found = parts.get(id(parameter), ())
+        if not found and bool(parameter.grad.any()):
+            raise _not_captured(model, name)
         total, bound = _total(found, parameter.grad)
         tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in (parameter.dtype, *_dtypes(found)))
         off = float((total * ratio - parameter.grad.double()).norm())
-        if off > tolerance * max(bound * abs(ratio), float(parameter.grad.double().norm()), 1e-30):
-            if not found:
-                raise CoverageError(
-                    f"parameter {name} is trained, and no module that can be recorded uses it (it is used directly, "
-                    "or by a module such as LSTM or MultiheadAttention): freeze it, or build that module from Linears",
-                    kind="not-captured",
-                    parameter=name,
-                )
+        if off > tolerance * max(bound * abs(ratio), float(parameter.grad.double().norm()), noise, 1e-30):
             raise CoverageError(
                 f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
                 f"{off:.2g} in norm). Something besides its module uses it, or samples of the batch are coupled",
@@ -48,7 +52,7 @@ def check_sum(parameters: Mapping[str, nn.Parameter], parts: Mapping[int, Sequen
             )
 
 
-def check_captured(parameters: Mapping[str, nn.Parameter], captured: Iterable[int]) -> None:
+def check_captured(model: nn.Module, parameters: Mapping[str, nn.Parameter], captured: Iterable[int]) -> None:
     """Refuse a step in which a parameter got a gradient that no hook saw.
 
     Raises:
@@ -57,12 +61,20 @@ def check_captured(parameters: Mapping[str, nn.Parameter], captured: Iterable[in
     seen = set(captured)
     for name, parameter in parameters.items():
         if id(parameter) not in seen and parameter.grad is not None and bool(parameter.grad.any()):
-            raise CoverageError(
-                f"parameter {name} got a gradient in this step, and no recorded module used it: it is used directly, "
-                "or by a module that hooks cannot see; freeze it, or build that module from Linear layers",
-                kind="not-captured",
-                parameter=name,
-            )
+            raise _not_captured(model, name)
+
+
+def _not_captured(model: nn.Module, name: str) -> CoverageError:
+    owner, _, _ = name.rpartition(".")
+    kind = type(model.get_submodule(owner)).__name__
+    return CoverageError(
+        f"parameter {name} is trained, and module {owner or 'at the top'} ({kind}) was not seen using it: it is used "
+        "directly, where hooks cannot see, or under a checkpoint with use_reentrant=True (use False). Freeze it, or "
+        "build that module from Linear layers",
+        kind="not-captured",
+        parameter=name,
+        module=owner,
+    )
 
 
 def check_order(
@@ -116,19 +128,22 @@ def summary(given: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model in eval mode, and leave mode, buffers and random state as they were."""
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     try:
         model.eval()
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, value in kept:
+                buffer.copy_(value)
+        for module, mode, buffers in training:
+            module.training = mode
+            # A forward pass may also have put another tensor in a buffer's place.
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _total(parts: Sequence[Gradient], like: torch.Tensor) -> tuple[torch.Tensor, float]:

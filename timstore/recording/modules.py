@@ -21,12 +21,12 @@ from timstore.errors import CoverageError
 from timstore.records import Factors, Gradient, Rows, as_array
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Input:
     """A module's input while backward is on its way; layers that got the same tensor hold the same Input.
 
     Attributes:
-        tensor: the input, detached; dropped once it is copied.
+        tensor: the input, detached; dropped once it is copied, or the step is over.
         arrays: of each chosen sample, (T, d) on the host; the store knows shared inputs by these very objects.
     """
 
@@ -34,21 +34,30 @@ class Input:
     arrays: list[np.ndarray] | None = None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
     """One call of a module in a forward pass.
 
     Attributes:
         batch: number of rows of the whole batch.
         chosen: positions of the samples to capture, None for all.
+        version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.
+        released: the step is over.
     """
 
     batch: int
     chosen: torch.Tensor | None
     input: Input
+    version: int
     output_shape: torch.Size
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
+    released: bool = False
+
+    def release(self) -> None:
+        """Let go of every tensor."""
+        self.input.tensor = self.input.arrays = self.arguments = None
+        self.released = True
 
 
 # Parameter (by identity) and, per chosen sample, its part of the gradient.
@@ -133,19 +142,43 @@ class LeafKind(Kind):
 
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Callable[[Any], bool]) -> Captured:
         assert call.arguments is not None
+        if _held(call)._version != call.version:
+            raise CoverageError(
+                f"module {self.name} ({type(self.module).__name__}): its input was changed in place after it ran, so "
+                "its gradient cannot be computed again for one sample; use the operation that makes a new tensor",
+                module=self.name,
+            )
         held = {name: one for name, one in self.module.named_parameters(recurse=False) if wanted(one)}
         parts: dict[str, list[Gradient]] = {name: [] for name in held}
         gradient = gradient.reshape(call.output_shape)
         positions = range(call.batch) if call.chosen is None else call.chosen.tolist()
         for position in positions:
-            leaves = {name: one.detach().requires_grad_() for name, one in held.items()}
+            leaves = {f"module.{name}": one.detach().requires_grad_() for name, one in held.items()}
             args, kwargs = _row(call.arguments, position, call.batch)
             with torch.enable_grad():
-                output = functional_call(self.module, leaves, args, kwargs)
-            grads = torch.autograd.grad(output, list(leaves.values()), gradient[position : position + 1])
-            for name, grad in zip(leaves, grads, strict=True):
-                parts[name].append(as_array(grad))
+                output = functional_call(_Unhooked(self.module), leaves, args, kwargs)
+            grads = torch.autograd.grad(
+                output,
+                list(leaves.values()),
+                gradient[position : position + 1],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for name, grad in zip(held, grads, strict=True):
+                # A gradient may be a view of the one that came in, which autograd goes on adding to.
+                parts[name].append(as_array(grad.clone()))
         return [(held[name], found) for name, found in parts.items()]
+
+
+class _Unhooked(nn.Module):
+    """Computes a module again without its hooks, ours and the user's: they have seen this pass already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 def kind_of(name: str, module: nn.Module) -> Kind:
@@ -154,6 +187,8 @@ def kind_of(name: str, module: nn.Module) -> Kind:
     Raises:
         CoverageError: its gradient is not a sum over samples, or cannot be seen.
     """
+    if "forward" in vars(module):
+        return LeafKind(name, module)
     forward = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return LinearKind(name, module)

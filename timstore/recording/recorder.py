@@ -1,22 +1,23 @@
 """The recorder: batch to hooks to records to store, around a training loop that does not know of it."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import nn
 
-from timstore.errors import InvalidInputError, StateError, TimstoreError
+from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import whole_number
 from timstore.recording import checks
-from timstore.recording.capture import Capture, MicroBatch
-from timstore.recording.optimizer import GradientScale, step_groups, trained_parameters
-from timstore.records import Factors, Gradient, Parameter, Rows, StepGroup
+from timstore.recording.accumulation import Accumulation
+from timstore.recording.batches import MicroBatch, check_length, on_host, records_of, sample_ids
+from timstore.recording.capture import Capture
+from timstore.recording.optimizer import check_untrained, step_groups, trained_parameters
+from timstore.records import Gradient, Parameter, StepGroup
 from timstore.store import Store
 
 _recorded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -45,16 +46,20 @@ class Recorder:
         self._model = model
         self._optimizer = optimizer
         self._samples = None if samples is None else frozenset(whole_number(one, "sample id") for one in samples)
-        self._resume_from = resume_from
-        self._probe = None if probe is None else [_on_host(batch) for batch in probe]
+        if self._samples is not None and not self._samples:
+            raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
+        self._resume_from = None if resume_from is None else _moment(resume_from)
+        self._probe = None if probe is None else [on_host(batch) for batch in probe]
         self._rank = rank
         self._allow_zero = allow_zero
         self._trained = trained_parameters(model, optimizer)
         self._names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
+        self._untrained = {id(one): name for name, one in model.named_parameters() if id(one) not in self._names}
         self._epoch = 0
         self.step = 0
         self._pending: list[MicroBatch] = []
+        self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
         self._current: MicroBatch | None = None
         self._held = False
         self._watched: list[tuple[str, torch.Tensor]] | None = None
@@ -64,7 +69,7 @@ class Recorder:
         self._ahead: tuple[list[StepGroup], float] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
-        self._scale: GradientScale | None = None
+        self._accumulation: Accumulation | None = None
 
     @property
     def epoch(self) -> int:
@@ -86,31 +91,10 @@ class Recorder:
     def __enter__(self) -> Self:
         if self._model in _recorded:
             raise StateError("this model is being recorded already", kind="already-recording")
-        scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
-        if self._resume_from is not None:
-            self._store.begin_attempt(*self._resume_from, scope=scope)
-            self._epoch, self.step = self._resume_from
-        else:
-            self._store.claim_scope(scope)
-            self._continue()
-        self._store.declare(
-            [
-                Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
-                for name, (one, group) in self._trained.items()
-            ]
-        )
-        if self._probe is not None:
-            self._store.keep_probe(self._probe, loss="cross_entropy")
         _recorded.add(self._model)
         try:
-            self._capture = Capture(self._model, self._parameters.values(), lambda: self._current, self._see)
-            self._scale = GradientScale(self._parameters)
-            self._handles = [
-                self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
-                self._model.register_forward_hook(self._after_forward, always_call=True),
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
+            self._hook()
+            self._begin_attempt()
         except BaseException:
             self._release()
             raise
@@ -124,34 +108,70 @@ class Recorder:
             if self._last is not None:
                 self._store.append_fingerprints(*self._last, digests(self._model))
             self._store.commit()
-        except TimstoreError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: what was recorded last could not be committed: {failure}")
+
+    def _hook(self) -> None:
+        self._capture = Capture(self._model, self._parameters.values(), lambda: self._current, self._see)
+        tables = {id(one.weight) for one in self._model.modules() if isinstance(one, nn.Embedding)}
+        self._accumulation = Accumulation(
+            self._parameters, lambda: self._discard(self._earlier), tables_only=tables >= self._names.keys()
+        )
+        model, optimizer, keep = self._model, self._optimizer, self._handles.append
+        keep(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        keep(model.register_forward_hook(self._after_forward, always_call=True))
+        keep(optimizer.register_step_pre_hook(self._before_step))
+        keep(optimizer.register_step_post_hook(self._after_step))
+
+    def _begin_attempt(self) -> None:
+        scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
+        if self._resume_from is not None:
+            self._store.begin_attempt(*self._resume_from, scope=scope)
+            self._epoch, self.step = self._resume_from
+        else:
+            self._continue()
+            self._store.claim_scope(scope)
+        self._store.declare(
+            [
+                Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
+                for name, (one, group) in self._trained.items()
+            ]
+        )
+        if self._probe is not None:
+            self._store.keep_probe(self._probe, loss="cross_entropy")
 
     def _continue(self) -> None:
         """Take up the count where the store's history ends, if the model is still the one it ended with."""
         frontier = self._store.frontier
         if frontier is None:
             return
-        self._epoch, self.step = frontier[0], frontier[1] + 1
         known = self._store.latest_fingerprints()
-        if known is not None and known[2] != digests(self._model):
+        where = f"epoch {frontier[0]}, step {frontier[1]}"
+        resume = (
+            "pass resume_from=(epoch, step) of the first step that the model has not seen; it supersedes what was "
+            "recorded from there on, and (0, 0) starts over"
+        )
+        if known is None or known[:2] < frontier:
             raise StateError(
-                f"the model is not the one that recording stopped with (epoch {known[0]}, step {known[1]}): a resumed "
-                "or repeated run passes resume_from=(epoch, step), which supersedes what was recorded from there on",
-                kind="model-changed",
+                f"the store's history ends at {where} without the fingerprint of a model, so recording was cut off "
+                f"there, or done by append: {resume}",
+                kind="unknown-model",
             )
+        if known[2] != digests(self._model):
+            raise StateError(f"the model changed since recording stopped at {where}: {resume}", kind="model-changed")
+        self._epoch, self.step = frontier[0], frontier[1] + 1
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for held in (self._capture, self._scale):
+        for held in (self._capture, self._accumulation):
             if held is not None:
                 held.remove()
-        self._pending.clear()
+        self._discard(len(self._pending))
         self._current = None
         _recorded.discard(self._model)
 
@@ -175,20 +195,25 @@ class Recorder:
                     kind="no-ids",
                 )
             return args, kwargs
-        self._check_length(self._current, args, kwargs)
+        check_length(self._current.ids, args, kwargs)
         if not self._order_checked and len(self._current.ids) > 1:
             self._check_order(args, kwargs, len(self._current.ids))
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._watched is None and not self._held:
-            self._current = None
+        if self._watched is not None or self._held or not torch.is_grad_enabled():
+            return
+        if output is None and self._current in self._pending:
+            self._pending.remove(self._current)  # the forward pass failed
+        self._current = None
 
     def _begin(self, ids: Any) -> None:
-        checked = _ids(ids)
-        if self._pending and not self._gradients_held():
-            # The step they belonged to was skipped: their gradients are gone.
-            self._pending.clear()
+        checked = sample_ids(ids)
+        assert self._accumulation is not None
+        if self._accumulation.begun:
+            self._earlier = len(self._pending)
+            if self._accumulation.lost():
+                self._discard(self._earlier)
         positions = None
         # Until the first step has proved that the parts add up, all of them are needed.
         if self._samples is not None and self._sum_checked:
@@ -196,19 +221,14 @@ class Recorder:
         self._current = MicroBatch(checked, positions)
         self._pending.append(self._current)
 
-    def _gradients_held(self) -> bool:
-        held = sorted((one for one in self._parameters.values() if one.grad is not None), key=lambda one: one.numel())
-        return any(bool(one.grad.any()) for one in held if one.grad is not None)
-
-    def _check_length(self, batch: MicroBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.ndim:
-                if len(value) != len(batch.ids):
-                    raise InvalidInputError(
-                        f"the batch has {len(value)} rows and {len(batch.ids)} sample ids; give one id per row",
-                        kind="wrong-ids",
-                    )
-                return
+    def _discard(self, count: int) -> None:
+        """Drop the first micro-batches: the step that they were for is over, or was skipped."""
+        for batch in self._pending[:count]:
+            batch.release()
+        del self._pending[:count]
+        self._earlier = 0
+        if self._accumulation is not None:
+            self._accumulation.clear()
 
     def _check_order(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         self._watched = []
@@ -229,8 +249,9 @@ class Recorder:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(one is not None for one in (*args[1:], *kwargs.values())):
             raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
-        assert self._scale is not None
-        ratio = self._scale.ratio()
+        assert self._accumulation is not None
+        check_untrained(optimizer, self._untrained)
+        ratio = self._accumulation.ratio()
         self._check_step(ratio)
         self._ahead = step_groups(optimizer, self._names), ratio
 
@@ -240,35 +261,25 @@ class Recorder:
             for parameter, parts in batch.captured:
                 found.setdefault(id(parameter), []).extend(parts)
         if not self._sum_checked:
-            checks.check_sum(self._parameters, found, ratio)
+            checks.check_sum(self._model, self._parameters, found, ratio)
             self._sum_checked = True
-        elif any(not batch.empty for batch in self._pending):
-            checks.check_captured(self._parameters, found)
+        elif not any(batch.empty for batch in self._pending):
+            # A module that only an empty batch went through is rightly not among them.
+            checks.check_captured(self._model, self._parameters, found)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._ahead is not None and self._scale is not None
+        assert self._ahead is not None
         groups, ratio = self._ahead
-        pending, self._pending = self._pending, []
+        used = [batch for batch in self._pending if batch.used]
+        drawn = [one for batch in used for one in batch.ids]
+        records = records_of(used, self._samples, self._names)
         moment = self._epoch, self.step
         self.step += 1
         self._last = moment
-        self._scale.clear()
-        drawn = [one for batch in pending for one in batch.ids]
+        self._discard(len(self._pending))
         self._store.append_step(*moment, groups, rank=self._rank, consumed_ratio=ratio, sample_ids=drawn)
-        for sample, gradients in self._records(pending).items():
+        for sample, gradients in records.items():
             self._store.append(*moment, sample, gradients, rank=self._rank, allow_zero=self._allow_zero, copy=False)
-
-    def _records(self, pending: Sequence[MicroBatch]) -> dict[int, dict[str, list[Gradient]]]:
-        """Return sample to parameter to parts, micro-batches and repeated draws joined."""
-        records: dict[int, dict[str, list[Gradient]]] = {}
-        for batch in pending:
-            for index, sample in batch.rows():
-                if self._samples is not None and sample not in self._samples:
-                    continue
-                gradients = records.setdefault(sample, {})
-                for parameter, parts in batch.captured:
-                    _join(gradients.setdefault(self._names[id(parameter)], []), parts[index])
-        return {sample: gradients for sample, gradients in records.items() if gradients}
 
 
 class _Batch:
@@ -285,32 +296,9 @@ class _Batch:
         self._recorder._current = None
 
 
-def _join(parts: list[Gradient], part: Gradient) -> None:
-    """Add a part: dense ones are summed, factors and rows stand beside each other."""
-    if not isinstance(part, Factors | Rows):
-        for number, other in enumerate(parts):
-            if not isinstance(other, Factors | Rows) and other.dtype == part.dtype and other.dtype.names is None:
-                parts[number] = other + part
-                return
-    parts.append(part)
-
-
-def _ids(ids: Any) -> list[int]:
-    """Return sample ids as integers, from a tensor, an array or a sequence."""
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else ids
-    if not isinstance(values, list) or not values or isinstance(ids, str):
-        raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
-    return [whole_number(one, "sample id") for one in values]
-
-
-def _on_host(batch: Any) -> Any:
-    """Return a probe batch as numpy arrays."""
-    if isinstance(batch, torch.Tensor):
-        return batch.detach().cpu().numpy()
-    if isinstance(batch, dict) or hasattr(batch, "items"):
-        return {str(name): _on_host(value) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return tuple(_on_host(value) for value in batch)
-    if isinstance(batch, np.ndarray):
-        return batch
-    raise InvalidInputError(f"a probe batch is a mapping, a tuple or a tensor, not {type(batch).__name__}")
+def _moment(given: Any) -> tuple[int, int]:
+    try:
+        epoch, step = given
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
+    return whole_number(epoch, "epoch"), whole_number(step, "step")

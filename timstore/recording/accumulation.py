@@ -1,0 +1,156 @@
+"""What backward accumulated since the last step, and what the optimizer consumes of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from timstore.errors import StateError
+
+_SAMPLED = 256
+# How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_HALF_TOLERANCE = 2e-2
+
+
+class Accumulation:
+    """Watches gradients being accumulated into the trained parameters.
+
+    Right after backward has accumulated into a parameter, some of its gradient's elements are kept. The
+    optimizer consumes a common multiple of them (clipping), or something that no record can be weighted by.
+
+    Args:
+        vanished: called when a backward pass finds that what was accumulated by earlier ones has been zeroed.
+        tables_only: all parameters are embeddings, so that a few elements are likely to be zero.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], vanished: Callable[[], None], *, tables_only: bool = False
+    ) -> None:
+        self._parameters = parameters
+        self._vanished = vanished
+        self._tables_only = tables_only
+        # Positions and values of some elements of each parameter's gradient.
+        self._kept: dict[str, tuple[torch.Tensor | slice, torch.Tensor]] = {}
+        self._suspect = False
+        self._handles: list[Any] = []
+        for name, parameter in parameters.items():
+            self._handles.append(parameter.register_hook(self._before(name)))  # type: ignore[no-untyped-call]
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._after(name)))  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget what was accumulated: the step is over, or was skipped."""
+        self._kept.clear()
+        self._suspect = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was accumulated since the last step."""
+        return bool(self._kept)
+
+    def lost(self) -> bool:
+        """Return whether what was accumulated has been zeroed: the step that it was for was skipped.
+
+        When it has not, the next backward pass looks again, for loops that zero between forward and backward.
+        """
+        held = sorted((self._parameters[name] for name in self._kept), key=torch.numel)
+        self._suspect = any(_nonzero(parameter) for parameter in held)
+        return not self._suspect
+
+    def ratio(self) -> float:
+        """Return consumed over accumulated gradient, one factor common to all parameters.
+
+        Raises:
+            StateError: if there is none (per-layer clipping, added noise, gradients changed by hand), if a
+                gradient is not finite, or was not accumulated since the last step.
+        """
+        for name, parameter in self._parameters.items():
+            if name not in self._kept and _nonzero(parameter):
+                raise _stale(name)
+        names = [name for name in self._kept if self._parameters[name].grad is not None]
+        if not names:
+            return 1.0
+        sums = torch.stack([self._sums(name) for name in names]).cpu()
+        between, accumulated, consumed = sums.sum(0).tolist()
+        if not torch.isfinite(sums).all():
+            name = names[int((~torch.isfinite(sums)).any(1).nonzero()[0])]
+            raise StateError(
+                f"parameter {name}: its gradient is not finite, so nothing after this step could be recorded. Skip "
+                "such steps (do not call optimizer.step()), or find where the loss overflows",
+                kind="not-finite",
+                parameter=name,
+            )
+        if accumulated == 0:
+            if consumed or any(_nonzero(self._parameters[name]) for name in names):
+                raise StateError(
+                    "the gradients are too sparse to see how they were scaled between backward and step; train "
+                    "another parameter beside the embeddings",
+                    kind="not-measured",
+                )
+            return 1.0
+        ratio = float(between / accumulated)
+        expected = ratio * ratio * sums[:, 1]
+        off = (sums[:, 2] - 2 * ratio * sums[:, 0] + expected).clamp(min=0).sqrt()
+        for name, error, size in zip(names, off.tolist(), expected.sqrt().tolist(), strict=True):
+            if error > _TOLERANCE.get(self._parameters[name].dtype, _HALF_TOLERANCE) * max(size, 1e-30):
+                raise StateError(
+                    f"parameter {name}: between backward and step its gradient was changed by more than one factor "
+                    "common to all parameters (per-layer clipping, noise, or by hand): records could not be weighted. "
+                    "Clip by the total norm, or record without that change",
+                    kind="gradient-changed",
+                    parameter=name,
+                )
+        return ratio
+
+    def _sums(self, name: str) -> torch.Tensor:
+        positions, kept = self._kept[name]
+        left, right = _flat(self._parameters[name])[positions].double(), kept.double()
+        return torch.stack([left @ right, right @ right, left @ left])
+
+    def _before(self, name: str) -> Callable[[torch.Tensor], None]:
+        def arriving(_: torch.Tensor) -> None:
+            if not self._kept:
+                if _nonzero(self._parameters[name]):
+                    raise _stale(name)
+            elif self._suspect and name in self._kept and bool(self._kept[name][1].any()):
+                self._suspect = False
+                if not _nonzero(self._parameters[name]):
+                    self._vanished()
+
+        return arriving
+
+    def _after(self, name: str) -> Callable[[torch.Tensor], None]:
+        def arrived(parameter: torch.Tensor) -> None:
+            flat = _flat(parameter)
+            stride = max(1, flat.numel() // _SAMPLED)
+            positions: torch.Tensor | slice = slice(0, stride * _SAMPLED, stride)
+            if self._tables_only and flat.numel():
+                positions = torch.stack([flat.argmax(), flat.argmin()])
+            self._kept[name] = positions, flat[positions].clone()
+
+        return arrived
+
+
+def _flat(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.detach().reshape(-1)
+
+
+def _nonzero(parameter: torch.Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _stale(name: str) -> StateError:
+    return StateError(
+        f"parameter {name}: its gradient still holds what an earlier step consumed, or what was accumulated before "
+        "recording began, and would be consumed again; call optimizer.zero_grad() after each step",
+        kind="stale-gradient",
+        parameter=name,
+    )

@@ -1,0 +1,148 @@
+"""One forward and backward pass, and how the passes of a step become records."""
+
+import weakref
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from timstore.errors import InvalidInputError
+from timstore.intake import whole_number
+from timstore.recording.modules import Call, Input
+from timstore.records import Factors, Gradient, Rows
+
+
+class MicroBatch:
+    """One forward and backward pass.
+
+    Attributes:
+        ids: the sample id of every row.
+        positions: rows to capture, None for all of them.
+        captured: parameters and, per captured row, a part of the gradient.
+    """
+
+    def __init__(self, ids: list[int], positions: list[int] | None) -> None:
+        self.ids = ids
+        self.positions = positions
+        self.captured: list[tuple[nn.Parameter, list[Gradient]]] = []
+        # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._chosen: torch.Tensor | None = None
+        self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row of it is to be captured."""
+        return self.positions is not None and not self.positions
+
+    @property
+    def used(self) -> bool:
+        """Whether its backward pass came, as far as can be told: nothing is captured of an empty one."""
+        return self.empty or bool(self.captured)
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        """Yield (index among the captured rows, sample id)."""
+        chosen = self.ids if self.positions is None else [self.ids[position] for position in self.positions]
+        yield from enumerate(chosen)
+
+    def chosen(self, device: torch.device) -> torch.Tensor | None:
+        """Return `positions` on that device."""
+        if self.positions is not None and (self._chosen is None or self._chosen.device != device):
+            self._chosen = torch.tensor(self.positions, device=device)
+        return self._chosen
+
+    def share(self, tensor: torch.Tensor) -> Input:
+        """Return the Input of a tensor, the same for all layers that were given this very tensor."""
+        known = self._inputs.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            shared = known[2]()
+            if shared is not None:
+                return shared
+        made = Input(tensor.detach())
+        self._inputs[id(tensor)] = weakref.ref(tensor), tensor._version, weakref.ref(made)
+        return made
+
+    def watch(self, call: Call) -> None:
+        """Let go of this call's tensors when the step is over."""
+        self._calls.add(call)
+
+    def release(self) -> None:
+        """Let go of every tensor: a loss that the user keeps still holds the graph, and the graph our hooks."""
+        for call in self._calls:
+            call.release()
+        self.captured = []
+
+
+def records_of(
+    batches: Iterable[MicroBatch], samples: Container[int] | None, names: Mapping[int, str]
+) -> dict[int, dict[str, list[Gradient]]]:
+    """Return sample to parameter to parts, micro-batches and repeated draws joined.
+
+    Args:
+        samples: the ids to record, None for all.
+        names: parameter (by identity) to its name.
+    """
+    records: dict[int, dict[str, list[Gradient]]] = {}
+    for batch in batches:
+        for index, sample in batch.rows():
+            if samples is not None and sample not in samples:
+                continue
+            gradients = records.setdefault(sample, {})
+            for parameter, parts in batch.captured:
+                _join(gradients.setdefault(names[id(parameter)], []), parts[index])
+    return {sample: gradients for sample, gradients in records.items() if gradients}
+
+
+def sample_ids(ids: Any) -> list[int]:
+    """Return sample ids as integers, from a tensor, an array or a sequence.
+
+    Raises:
+        InvalidInputError: if they are anything else.
+    """
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else ids
+    if not isinstance(values, list) or not values or isinstance(ids, str):
+        raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
+    return [whole_number(one, "sample id") for one in values]
+
+
+def check_length(ids: Sequence[int], args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse ids of which no tensor that the model is given has as many rows.
+
+    Raises:
+        InvalidInputError: with both lengths.
+    """
+    lengths = [len(one) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim]
+    if lengths and len(ids) not in lengths:
+        raise InvalidInputError(
+            f"the batch has {lengths[0]} rows and {len(ids)} sample ids; give one id per row", kind="wrong-ids"
+        )
+
+
+def on_host(batch: Any) -> Any:
+    """Return a probe batch as numpy arrays, without its sample ids.
+
+    Raises:
+        InvalidInputError: if it is no mapping, sequence, tensor or array.
+    """
+    if isinstance(batch, torch.Tensor):
+        return (batch.float() if batch.dtype == torch.bfloat16 else batch).detach().cpu().numpy()
+    if hasattr(batch, "items"):
+        return {str(name): on_host(value) for name, value in batch.items() if name != "sample_ids"}
+    if isinstance(batch, tuple | list):
+        return tuple(on_host(value) for value in batch)
+    if isinstance(batch, np.ndarray):
+        return batch
+    raise InvalidInputError(f"a probe batch is a mapping, a tuple or a tensor, not {type(batch).__name__}")
+
+
+def _join(parts: list[Gradient], part: Gradient) -> None:
+    """Add a part: dense ones are summed, factors and rows stand beside each other."""
+    if not isinstance(part, Factors | Rows):
+        for number, other in enumerate(parts):
+            # bfloat16 cannot be added without rounding; its parts stay beside each other too.
+            if not isinstance(other, Factors | Rows) and other.dtype == part.dtype and other.dtype.names is None:
+                parts[number] = other + part
+                return
+    parts.append(part)
