@@ -86,5 +86,5 @@ def record_files(objects, writer):
 
 def one_object(**changes):
     """Return a record's description of an object."""
-    described = {"path": "records.parquet", "bytes": 1, "crc32c": 0, "kind": "records", "logical_bytes": 1, "rows": 1}
+    described = {"path": "records.parquet", "bytes": 1, "crc32": 0, "kind": "records", "logical_bytes": 1, "rows": 1}
     return described | changes

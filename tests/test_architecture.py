@@ -58,7 +58,12 @@ def imports_of(path: Path) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-    rooms = [(len(room), level) for level, names in enumerate(LAYERS) for room in names if f"{module}.".startswith(f"{room}.")]
+    rooms = [
+        (len(room), level)
+        for level, names in enumerate(LAYERS)
+        for room in names
+        if f"{module}.".startswith(f"{room}.")
+    ]
     return max(rooms)[1]
 
 

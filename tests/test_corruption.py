@@ -132,14 +132,14 @@ def test_every_bit_position_of_an_object_counts_and_the_error_says_where(small, 
         data = bytearray(original)
         data[position] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
-        with pytest.raises(timstore.CorruptionError, match="crc32c does not match") as caught:
+        with pytest.raises(timstore.CorruptionError, match="crc32 does not match") as caught:
             everything(copy)
         assert caught.value.fields["path"] == str(path.relative_to(copy))
         assert "of commit " in str(caught.value) and "steps (0, " in str(caught.value)
 
 
 def test_swapped_shards_of_equal_size_are_noticed(tmp_path):
-    """A shard ends in its own crc32c, so the crc32c of the whole is the same for every shard of one length."""
+    """Shards are made of pieces that end in their crc32c: the crc32c of the whole is one and the same for all of them."""
     path = tmp_path / "run"
     with timstore.open(path) as store:
         for step in range(2):

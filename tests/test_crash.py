@@ -230,3 +230,55 @@ with timstore.open(sys.argv[1]) as store:
     writer.communicate(timeout=60)
     with timstore.open(tmp_path, "r") as store:
         assert store.gradient(0, 0, 0, "w").tolist() == [1, 1, 1]
+
+
+def test_an_interpreter_that_ends_without_close_has_committed(tmp_path):
+    script = (
+        "import sys, numpy, timstore\n"
+        "store = timstore.open(sys.argv[1])\n"
+        "store.append(0, 0, 1, {'w': numpy.arange(3, dtype='f4')})\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path], check=True, timeout=120)
+    with timstore.open(tmp_path, "r") as store:
+        assert store.gradient(0, 0, 1, "w").tolist() == [0, 1, 2]
+
+
+def test_a_forked_child_is_told_so_and_harms_nothing(tmp_path):
+    script = """
+import os, sys, numpy, timstore
+store = timstore.open(sys.argv[1])
+store.append(0, 0, 1, {"w": numpy.ones(3, "f4")})
+store.commit()
+assert store.sql("SELECT count(*) FROM records").fetchall() == [(1,)]
+if (child := os.fork()) == 0:
+    refused = 0
+    for use in (
+        lambda: store.append(0, 1, 1, {"w": numpy.ones(3, "f4")}), store.commit, lambda: store.sql("SELECT 1"),
+        store.refresh, lambda: list(store.read()),
+    ):
+        try:
+            use()
+        except timstore.StateError as error:
+            refused += "forked child" in str(error)
+    store.close()
+    store = None
+    sys.exit(refused)  # runs what is left for the end of an interpreter
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+store.append(0, 2, 1, {"w": numpy.ones(3, "f4")})
+store.commit()
+assert store.sql("SELECT step FROM records ORDER BY step").fetchall() == [(0,), (2,)]
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=120)
+
+
+def test_what_could_not_be_committed_at_exit_is_told(tmp_path):
+    script = (
+        "import sys, numpy, timstore\n"
+        "from timstore.format.objects import LocalObjects\n"
+        "store = timstore.open(sys.argv[1])\n"
+        "store.append(0, 0, 1, {'w': numpy.ones(3, 'f4')})\n"
+        "def full(*_, **__): raise OSError(28, 'No space left on device')\n"
+        "LocalObjects._call = full\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert "records were lost at exit: no space left" in ended.stderr

@@ -1,8 +1,6 @@
 """The store: what is appended comes back, and can be read by anyone who has the format's description."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -226,45 +224,6 @@ def test_a_new_attempt_supersedes_what_was_recorded_from_there_on(store):
     assert store.gradient(0, 2, 5, "w").tobytes() == normal(20, 3).tobytes()
     with pytest.raises(timstore.NotFoundError):
         store.gradient(0, 3, 5, "w")
-
-
-def test_an_interpreter_that_ends_without_close_has_committed(tmp_path):
-    script = (
-        "import sys, numpy, timstore\n"
-        "store = timstore.open(sys.argv[1])\n"
-        "store.append(0, 0, 1, {'w': numpy.arange(3, dtype='f4')})\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path], check=True, timeout=120)
-    with timstore.open(tmp_path, "r") as store:
-        assert store.gradient(0, 0, 1, "w").tolist() == [0, 1, 2]
-
-
-def test_a_forked_child_is_told_so_and_harms_nothing(tmp_path):
-    script = """
-import os, sys, numpy, timstore
-store = timstore.open(sys.argv[1])
-store.append(0, 0, 1, {"w": numpy.ones(3, "f4")})
-store.commit()
-assert store.sql("SELECT count(*) FROM records").fetchall() == [(1,)]
-if (child := os.fork()) == 0:
-    refused = 0
-    for use in (
-        lambda: store.append(0, 1, 1, {"w": numpy.ones(3, "f4")}), store.commit, lambda: store.sql("SELECT 1"),
-        store.refresh, lambda: list(store.read()),
-    ):
-        try:
-            use()
-        except timstore.StateError as error:
-            refused += "forked child" in str(error)
-    store.close()
-    store = None
-    os._exit(refused)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
-store.append(0, 2, 1, {"w": numpy.ones(3, "f4")})
-store.commit()
-assert store.sql("SELECT step FROM records ORDER BY step").fetchall() == [(0,), (2,)]
-"""
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=120)
 
 
 def test_modes_say_what_must_be_there(tmp_path):

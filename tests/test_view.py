@@ -266,7 +266,7 @@ def test_a_forged_path_out_of_the_own_folder_is_refused(objects, settings, path)
         {"objects": {}},
         {"objects": [7]},
         {"objects": [one_object(bytes=-1)]},
-        {"objects": [one_object(crc32c=None)]},
+        {"objects": [one_object(crc32=None)]},
         {"writer": "0" * 16},
         {"seq": "0"},
     ],
@@ -356,5 +356,5 @@ def test_two_swapped_objects_of_equal_size_are_noticed(objects, settings):
     first, second = (objects.root / info.path for info in made.objects)
     with altered(first, lambda _: b"bbbb"), altered(second, lambda _: b"aaaa"):
         for info in made.objects:
-            with pytest.raises(CorruptionError, match="crc32c"):
+            with pytest.raises(CorruptionError, match="crc32"):
                 read_verified(objects, info, made)

@@ -22,7 +22,8 @@ class ObjectInfo:
 
     Attributes:
         path: relative to the store.
-        bytes, crc32c: of the object as stored.
+        bytes, crc32: of the object as stored. Not crc32c: shards are built of pieces that end in their own crc32c, and
+            over those a crc32c comes out the same whatever they hold.
         kind: the row table's name, or what else the object is.
         logical_bytes: its size before compression.
         rows: how many rows it holds.
@@ -30,7 +31,7 @@ class ObjectInfo:
 
     path: str
     bytes: int
-    crc32c: int
+    crc32: int
     kind: str
     logical_bytes: int
     rows: int
@@ -178,7 +179,7 @@ def _infos(entries: list[Any], owner: tuple[str, int], path: str) -> tuple[Objec
             ObjectInfo(
                 path=take(entry, "path", str, path),
                 bytes=take(entry, "bytes", int, path),
-                crc32c=take(entry, "crc32c", int, path),
+                crc32=take(entry, "crc32", int, path),
                 kind=take(entry, "kind", str, path),
                 logical_bytes=take(entry, "logical_bytes", int, path),
                 rows=take(entry, "rows", int, path),

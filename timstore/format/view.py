@@ -1,10 +1,9 @@
 """What a reader sees: attempts and the verified, contiguous commits of every writer."""
 
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import google_crc32c
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError, TimstoreWarning
 from timstore.format import layout
@@ -48,7 +47,7 @@ def read_view(objects: Objects, settings: Settings, previous: View | None = None
 
 
 def read_verified(objects: Objects, info: ObjectInfo, commit: Commit) -> bytes:
-    """Return a data object once its size and crc32c are those of its commit. One pass over the bytes.
+    """Return a data object once its size and crc32 are those of its commit. One pass over the bytes.
 
     Raises:
         CorruptionError: naming the object and its commit, when it is missing or is not what was written.
@@ -61,8 +60,8 @@ def read_verified(objects: Objects, info: ObjectInfo, commit: Commit) -> bytes:
     else:
         if len(data) != info.bytes:
             problem = f"has {len(data)} bytes instead of {info.bytes}"
-        elif google_crc32c.value(data) != info.crc32c:
-            problem = "was altered: its crc32c does not match"
+        elif zlib.crc32(data) != info.crc32:
+            problem = "was altered: its crc32 does not match"
     if problem is not None:
         raise CorruptionError(
             f"{info.path} {problem}. It holds {info.kind} of {commit}. Restore this file from a copy",
