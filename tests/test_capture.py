@@ -536,13 +536,13 @@ def test_the_check_of_the_order_leaves_the_model_as_it_was(tmp_path: Path) -> No
             return out
 
     model = Counting()
-    with timstore.open(tmp_path / "s") as store:
-        with store.record(model, torch.optim.SGD(model.parameters(), lr=0.1)) as recorder:
-            torch.manual_seed(7)
-            expected = torch.rand(1)
-            torch.manual_seed(7)
-            recorder._check_order((torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),), {}, 4)
-            assert torch.equal(torch.rand(1), expected)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with timstore.open(tmp_path / "s") as store, store.record(model, optimizer) as recorder:
+        torch.manual_seed(7)
+        expected = torch.rand(1)
+        torch.manual_seed(7)
+        recorder._check_order((torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),), {}, 4)
+        assert torch.equal(torch.rand(1), expected)
     assert {name: tuple(buffer.shape) for name, buffer in model.named_buffers()} == {"calls": (), "replaced": (2,)}
     assert model.calls == 0
     assert [module.training for module in (model, model.dropout, model.frozen)] == [True, True, False]

@@ -139,7 +139,7 @@ def test_every_bit_position_of_an_object_counts_and_the_error_says_where(small, 
 
 
 def test_swapped_shards_of_equal_size_are_noticed(tmp_path):
-    """Shards are made of pieces that end in their crc32c: the crc32c of the whole is one and the same for all of them."""
+    """Shards are made of pieces that end in their crc32c: the crc32c of the whole is the same for all of them."""
     path = tmp_path / "run"
     with timstore.open(path) as store:
         for step in range(2):
