@@ -61,7 +61,7 @@ WRITES_IN_A_SELECT = [
     "WITH other AS (UPDATE stored.records SET sample = 666 RETURNING *) SELECT * FROM other",
     "FROM enable_logging('QueryLog', storage = 'file', storage_path = '<out>')",
     "FROM enable_logging('QueryLog')",
-    "FROM enable_profiling(save_location = '<out>', format = 'json')",
+    "FROM enable_profiling(save_location = '<out>.json', format = 'json')",
 ]
 
 # No ordinary connection on a machine without network or extensions could do these either.
@@ -126,7 +126,7 @@ STATEMENTS = [
     "RESET threads",
     "RESET python_enable_replacements",
     "PRAGMA enable_profiling",
-    "PRAGMA profiling_output = '<out>'",
+    "PRAGMA profiling_output = '<out>.txt'",
     "CALL enable_logging('QueryLog', storage = 'file', storage_path = '<out>')",
     "EXPLAIN ANALYZE COPY (SELECT 1) TO '<out>'",
     "EXPLAIN ANALYZE DELETE FROM stored.records",
@@ -362,12 +362,10 @@ def test_a_question_is_exactly_one_statement(sandbox, query):
 
 
 @pytest.mark.parametrize("params", [lambda path: [path], lambda path: {"path": path}])
-def test_a_parameter_is_no_way_to_a_file(sandbox, params):
+def test_a_parameter_is_no_way_to_a_file(sandbox, ordinary, params):
     given = params(sandbox.fill("<csv>"))
     query = "SELECT content FROM read_text($path)" if isinstance(given, dict) else "SELECT content FROM read_text(?)"
-    with sandbox.ordinary() as connection:
-        assert connection.sql(query, params=given).fetchall() == [("sample,word\n1,secret\n",)]
-    shutil.rmtree(sandbox.root / "ordinary")
+    assert ordinary[0].sql(query, params=given).fetchall() == [("sample,word\n1,secret\n",)]
     with pytest.raises(REFUSED):
         sandbox.catalog.sql(query, given).fetchall()
 
@@ -381,10 +379,10 @@ module_table = pa.table({"sample": [1]})
     "query",
     ["FROM {}", "FROM query_table('{}')", "FROM query('FROM {}')", "SELECT 1 FROM records WHERE sample IN (FROM {})"],
 )
-def test_a_python_variable_is_no_table(sandbox, name, query):
+def test_a_python_variable_is_no_table(sandbox, ordinary, name, query):
     local_frame, local_table = module_frame, module_table
-    with sandbox.ordinary() as connection:
-        assert connection.sql(query.format(name)).fetchall() == [(1,)], "the name can be reached from here"
+    connection = ordinary[0]
+    assert connection.sql(query.format(name)).fetchall() == [(1,)], "the name can be reached from here"
     with pytest.raises(REFUSED, match="does not exist"):
         sandbox.catalog.sql(query.format(name)).fetchall()
     with pytest.raises(REFUSED, match="does not exist"):
