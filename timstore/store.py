@@ -1,6 +1,7 @@
 """`Store`: open, append, commit, close; asking and reading are in `handle`."""
 
 import atexit
+import ctypes
 import os
 import warnings
 import weakref
@@ -22,7 +23,6 @@ from timstore.snapshot import pack_probe
 from timstore.writing import BackgroundWriter, Item
 
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
-_inherited: "list[Store]" = []
 
 
 class Store(Handle):
@@ -365,7 +365,9 @@ def _scope_text(scope: Scope) -> str:
 
 def _keep_inherited() -> None:
     """Hold the stores of the parent in a forked child: DuckDB crashes where a connection is freed after a fork."""
-    _inherited.extend(_open_stores)
+    for store in _open_stores:
+        # One reference that nothing gives back, the end of the interpreter included: it clears every module.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
 
 
 os.register_at_fork(after_in_child=_keep_inherited)
