@@ -26,6 +26,7 @@ LAYERS = [
     ["timstore.handle"],
     ["timstore.store"],
     ["timstore.fingerprints"],
+    ["timstore.undisturbed"],
     ["timstore.recording", "timstore.rollbacks"],
     ["timstore"],
 ]
@@ -35,7 +36,13 @@ OWNERS = {
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
     "duckdb": ["timstore.catalog", "timstore.handle"],
-    "torch": ["timstore.fingerprints", "timstore.recording", "timstore.rollbacks", "timstore"],
+    "torch": [
+        "timstore.fingerprints",
+        "timstore.undisturbed",
+        "timstore.recording",
+        "timstore.rollbacks",
+        "timstore",
+    ],
     "rich": ["timstore.rollbacks"],
     "transformers": [],
 }

@@ -1,7 +1,5 @@
 """The probe filter against the dense matrix function, computed by eigendecomposition in float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -12,12 +10,6 @@ from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
 
 
 def small() -> nn.Module:

@@ -30,12 +30,6 @@ def scattered(rows):
     return dense
 
 
-@pytest.fixture
-def store(tmp_path):
-    with timstore.open(tmp_path / "run") as store:
-        yield store
-
-
 @pytest.mark.parametrize("reopened", [False, True])
 def test_every_kind_of_gradient_comes_back(tmp_path, reopened):
     shared = normal(0, 5, 40)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from timstore.errors import InvalidInputError
@@ -58,9 +59,12 @@ def _as_table(rows: Any) -> pa.Table:
         if hasattr(rows, "to_arrow"):
             return rows.to_arrow()
         if isinstance(rows, Mapping):
-            return pa.Table.from_pydict({name: list(values) for name, values in rows.items()})
+            columns = {name: one if isinstance(one, np.ndarray) else list(one) for name, one in rows.items()}
+            return pa.Table.from_pydict(columns)
         if isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows):
-            return pa.Table.from_pylist([dict(row) for row in rows])
+            # Of every row, not of the first alone as arrow would take them.
+            names = dict.fromkeys(name for row in rows for name in row)
+            return pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
         if hasattr(rows, "columns"):
             return pa.Table.from_pandas(rows, preserve_index=False)
     except (pa.ArrowException, TypeError, ValueError) as error:

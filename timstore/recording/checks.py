@@ -1,7 +1,6 @@
 """What a recorder proves about itself at the first step, before hours are spent."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from timstore.errors import CoverageError
 from timstore.records import Factors, Gradient, Rows, widen
+from timstore.undisturbed import undisturbed
 
 # Of the sum of the token norms' products: some gradients are pure rounding noise, relative to themselves.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -123,27 +123,6 @@ def summary(given: torch.Tensor) -> torch.Tensor:
     rows = given.detach().reshape(len(given), -1).double() if given.ndim else given.detach().double().reshape(1, 1)
     ramp = torch.linspace(0, 1, rows.shape[1], dtype=torch.float64, device=rows.device)
     return torch.stack([rows.sum(1), rows @ ramp, rows.abs().sum(1)], dim=1).cpu()
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode, and leave mode, buffers and random state as they were."""
-    training = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-        for module, mode, buffers in training:
-            module.training = mode
-            # A forward pass may also have put another tensor in a buffer's place.
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 def _total(parts: Sequence[Gradient], like: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -37,9 +37,7 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
     Args:
         names: parameter (by identity) to its name.
     """
-    # A subclass may step differently: only the class itself is known.
-    kind = type(optimizer)
-    name = "SGD" if kind is torch.optim.SGD else kind.__name__
+    name = _class_name(type(optimizer))
     groups = []
     for number, group in enumerate(optimizer.param_groups):
         mine = [parameter for parameter in group["params"] if id(parameter) in names]
@@ -87,6 +85,11 @@ def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, st
                     kind="not-captured",
                     parameter=name,
                 )
+
+
+def _class_name(kind: type) -> str:
+    """Return torch's own classes by their name alone; a namesake or a subclass may step differently."""
+    return kind.__name__ if getattr(torch.optim, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
 
 
 def _number(value: Any) -> float | None:

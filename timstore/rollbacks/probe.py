@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from timstore.errors import InvalidInputError
+from timstore.undisturbed import undisturbed
 
 LOSSES = ("cross_entropy", "mse")
 _IGNORED = -100
@@ -94,20 +95,9 @@ class Probe:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Ask in eval mode, and leave mode, buffers and random state as they were."""
-        training = {module: module.training for module in self._model.modules()}
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        cuda = [self._device] if self._device.type == "cuda" else []
-        try:
-            self._model.eval()
-            # Attention's fused kernels cannot be differentiated twice; the plain one can.
-            with torch.random.fork_rng(devices=cuda), sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            with torch.no_grad():
-                for name, buffer in self._model.named_buffers():
-                    buffer.copy_(buffers[name])
+        # Attention's fused kernels cannot be differentiated twice; the plain one can.
+        with undisturbed(self._model), sdpa_kernel(SDPBackend.MATH):
+            yield
 
     def _counted(
         self, outputs: torch.Tensor, labels: torch.Tensor | None, tokens: Any, mask: torch.Tensor | None
@@ -123,12 +113,13 @@ class Probe:
             return Answer(outputs.flatten(0, -2), None)
         if is_tokens and targets.shape == positions:
             outputs, targets = outputs[:, :-1], targets[:, 1:]
-        if self.loss == "mse":
-            return Answer(outputs.flatten(0, -2), targets.reshape(outputs.shape).flatten(0, -2))
-        if targets.shape != outputs.shape[:-1]:
+        if targets.shape != (outputs.shape if self.loss == "mse" else outputs.shape[:-1]):
             raise InvalidInputError(
-                f"the probe's labels have shape {tuple(targets.shape)}, the logits {tuple(outputs.shape)}"
+                f"the probe's labels have shape {tuple(targets.shape)}, the outputs {tuple(outputs.shape)}; "
+                "cross_entropy takes one label per position, mse one number per value"
             )
+        if self.loss == "mse":
+            return Answer(outputs.flatten(0, -2), targets.flatten(0, -2))
         flat = targets.flatten()
         counts = flat != _IGNORED
         return Answer(outputs.flatten(0, -2)[counts], flat[counts])

@@ -85,22 +85,18 @@ class Workspace:
     def _place(self) -> int:
         if self._free:
             place = self._free.pop()
-            self._write(place, bytes(0), self.vector_bytes)
-            return place
-        place = self._file_bytes
-        self._file_bytes += self.vector_bytes
-        self._write(place, bytes(0), self.vector_bytes)
+        else:
+            place, self._file_bytes = self._file_bytes, self._file_bytes + self.vector_bytes
+        zeros = memoryview(bytes(min(self.vector_bytes, _LARGEST_BLOCK_BYTES)))
+        for start in range(0, self.vector_bytes, max(1, len(zeros))):
+            self._write(place + start, zeros[: self.vector_bytes - start])
         return place
 
-    def _write(self, place: int, data: bytes | memoryview, zeros: int = 0) -> None:
+    def _write(self, place: int, data: bytes | memoryview) -> None:
         try:
             if self._file is None:
                 self._file, name = tempfile.mkstemp(prefix="timstore-", suffix=".spill", dir=self._directory)
                 os.unlink(name)
-            if zeros:
-                piece = bytes(min(zeros, _LARGEST_BLOCK_BYTES))
-                for start in range(0, zeros, len(piece)):
-                    self._write(place + start, memoryview(piece)[: zeros - start])
             done = 0
             while done < len(data):
                 done += os.pwrite(self._file, memoryview(data)[done:], place + done)
