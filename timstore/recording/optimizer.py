@@ -16,6 +16,8 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     Raises:
         InvalidInputError: if there is none, or `optimizer` is no torch optimizer.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidInputError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     groups = {

@@ -37,7 +37,8 @@ class Request:
             InvalidInputError: naming the argument.
         """
         if (ids is None) == (where is None):
-            raise InvalidInputError("say what to remove: ids, or where (an SQL condition on the records table)")
+            both = "" if ids is None else ", and not both"
+            raise InvalidInputError(f"say what to remove: ids, or where (an SQL condition on the records table){both}")
         checked = None if ids is None else _integers(ids, "ids")
         if checked is not None and not checked:
             raise InvalidInputError("ids is empty: nothing to remove")

@@ -53,6 +53,8 @@ def rollback(
     started = time.perf_counter()
     request = Request.check(ids, where, epochs, parameters, strength, missing)
     limit_bytes = parse_bytes(memory_limit)
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
     if accumulate not in _DTYPES:
         raise InvalidInputError(f"accumulate is {' or '.join(_DTYPES)}, not {accumulate!r}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
