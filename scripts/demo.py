@@ -11,8 +11,6 @@ Ends with an error if the rolled-back model is farther from the retrained one th
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import math
 import pickle
@@ -20,19 +18,17 @@ import re
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
+from measuring import measured
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -202,37 +198,6 @@ def fine_tune(
     else:
         with store.record(model, optimizer, samples=text.forget_ids) as recorder:
             loop(recorder)
-
-
-@dataclass
-class Cost:
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-
-@contextmanager
-def measured() -> Iterator[Cost]:
-    """Yield what the block costs: seconds, and peak resident memory beyond what was there before."""
-    gc.collect()
-    if sys.platform == "linux":
-        # Memory that earlier phases freed would hide what this one needs.
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
-    process, cost, done = psutil.Process(), Cost(), threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            cost.peak_bytes = max(cost.peak_bytes, process.memory_info().rss - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    begun = time.perf_counter()
-    try:
-        yield cost
-    finally:
-        cost.seconds = time.perf_counter() - begun
-        done.set()
-        watcher.join()
 
 
 @torch.no_grad()

@@ -138,6 +138,23 @@ def test_every_bit_position_of_an_object_counts_and_the_error_says_where(small, 
         assert "of commit " in str(caught.value) and "steps (0, " in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["timstore.json", "runs/*.json", "log/*/*.json"])
+def test_every_character_of_a_record_counts(small, tmp_path, kind):
+    """Also where another character would read well: a digit of a rate of error, of a step, of a time."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    draw = random.Random(SEED)
+    for path in sorted(copy.glob(kind)):
+        original = path.read_bytes()
+        for position in draw.sample(range(len(original)), 25):
+            data = bytearray(original)
+            data[position] ^= 1
+            path.write_bytes(data)
+            with pytest.raises(timstore.CorruptionError, match=f"{path.name} is torn or was altered: its check line"):
+                timstore.open(copy, "r")
+        path.write_bytes(original)
+
+
 def test_swapped_shards_of_equal_size_are_noticed(tmp_path):
     """Shards are made of pieces that end in their crc32c: the crc32c of the whole is the same for all of them."""
     path = tmp_path / "run"

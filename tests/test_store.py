@@ -1,6 +1,7 @@
 """The store: what is appended comes back, and can be read by anyone who has the format's description."""
 
 import os
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -293,3 +294,15 @@ def test_folders_and_files_are_private(store):
     for folder, _, files in os.walk(store.path / "data"):
         assert os.stat(folder).st_mode & 0o077 == 0
         assert all(os.stat(os.path.join(folder, name)).st_mode & 0o077 == 0 for name in files)
+
+
+def test_a_store_that_everyone_can_read_is_pointed_out(tmp_path):
+    timstore.open(tmp_path / "s").close()
+    for folder, file, warned in ((0o700, 0o644, 0), (0o755, 0o600, 0), (0o755, 0o644, 1)):
+        (tmp_path / "s").chmod(folder)
+        (tmp_path / "s/timstore.json").chmod(file)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            timstore.open(tmp_path / "s", "r").close()
+        assert [w.category for w in caught] == [timstore.TimstoreWarning] * warned
+        assert all(w.filename == __file__ and "chmod -R go=" in str(w.message) for w in caught)

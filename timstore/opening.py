@@ -1,11 +1,20 @@
 """Find or make the store at a path, and hold its options to what it was made with."""
 
 import os
+import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
 from timstore.encoding import PRECISIONS
-from timstore.errors import AlreadyExistsError, CorruptionError, InvalidInputError, NotFoundError, ReadOnlyError
+from timstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    ReadOnlyError,
+    TimstoreWarning,
+)
 from timstore.format import layout
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
@@ -45,6 +54,7 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
                 raise
             # Another process made it just now; its options are held against ours below.
     settings = read_settings(LocalObjects(path, durable=False))
+    _warn_when_public(path)
     for name, value in options.items():
         kept = getattr(settings, name)
         if value is not None and value != kept:
@@ -58,6 +68,17 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         if not os.access(path, os.W_OK):
             raise ReadOnlyError(f"{path} is not writable for this process: open it with mode 'r'", path=str(path))
     return LocalObjects(path, durable=settings.durability == "commit"), settings
+
+
+def _warn_when_public(path: Path) -> None:
+    """A copy made without its modes, say, may be open to everyone."""
+    if path.stat().st_mode & stat.S_IXOTH and (path / layout.SETTINGS).stat().st_mode & stat.S_IROTH:
+        warnings.warn(
+            f"every user of this machine can read {path}, and gradients tell about the data they came from: "
+            f"chmod -R go= {path}",
+            TimstoreWarning,
+            stacklevel=6,
+        )
 
 
 def _is_free(path: Path) -> bool:

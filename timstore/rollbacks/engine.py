@@ -20,7 +20,9 @@ from timstore.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How `memory_limit` is divided while records stream; what is left is for the deltas.
+    """How `memory_limit` is divided while records stream.
+
+    Two fifths stay free for copies under way and for freed memory that the allocator keeps.
 
     Attributes:
         deltas_bytes: vectors kept in memory before they go to the spill file.
@@ -50,7 +52,7 @@ class Budget:
                 kind="memory-limit",
                 needed_bytes=needed,
             )
-        return cls(limit_bytes * 3 // 8, limit_bytes // 8, limit_bytes // 16, limit_bytes // 8)
+        return cls(limit_bytes // 4, limit_bytes * 3 // 32, limit_bytes * 3 // 64, limit_bytes // 8)
 
 
 @dataclass(frozen=True, slots=True)

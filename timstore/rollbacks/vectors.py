@@ -12,7 +12,8 @@ import torch
 
 from timstore.errors import StorageError
 
-_LARGEST_BLOCK_BYTES = 16 * 1024 * 1024
+# Small enough that what the allocator keeps of freed blocks stays far below any memory_limit.
+_LARGEST_BLOCK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
