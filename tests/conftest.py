@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from stores import made_store
 
 import timstore
+from timstore.format.objects import LocalObjects
+from timstore.format.settings import Settings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +22,14 @@ def one_thread() -> Iterator[None]:
 def store(tmp_path: Path) -> Iterator[timstore.Store]:
     with timstore.open(tmp_path / "s") as opened:
         yield opened
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> LocalObjects:
+    """The objects of an empty store."""
+    return made_store(tmp_path)
+
+
+@pytest.fixture
+def settings(objects: LocalObjects) -> Settings:
+    return read_settings(objects)

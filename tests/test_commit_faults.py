@@ -10,7 +10,6 @@ from stores import (
     commit,
     contents,
     forged,
-    made_store,
     sealed,
 )
 
@@ -23,18 +22,8 @@ from timstore.errors import (
 )
 from timstore.format.log import LogWriter, claim_attempt
 from timstore.format.objects import LocalObjects
-from timstore.format.settings import create_settings, read_settings
+from timstore.format.settings import create_settings
 from timstore.format.view import read_view
-
-
-@pytest.fixture
-def objects(tmp_path):
-    return made_store(tmp_path)
-
-
-@pytest.fixture
-def settings(objects):
-    return read_settings(objects)
 
 
 class Failing(LocalObjects):

@@ -11,7 +11,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from stores import STEPS, altered, commit, contents, forged, made_store
+from stores import STEPS, altered, commit, contents, forged
 
 from timstore.errors import (
     CorruptionError,
@@ -19,18 +19,7 @@ from timstore.errors import (
 )
 from timstore.format.log import LogWriter, claim_attempt
 from timstore.format.objects import LocalObjects
-from timstore.format.settings import read_settings
 from timstore.format.view import read_view
-
-
-@pytest.fixture
-def objects(tmp_path):
-    return made_store(tmp_path)
-
-
-@pytest.fixture
-def settings(objects):
-    return read_settings(objects)
 
 
 def test_a_commit_is_what_a_reader_sees(objects, settings):

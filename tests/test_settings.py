@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from stores import altered, flipped, forged, made_store
+from stores import altered, flipped, forged
 
 from timstore.errors import (
     AlreadyExistsError,
@@ -17,16 +17,6 @@ from timstore.format.log import LogWriter
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import create_settings, read_settings
 from timstore.format.view import read_view
-
-
-@pytest.fixture
-def objects(tmp_path):
-    return made_store(tmp_path)
-
-
-@pytest.fixture
-def settings(objects):
-    return read_settings(objects)
 
 
 def test_settings_are_read_as_they_were_created(tmp_path):

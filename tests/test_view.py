@@ -10,7 +10,6 @@ from stores import (
     contents,
     flipped,
     forged,
-    made_store,
     one_object,
     record_files,
 )
@@ -25,16 +24,6 @@ from timstore.format.log import LogWriter, claim_attempt
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import create_settings, read_settings
 from timstore.format.view import read_verified, read_view
-
-
-@pytest.fixture
-def objects(tmp_path):
-    return made_store(tmp_path)
-
-
-@pytest.fixture
-def settings(objects):
-    return read_settings(objects)
 
 
 @pytest.fixture
