@@ -23,6 +23,7 @@ LAYERS = [
     ["timstore.opening"],
     ["timstore.ledger"],
     ["timstore.writing"],
+    ["timstore.states"],
     ["timstore.handle"],
     ["timstore.store"],
     ["timstore.fingerprints"],

@@ -20,12 +20,15 @@ COLUMNS = {
     "steps": [
         *("attempt", "epoch", "step", "rank", "group_id", "optimizer", "lr", "momentum", "dampening", "nesterov"),
         *("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "consumed_ratio", "samples", "tokens"),
-        *("sample_ids", "idle", "fresh"),
+        *("sample_ids", "idle", "fresh", "amsgrad", "counter", "grad_norm"),
     ],
     "parameters": ["parameter", "shape", "dtype", "numel", "group_id"],
     "samples": ["sample"],
     "attempts": ["attempt", "from_epoch", "from_step", "ranks", "scope", "recorded"],
     "fingerprints": ["attempt", "epoch", "step", "parameter", "digest"],
+    "states": [
+        *("attempt", "epoch", "step", "role", "parameter", "precision", "rel_error", "bytes", "rollback_id"),
+    ],
     "rollbacks": [
         *("at", "samples", "strength", "method", "records", "delta_norm", "digest_before", "digest_after"),
     ],

@@ -2,13 +2,13 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from timstore.errors import InvalidInputError
-from timstore.records import Factors, Gradient, Parameter, Record, Rows, as_array, dtype_name, widen
+from timstore.records import Factors, Gradient, Parameter, Record, Rows, StepGroup, as_array, dtype_name, widen
 
 
 def whole_number(value: Any, what: str) -> int:
@@ -56,6 +56,21 @@ def rank_number(rank: Any) -> int:
     if checked < 0:
         raise InvalidInputError(f"rank starts at 0; got {checked}")
     return checked
+
+
+def step_group(group: Any, where: str) -> StepGroup:
+    """Return one optimizer group's scalars from a mapping of them.
+
+    Raises:
+        InvalidInputError: for a field that does not exist.
+    """
+    if isinstance(group, StepGroup):
+        return group
+    try:
+        return StepGroup(**group)
+    except TypeError:
+        known = ", ".join(field.name for field in fields(StepGroup))
+        raise InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
 
 
 @dataclass(frozen=True, slots=True)

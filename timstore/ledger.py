@@ -151,6 +151,7 @@ def step_rows(step: Step, attempt: int) -> list[dict[str, Any]]:
         "consumed_ratio": step.consumed_ratio,
         "samples": None if step.sample_ids is None else len(step.sample_ids),
         "tokens": step.tokens,
+        "grad_norm": step.grad_norm,
         "sample_ids": None if step.sample_ids is None else list(step.sample_ids),
     }
     rows = [{**asdict(group), **shared} for group in step.groups]

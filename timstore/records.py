@@ -129,8 +129,9 @@ class StepGroup:
     """The scalars one optimizer group used in one `optimizer.step()`.
 
     Attributes:
+        counter: the optimizer's own count of steps, this one included; None when unknown, or not one for all.
         idle: names of parameters of the group that had no gradient, hence were left alone by the step.
-        fresh: names whose momentum buffer the step created; None when unknown (then: the first live step).
+        fresh: names whose buffers (momentum, moments) the step created; None when unknown (then: the first live step).
     """
 
     group_id: int = 0
@@ -145,6 +146,8 @@ class StepGroup:
     weight_decay: float = 0.0
     decoupled: bool = False
     maximize: bool = False
+    amsgrad: bool = False
+    counter: int | None = None
     idle: tuple[str, ...] = ()
     fresh: tuple[str, ...] | None = None
 
@@ -158,6 +161,7 @@ class Step:
             (the clip factor, and 1/scale under a GradScaler).
         sample_ids: the ordered sample ids of the whole batch, None when unknown.
         tokens: tokens in the batch, None when unknown.
+        grad_norm: norm of the accumulated gradient over all trained parameters, before clipping.
     """
 
     epoch: int
@@ -167,6 +171,7 @@ class Step:
     consumed_ratio: float = 1.0
     sample_ids: tuple[int, ...] | None = None
     tokens: int | None = None
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

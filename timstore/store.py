@@ -6,7 +6,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +15,12 @@ from timstore import errors, intake
 from timstore.format.commits import Attempt, Scope
 from timstore.format.log import LogWriter, claim_attempt
 from timstore.handle import Handle
-from timstore.ledger import Ledger, parameter_rows, table
+from timstore.ledger import Ledger, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
 from timstore.samples import Samples, check_columns
 from timstore.snapshot import pack_probe
-from timstore.writing import BackgroundWriter, Item
+from timstore.states import state_item
+from timstore.writing import BackgroundWriter, Item, rows_items
 
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
@@ -126,7 +126,7 @@ class Store(Handle):
             for record, finite in zip(taken.records, taken.finite, strict=True)
         ]
         new = parameter_rows(taken.new, ledger.attempt)
-        self._put(*_rows("parameters", new), *_rows("steps", steps, (epoch, step)), *items)
+        self._put(*rows_items("parameters", new), *rows_items("steps", steps, (epoch, step)), *items)
         ledger.know(taken.new)
         ledger.accept((epoch, step), rank, samples=samples, names=names, steps=steps)
 
@@ -140,6 +140,7 @@ class Store(Handle):
         consumed_ratio: float = 1.0,
         sample_ids: Sequence[int] | None = None,
         tokens: int | None = None,
+        grad_norm: float | None = None,
     ) -> None:
         """Record the scalars that one optimizer step used, recorded samples in it or not.
 
@@ -147,9 +148,10 @@ class Store(Handle):
 
         Args:
             groups: one mapping per optimizer group with the fields of `records.StepGroup`: lr, momentum,
-                dampening, nesterov, weight_decay, decoupled, maximize, ...
+                dampening, nesterov, beta1, beta2, eps, weight_decay, decoupled, maximize, ...
             consumed_ratio: consumed over accumulated gradient: the factor of gradient clipping.
             sample_ids: ordered ids of the whole batch, None when unknown.
+            grad_norm: of the accumulated gradient, before clipping.
 
         Raises:
             InvalidInputError: a field that does not exist, or a step recorded before with other values.
@@ -157,11 +159,11 @@ class Store(Handle):
         ledger = self._writing()
         epoch, step = intake.moment(epoch, step)
         rank = intake.rank_number(rank)
-        parsed = tuple(_step_group(group, f"epoch {epoch}, step {step}") for group in groups)
+        parsed = tuple(intake.step_group(group, f"epoch {epoch}, step {step}") for group in groups)
         ids = None if sample_ids is None else tuple(intake.whole_number(one, "sample id") for one in sample_ids)
         ratio = intake.number(consumed_ratio, "consumed_ratio")
-        rows = ledger.new_steps(Step(epoch, step, parsed, rank, ratio, ids, tokens))
-        self._put(*_rows("steps", rows, (epoch, step)))
+        rows = ledger.new_steps(Step(epoch, step, parsed, rank, ratio, ids, tokens, grad_norm))
+        self._put(*rows_items("steps", rows, (epoch, step)))
         ledger.accept((epoch, step), rank, steps=rows)
 
     def declare(self, parameters: Sequence[Parameter]) -> None:
@@ -181,19 +183,38 @@ class Store(Handle):
                     parameter=parameter.name,
                 )
         changed = [parameter for parameter in parameters if known.get(parameter.name) != parameter]
-        self._put(*_rows("parameters", parameter_rows(changed, ledger.attempt)))
+        self._put(*rows_items("parameters", parameter_rows(changed, ledger.attempt)))
         ledger.know(changed)
 
     def append_fingerprints(self, epoch: int, step: int, digests: Mapping[str, str]) -> None:
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
         shared = {"attempt": self._writing().attempt, "epoch": epoch, "step": step}
         rows = [{**shared, "parameter": name, "digest": digest} for name, digest in digests.items()]
-        self._put(*_rows("fingerprints", rows, (epoch, step)))
+        self._put(*rows_items("fingerprints", rows, (epoch, step)))
 
-    def append_rollback(self, row: Mapping[str, Any]) -> None:
-        """Write one row of the `rollbacks` table; on disk when this returns."""
-        self._writing()
-        self._put(*_rows("rollbacks", [row]))
+    def append_states(self, epoch: int, step: int, role: str, numbers: Mapping[str, Any]) -> None:
+        """Keep what the optimizer held after (epoch, step), for rollbacks of the model of that moment.
+
+        Durability: as `append`; the arrays must not change before it is committed.
+
+        Args:
+            role: `exp_avg_sq`, Adam's second moment (with AMSGrad: its maximum), before bias correction.
+            numbers: parameter name to an array or tensor of the parameter's shape; kept as bfloat16.
+        """
+        attempt = self._writing().attempt
+        if role != "exp_avg_sq":
+            raise errors.InvalidInputError(f"role is 'exp_avg_sq', not {role!r}")
+        self._put(state_item(intake.moment(epoch, step), attempt, role, numbers, None))
+
+    def append_rollback(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
+        """Write one row of the `rollbacks` table; on disk when this returns.
+
+        Args:
+            before: the parameters that will change, as they are, for `undo`; they stay until this returns.
+        """
+        moment, attempt = self.frontier or (0, 0), self._writing().attempt
+        kept = [] if before is None else [state_item(moment, attempt, "theta", before, row["digest_after"])]
+        self._put(*rows_items("rollbacks", [row]), *kept)
         self.commit()
 
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
@@ -216,7 +237,7 @@ class Store(Handle):
         self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
-        self._put(*_rows("parameters", parameter_rows(known.values(), self._attempt.attempt)), Item(0))
+        self._put(*rows_items("parameters", parameter_rows(known.values(), self._attempt.attempt)), Item(0))
         self.commit()
         return self._attempt.attempt
 
@@ -340,23 +361,6 @@ class Store(Handle):
 def open_stores() -> list[Store]:
     """Return the stores that are open in this process."""
     return [store for store in _open_stores if not store._closed and store._pid == os.getpid()]
-
-
-def _rows(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
-    if not rows:
-        return []
-    rows_of_kind = table(kind, rows)
-    return [Item(rows_of_kind.nbytes, tables={kind: rows_of_kind}, moment=moment)]
-
-
-def _step_group(group: Mapping[str, Any] | StepGroup, where: str) -> StepGroup:
-    if isinstance(group, StepGroup):
-        return group
-    try:
-        return StepGroup(**group)
-    except TypeError:
-        known = ", ".join(field.name for field in fields(StepGroup))
-        raise errors.InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
 
 
 def _scope_text(scope: Scope) -> str:

@@ -3,15 +3,17 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
-from timstore.encoding import encode
+from timstore.encoding import Matrix, encode
 from timstore.errors import ReadOnlyError, StateError, StorageError
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
+from timstore.ledger import table
 from timstore.records import Parameter, Record
 
 QUEUE_BYTES = 256 * 1024 * 1024
@@ -26,6 +28,7 @@ class Item:
     Attributes:
         parameters: shapes of the record's parameters.
         finite: whether every number of the record is; if not, no row of it is left out.
+        states: (role, numbers) of each row of its `states` table.
     """
 
     size_bytes: int
@@ -35,6 +38,15 @@ class Item:
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     moment: tuple[int, int] | None = None
+    states: Sequence[tuple[str, Matrix]] = ()
+
+
+def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
+    """Return the item that writes these rows of one table; none for no rows."""
+    if not rows:
+        return []
+    rows_of_kind = table(kind, rows)
+    return [Item(rows_of_kind.nbytes, tables={kind: rows_of_kind}, moment=moment)]
 
 
 class _Batch:
@@ -44,6 +56,7 @@ class _Batch:
         self.records: list[EncodedRecord] = []
         self.tables: dict[str, list[pa.Table]] = {}
         self.blobs: dict[str, bytes] = {}
+        self.states: list[tuple[str, Matrix]] = []
         self.moments: list[tuple[int, int]] = []
         self.items = 0
         self.bytes = 0
@@ -58,7 +71,7 @@ class _Batch:
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
         tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
-        return build_segment(self.records, tables, self.blobs)
+        return build_segment(self.records, tables, self.blobs, self.states)
 
 
 class BackgroundWriter:
@@ -183,9 +196,10 @@ class BackgroundWriter:
         self._batch.items += 1
         if encoded is not None:
             self._batch.records.append(encoded)
-        for kind, table in item.tables.items():
-            self._batch.tables.setdefault(kind, []).append(table)
+        for kind, rows in item.tables.items():
+            self._batch.tables.setdefault(kind, []).append(rows)
         self._batch.blobs.update(item.blobs)
+        self._batch.states.extend(item.states)
         self._batch.bytes += item.size_bytes if encoded is None else encoded.stored_bytes
         if item.moment is not None:
             self._batch.moments.append(item.moment)

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.tables import SCHEMAS
+from timstore.format.tables import ADDED, SCHEMAS
 
-STORED = ("records", "gradients", "steps", "parameters", "fingerprints", "rollbacks")
+STORED = ("records", "gradients", "steps", "parameters", "fingerprints", "states", "rollbacks")
 
 # Small inserts cost more per row, large ones memory.
 _INSERT_ROWS = 1_000_000
@@ -124,6 +124,9 @@ class _Loading:
     def add(self, commit: CommitRows, table: pa.Table) -> None:
         schema = SCHEMAS[self._kind]
         try:
+            for name in ADDED.get(self._kind, ()):
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
             table = table.select(schema.names).cast(schema)
         except (KeyError, pa.ArrowException) as error:
             raise FormatError(
@@ -147,7 +150,7 @@ class _Loading:
 
 
 def _numbered(table: pa.Table, kind: str, commit: int) -> pa.Table:
-    if kind == "gradients":
+    if kind in ("gradients", "states"):
         table = table.add_column(0, "owner", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     return table.add_column(0, "commit", pa.repeat(pa.scalar(commit, pa.int64()), table.num_rows))
 

@@ -21,6 +21,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, attempts: Sequence[Attem
         "gradients": f"SELECT * EXCLUDE (commit, owner) {text} FROM stored.gradients r{live}",
         "steps": f"SELECT {_columns('steps')} FROM stored.steps r{live}",
         "fingerprints": f"SELECT {_columns('fingerprints')} FROM stored.fingerprints r{live}",
+        "states": f"SELECT {_columns('states')} FROM stored.states r{live}",
         "parameters": (
             "SELECT parameter, shape, dtype, numel, group_id FROM stored.parameters "
             "QUALIFY row_number() OVER (PARTITION BY parameter ORDER BY commit DESC, rowid DESC) = 1"

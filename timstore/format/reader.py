@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 from timstore.encoding import restore
 from timstore.errors import CorruptionError
 from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.segment import ROLES
+from timstore.format.segment import ROLES, STATE_ROLES
 from timstore.format.shard import ArrayLayout, decode_chunk
 from timstore.records import Factors, Gradient, Rows
+
+_CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
 
 
 class ByteCache:
@@ -69,28 +71,27 @@ class SegmentReader:
         self._rows = table["rows"].to_numpy()
         self._array = table["array"].to_pylist()
         self._row_map = table["row_map"]
-        codes = {role: code for code, role in enumerate(ROLES)}
         self._index = {}
         for number, (owner, role) in enumerate(zip(table["owner"].to_pylist(), table["role"].to_pylist(), strict=True)):
-            self._index.setdefault((owner, codes[role]), []).append(number)
+            self._index.setdefault((owner, _CODES[role]), []).append(number)
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
-        return role in ROLES and (owner, ROLES.index(role)) in self._index
+        return role in _CODES and (owner, _CODES[role]) in self._index
 
     def count(self, owner: int, role: str) -> int:
         """Return how many rows the gradient has in that role."""
-        found = self._index.get((owner, ROLES.index(role)))
+        found = self._index.get((owner, _CODES[role]))
         return int(self._rows[found[0]]) if found else 0
 
     def row_map(self, owner: int) -> np.ndarray | None:
         """Return which rows of the inputs the output gradients belong to, or None for all of them in order."""
-        value = self._row_map[self._index[owner, ROLES.index("output_gradients")][0]]
+        value = self._row_map[self._index[owner, _CODES["output_gradients"]][0]]
         return value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
 
     def width(self, owner: int, role: str) -> int:
         """Return the number of columns of the gradient's rows in that role."""
-        return sum(self._layout(self._array[number]).width for number in self._index[owner, ROLES.index(role)])
+        return sum(self._layout(self._array[number]).width for number in self._index[owner, _CODES[role]])
 
     def rows(self, owners: list[int], role: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Return the rows of several gradients in one role, one below the other, in float32 or float64.
@@ -100,7 +101,7 @@ class SegmentReader:
 
         Cost: one pass over the chunks that hold them, decoded at most once while they are next to each other.
         """
-        code = ROLES.index(role)
+        code = _CODES[role]
         # One parameter may be stored in several dtypes: a part that was too coarse as int8 is bfloat16.
         runs = groupby(owners, key=lambda owner: [self._array[number] for number in self._index[owner, code]])
         span = first, last
@@ -127,7 +128,7 @@ class SegmentReader:
         return Rows(self.rows([owner], "indices"), values, shape) if encoding == "rows" else values.reshape(shape)
 
     def _stored(self, owners: list[int], role: str, span: tuple[int, int | None]) -> np.ndarray:
-        code = ROLES.index(role)
+        code = _CODES[role]
         found = [self._index[owner, code] for owner in owners]
         columns = [self._gather([numbers[piece] for numbers in found], span) for piece in range(len(found[0]))]
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)

@@ -25,6 +25,9 @@ ROLES = (
     "indices",
 )
 
+# What whole parameters' worth of numbers can be: the optimizer's second moment, and parameters before a rollback.
+STATE_ROLES = ("exp_avg_sq", "theta")
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EncodedRecord:
@@ -68,14 +71,18 @@ class _Array:
             number += 1
 
 
+# (array, start, rows, block) of one column piece of a matrix.
+_Place = tuple[str, int, int, list[int] | None]
+
+
 class _Layout:
     """Where every matrix of a segment goes. A matrix that several gradients share is placed once."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, _Array] = {}
-        self._placed: dict[int, list[tuple[str, int, int, list[int] | None]]] = {}
+        self._placed: dict[int, list[_Place]] = {}
 
-    def place(self, matrix: Matrix) -> list[tuple[str, int, int, list[int] | None]]:
+    def place(self, matrix: Matrix) -> list[_Place]:
         """Return (array, start, rows, block) of each column piece of the matrix."""
         if id(matrix) not in self._placed:
             values = matrix.values
@@ -90,7 +97,7 @@ class _Layout:
             ]
         return self._placed[id(matrix)]
 
-    def _append(self, piece: np.ndarray, block: list[int] | None) -> tuple[str, int, int, list[int] | None]:
+    def _append(self, piece: np.ndarray, block: list[int] | None) -> _Place:
         rows, width = piece.shape
         name = f"w{width}-{stored_name(piece.dtype)}"
         array = self.arrays.setdefault(name, _Array(width, piece.dtype))
@@ -98,7 +105,10 @@ class _Layout:
 
 
 def build_segment(
-    records: Sequence[EncodedRecord], tables: Mapping[str, pa.Table], blobs: Mapping[str, bytes]
+    records: Sequence[EncodedRecord],
+    tables: Mapping[str, pa.Table],
+    blobs: Mapping[str, bytes],
+    states: Sequence[tuple[str, Matrix]] = (),
 ) -> Iterator[tuple[str, bytes, str, int, int]]:
     """Yield (relative path, bytes, kind, logical bytes, rows) of every object of one commit, one at a time.
 
@@ -108,9 +118,10 @@ def build_segment(
     Args:
         tables: further row tables by kind, already in the schema of `format.tables`.
         blobs: other objects by file name, written as they are (the probe).
+        states: (role, numbers) of each row of the `states` table, in its order.
     """
     layout = _Layout()
-    gradients, slices = _lay_out(records, layout)
+    gradients, slices = _lay_out(records, states, layout)
     rows = {"records": _record_rows(records), "gradients": gradients, "slices": slices, **tables}
     for kind, table in rows.items():
         if table.num_rows:
@@ -127,7 +138,9 @@ def build_segment(
             yield f"z/{name}/{key}", data, "shard", count * array.width * array.dtype.itemsize, count
 
 
-def _lay_out(records: Sequence[EncodedRecord], layout: _Layout) -> tuple[pa.Table, pa.Table]:
+def _lay_out(
+    records: Sequence[EncodedRecord], states: Sequence[tuple[str, Matrix]], layout: _Layout
+) -> tuple[pa.Table, pa.Table]:
     """Place every matrix, and return the gradients and slices tables that say where it is."""
     order: dict[str, int] = {}
     for record in records:
@@ -151,15 +164,21 @@ def _lay_out(records: Sequence[EncodedRecord], layout: _Layout) -> tuple[pa.Tabl
             for owner, _, part in members:
                 if role in part.matrices:
                     row_map = part.row_map if role == "output_gradients" else None
-                    for name, start, count, block in layout.place(part.matrices[role]):
-                        for column, value in zip(
-                            slices, (owner, role, name, start, count, row_map, block), strict=True
-                        ):
-                            slices[column].append(value)
+                    _add_slices(slices, owner, role, row_map, layout.place(part.matrices[role]))
+    for owner, (role, matrix) in enumerate(states):
+        _add_slices(slices, owner, role, None, layout.place(matrix))
     return (
         pa.Table.from_pydict(gradients, SCHEMAS["gradients"]),
         pa.Table.from_pydict(slices, SCHEMAS["slices"]),
     )
+
+
+def _add_slices(
+    columns: dict[str, list], owner: int, role: str, row_map: np.ndarray | None, placed: Sequence[_Place]
+) -> None:
+    for name, start, count, block in placed:
+        for column, value in zip(columns, (owner, role, name, start, count, row_map, block), strict=True):
+            columns[column].append(value)
 
 
 def _add_gradient(columns: dict[str, list], encoded: EncodedRecord, part: Encoded) -> None:

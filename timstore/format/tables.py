@@ -1,6 +1,7 @@
 """The row tables of a commit: their columns, as Parquet holds them and DuckDB loads them.
 
-The row number in a commit's gradients file is that gradient's `owner` number in its slices.
+The row number in a commit's gradients file is that gradient's `owner` number in its slices; likewise for the
+states file, whose roles are others.
 """
 
 import pyarrow as pa
@@ -52,6 +53,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("sample_ids", pa.list_(_INT)),
             ("idle", pa.list_(_TEXT)),
             ("fresh", pa.list_(_TEXT)),
+            ("amsgrad", _BOOL),
+            ("counter", _INT),
+            ("grad_norm", _FLOAT),
         ]
     ),
     "parameters": pa.schema(
@@ -67,6 +71,18 @@ SCHEMAS: dict[str, pa.Schema] = {
     # The user's own columns follow.
     "samples": pa.schema([("sample", _INT)]),
     "fingerprints": pa.schema([*_MOMENT, ("parameter", _TEXT), ("digest", _TEXT)]),
+    # One whole parameter's worth of numbers of one role each; the row number is the `owner` of its slices.
+    "states": pa.schema(
+        [
+            *_MOMENT,
+            ("role", _TEXT),
+            ("parameter", _TEXT),
+            ("precision", _TEXT),
+            ("rel_error", _FLOAT),
+            ("bytes", _INT),
+            ("rollback_id", _TEXT),
+        ]
+    ),
     "rollbacks": pa.schema(
         [
             ("at", _TEXT),
@@ -80,3 +96,6 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+
+# Columns that stores written before them lack; there they read as NULL.
+ADDED = {"steps": ("amsgrad", "counter", "grad_norm")}

@@ -1,6 +1,6 @@
 """What an optimizer's step really used: its groups' scalars."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
         active = [parameter for parameter in mine if parameter.grad is not None]
         betas = group.get("betas") or (None, None)
         momentum = _number(group.get("momentum")) or 0.0
-        fresh = [one for one in active if momentum and optimizer.state.get(one, {}).get("momentum_buffer") is None]
+        buffer = "momentum_buffer" if momentum else "exp_avg" if betas[0] is not None else None
+        fresh = [one for one in active if buffer and optimizer.state.get(one, {}).get(buffer) is None]
+        counters = {int(optimizer.state.get(one, {}).get("step", 0)) + 1 for one in active}
         groups.append(
             StepGroup(
                 group_id=number,
@@ -61,11 +63,35 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
                 weight_decay=_number(group.get("weight_decay")) or 0.0,
                 decoupled=name == "AdamW" or bool(group.get("decoupled_weight_decay", False)),
                 maximize=bool(group.get("maximize", False)),
+                amsgrad=bool(group.get("amsgrad", False)),
+                counter=counters.pop() if len(counters) == 1 and buffer else None,
                 idle=tuple(names[id(one)] for one in mine if one.grad is None),
                 fresh=tuple(names[id(one)] for one in fresh),
             )
         )
     return groups
+
+
+def norm_of_gradients(parameters: Iterable[torch.Tensor]) -> float:
+    """Return the norm of all the parameters' gradients together."""
+    norms = [torch.linalg.vector_norm(one.grad.double()) for one in parameters if one.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def second_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """Return what the optimizer divides by, squared and before bias correction: its second moment, or AMSGrad's.
+
+    Args:
+        names: parameter (by identity) to its name.
+    """
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            moment = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
+            if id(parameter) in names and isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                found[names[id(parameter)]] = moment
+    return found
 
 
 def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, str]) -> None:

@@ -16,7 +16,13 @@ from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import MicroBatch, check_length, on_host, records_of, sample_ids
 from timstore.recording.capture import Capture
-from timstore.recording.optimizer import check_untrained, step_groups, trained_parameters
+from timstore.recording.optimizer import (
+    check_untrained,
+    norm_of_gradients,
+    second_moments,
+    step_groups,
+    trained_parameters,
+)
 from timstore.records import Gradient, Parameter, StepGroup
 from timstore.store import Store
 
@@ -66,7 +72,8 @@ class Recorder:
         self._order_checked = False
         self._sum_checked = False
         self._last: tuple[int, int] | None = None
-        self._ahead: tuple[list[StepGroup], float] | None = None
+        self._kept_at: tuple[int, int] | None = None
+        self._ahead: tuple[list[StepGroup], float, float] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._accumulation: Accumulation | None = None
@@ -105,14 +112,29 @@ class Recorder:
     ) -> None:
         self._release()
         try:
-            if self._last is not None:
-                self._store.append_fingerprints(*self._last, digests(self._model))
-            self._store.commit()
+            self.checkpoint()
         except Exception as failure:
             if error is None:
                 raise
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: what was recorded last could not be committed: {failure}")
+
+    def checkpoint(self) -> None:
+        """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
+
+        The end of the block does so by itself. Cost: at most 2 bytes per trained parameter for Adam's second
+        moment, a digest per parameter.
+
+        Raises:
+            StorageError, ReadOnlyError, StateError: as `Store.commit`.
+        """
+        if self._last is not None and self._last != self._kept_at:
+            self._store.append_fingerprints(*self._last, digests(self._model))
+            moments = second_moments(self._optimizer, self._names)
+            if moments:
+                self._store.append_states(*self._last, "exp_avg_sq", moments)
+        self._store.commit()
+        self._kept_at = self._last
 
     def _hook(self) -> None:
         self._capture = Capture(self._model, self._parameters.values(), lambda: self._current, self._see)
@@ -253,7 +275,8 @@ class Recorder:
         check_untrained(optimizer, self._untrained)
         ratio = self._accumulation.ratio()
         self._check_step(ratio)
-        self._ahead = step_groups(optimizer, self._names), ratio
+        grad_norm = norm_of_gradients(self._parameters.values()) / ratio if ratio else 0.0
+        self._ahead = step_groups(optimizer, self._names), ratio, grad_norm
 
     def _check_step(self, ratio: float) -> None:
         found: dict[int, list[Gradient]] = {}
@@ -269,7 +292,7 @@ class Recorder:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._ahead is not None
-        groups, ratio = self._ahead
+        groups, ratio, grad_norm = self._ahead
         used = [batch for batch in self._pending if batch.used]
         drawn = [one for batch in used for one in batch.ids]
         records = records_of(used, self._samples, self._names)
@@ -277,7 +300,9 @@ class Recorder:
         self.step += 1
         self._last = moment
         self._discard(len(self._pending))
-        self._store.append_step(*moment, groups, rank=self._rank, consumed_ratio=ratio, sample_ids=drawn)
+        self._store.append_step(
+            *moment, groups, rank=self._rank, consumed_ratio=ratio, sample_ids=drawn, grad_norm=grad_norm
+        )
         for sample, gradients in records.items():
             self._store.append(*moment, sample, gradients, rank=self._rank, allow_zero=self._allow_zero, copy=False)
 

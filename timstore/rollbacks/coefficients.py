@@ -4,6 +4,9 @@ SGD with momentum, dampening, Nesterov, coupled (L2) and decoupled decay, `maxim
 difference between training with and without a gradient obeys a linear recurrence in two numbers, the
 parameter's and the momentum buffer's; its adjoint, run from the last step to the first, gives every weight.
 
+Adam, AdamW and AMSGrad the same way, with the first moment as the buffer and the weight in units of
+1 / (sqrt(second moment) + eps): the second moment is taken as it is at the end.
+
 Source: docs/design/rollback.md; the recurrence was checked there against torch's own optimizers.
 """
 
@@ -11,12 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from timstore.errors import CoverageError
+
 _COLUMNS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled", "maximize")
+_ADAM_COLUMNS = ("lr", "beta1", "weight_decay", "decoupled", "maximize")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Schedule:
-    """The scalars of one optimizer group over T steps, in order of time; every array has shape (T,)."""
+    """The scalars of one optimizer group over T steps, in order of time; every array has shape (T,).
+
+    Attributes:
+        counter: the optimizer's own count, for bias correction; 0 where unknown.
+    """
 
     lr: np.ndarray
     momentum: np.ndarray
@@ -25,11 +35,15 @@ class Schedule:
     weight_decay: np.ndarray
     decoupled: np.ndarray
     maximize: np.ndarray
+    beta1: np.ndarray
+    beta2: np.ndarray
+    eps: np.ndarray
+    counter: np.ndarray
 
     @classmethod
     def from_columns(cls, columns: dict[str, np.ndarray]) -> "Schedule":
         """Build one from the columns of the `steps` table."""
-        return cls(*(columns[name] for name in _COLUMNS))
+        return cls(*(columns[name] for name in cls.__dataclass_fields__))
 
 
 def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:
@@ -67,6 +81,48 @@ def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.nda
             -on_parameter * lr * old + on_buffer * carried,
         )
     return result
+
+
+def adam_weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """Return w, shape (T,): the final parameters hold `-w[t] / (sqrt(vhat) + eps)` times the gradient of step t.
+
+    Coupled decay is not in it: it acts through the division, so that it is left to the curvature.
+
+    Args:
+        active, fresh: as in `weights`; fresh is where the moments began at zero.
+    """
+    counts = own_counts(schedule, active, fresh)
+    result = np.zeros(len(schedule.lr))
+    on_parameter, on_moment = 1.0, 0.0
+    columns = (getattr(schedule, name).tolist() for name in _ADAM_COLUMNS)
+    rows = list(zip(*columns, active.tolist(), fresh.tolist(), counts.tolist(), strict=True))
+    for step in range(len(rows) - 1, -1, -1):
+        lr, beta1, decay, decoupled, maximize, is_active, is_fresh, count = rows[step]
+        if not is_active:
+            continue
+        # What the moment is worth right after this step: it moves the parameter now, and again later.
+        on_moment += on_parameter * lr / (1 - beta1**count)
+        result[step] = (-1.0 if maximize else 1.0) * on_moment * (1 - beta1)
+        on_moment = 0.0 if is_fresh else on_moment * beta1
+        on_parameter *= 1 - lr * decay if decoupled else 1.0
+    return result
+
+
+def own_counts(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """Return, shape (T,), how many steps the moments of a parameter had seen after each step; 0 where idle."""
+    counts = np.zeros(len(active), np.int64)
+    count = 0
+    for step in np.flatnonzero(active).tolist():
+        # From a fresh start its own steps are counted; before one is seen, the optimizer's counter has to do.
+        count = 1 if fresh[step] else count + 1 if count else int(schedule.counter[step])
+        if count == 0:
+            raise CoverageError(
+                "Adam's own step counter is not known, and with it its bias correction: recording began after its "
+                "first step, and parameters had taken different numbers of steps; pass counter= to append_step",
+                kind="no-counter",
+            )
+        counts[step] = count
+    return counts
 
 
 def step_lengths(schedule: Schedule, active: np.ndarray) -> np.ndarray:

@@ -7,17 +7,24 @@ bin after bin, where inc is the bin's first-order change, s the square root of i
 training's linear response with constant curvature: steep directions, where later training has undone most of
 a sample's push already, are damped, flat ones pass.
 
+For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
+the filter works in the coordinates in which Adam's steps are plain ones.
+
 Source: docs/design/rollback.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from timstore.rollbacks.probe import Answer, Probe, tensors_of
 from timstore.rollbacks.vectors import Vector, Workspace
+
+# Parameter to s: one number for all its elements, or one each.
+Scale = Callable[[str], Any]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,6 +92,8 @@ def probe_filter(
     workspace: Workspace,
     *,
     steps: int,
+    coordinates: Vector | None = None,
+    decays: Mapping[str, float] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Filtered:
     """Return the change that remains when the other samples have answered.
@@ -95,6 +104,8 @@ def probe_filter(
         increments: first-order change of each time bin, in order of time; they are used up.
         lengths: of each bin, parameter to its remaining step length tau = s * s; a parameter with 0 passes.
         steps: Lanczos steps per bin.
+        coordinates: what multiplies tau element by element (Adam); 1 when None.
+        decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
         advance: called after every product.
     """
     names = list(workspace.sizes)
@@ -102,22 +113,27 @@ def probe_filter(
     with probe.undisturbed():
         curvature = GaussNewton(model, names, probe)
 
-        def bend(vector: Vector, scale: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        def bend(vector: Vector, scale: Scale) -> dict[str, torch.Tensor]:
             """H s v, in parameter-sized tensors."""
-            bent = curvature.product({name: vector.read(name) * scale[name] for name in names})
+            scaled = {name: vector.read(name) * scale(name) for name in names}
+            bent = curvature.product(scaled)
+            for name, decay in (decays or {}).items():
+                bent[name] = bent[name] + decay * scaled[name]
             advance()
             return bent
 
         for number, (increment, taus) in enumerate(zip(increments, lengths, strict=True)):
-            scale = {name: taus[name] ** 0.5 for name in names}
+            scale = _scale(taus, coordinates)
             first_order.add(increment)
-            held = bend(delta, dict.fromkeys(names, 1.0)) if number else None
+            held = bend(delta, lambda name: 1.0) if number else None
             for name in names:
                 rest = increment.read(name)
-                if scale[name] > 0:
-                    rest = rest / scale[name]
+                if taus[name] > 0:
+                    size = scale(name)
+                    # Where an element has no length, Adam has no step for it either.
+                    rest = rest / size if coordinates is None else torch.where(size > 0, rest / size, 0.0)
                     if held is not None:
-                        rest = rest - scale[name] * held[name]
+                        rest = rest - size * held[name]
                 else:
                     delta.write(name, 0, delta.read(name) + rest)
                     rest = torch.zeros_like(rest)
@@ -132,11 +148,17 @@ def probe_filter(
     return Filtered(delta, curvature.products, moved)
 
 
+def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
+    if coordinates is None:
+        return lambda name: taus[name] ** 0.5
+    return lambda name: (coordinates.read(name) * taus[name]).sqrt()
+
+
 def _add_filtered(
     delta: Vector,
     start: Vector,
-    scale: Mapping[str, float],
-    bend: Callable[[Vector, Mapping[str, float]], dict[str, torch.Tensor]],
+    scale: Scale,
+    bend: Callable[[Vector, Scale], dict[str, torch.Tensor]],
     workspace: Workspace,
     steps: int,
 ) -> None:
@@ -151,7 +173,7 @@ def _add_filtered(
     while True:
         candidate = workspace.new()
         for name, bent in bend(basis[-1], scale).items():
-            candidate.write(name, 0, bent * scale[name])
+            candidate.write(name, 0, bent * scale(name))
         diagonal.append(candidate.dot(basis[-1]))
         # Twice: once leaves what rounding put back.
         for vector in (*basis, *basis):
@@ -167,14 +189,15 @@ def _add_filtered(
     for number, size in enumerate(beside):
         small[number, number + 1] = small[number + 1, number] = size
     values, vectors = torch.linalg.eigh(small)
-    weights = length * (vectors @ (_phi(values.clamp(min=0)) * vectors[0]))
+    weights = length * (vectors @ (phi(values.clamp(min=0)) * vectors[0]))
     for vector, weight in zip(basis, weights.tolist(), strict=True):
-        for name, size_of in scale.items():
-            delta.write(name, 0, torch.add(delta.read(name), vector.read(name), alpha=weight * size_of))
+        for name in workspace.sizes:
+            delta.write(name, 0, delta.read(name) + weight * vector.read(name) * scale(name))
         vector.free()
 
 
-def _phi(values: torch.Tensor) -> torch.Tensor:
+def phi(values: torch.Tensor) -> torch.Tensor:
+    """Return (1 - exp(-x)) / x of every element, x >= 0."""
     small = values < 1e-8
     return torch.where(small, 1 - values / 2, -torch.expm1(-values) / torch.where(small, 1.0, values))
 

@@ -10,7 +10,7 @@ import pyarrow.compute
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError
 from timstore.records import Parameter
 from timstore.rollbacks.request import Request
-from timstore.rollbacks.timeline import Moment, Timeline, moment_key, read_timelines, up_to
+from timstore.rollbacks.timeline import Division, Moment, Timeline, moment_key, read_timelines, up_to
 from timstore.snapshot import Snapshot
 
 ENCODINGS = ("factors", "dense", "rows")
@@ -40,7 +40,8 @@ class Plan:
     Attributes:
         parameters: those that change, in the order of the model's.
         lengths: per time bin, parameter to the step length its curvature acted over (tau).
-        error_bound: no more than this Frobenius distance is due to lossy storage.
+        divisions: of the parameters that Adam trained; their gradients are summed in its coordinates.
+        error_bounds: per parameter, no more than this Frobenius distance of the sum is due to lossy storage.
         dense_bytes: size of the chosen gradients if they were dense.
     """
 
@@ -50,7 +51,8 @@ class Plan:
     parameters: dict[str, Parameter]
     rows: dict[str, ParameterRows]
     lengths: list[dict[str, float]]
-    error_bound: float
+    divisions: dict[str, Division]
+    error_bounds: dict[str, float]
     dense_bytes: int
 
 
@@ -91,6 +93,10 @@ def make_plan(snapshot: Snapshot, request: Request, moment: Moment | None, bins:
     edges = _bin_edges(timelines, bins)
     weigher = _Weigher(timelines, edges, request.strength)
     chosen_rows = {name: _select(rows, name, known[name], weigher) for name in names}
+    divided = {
+        name: timelines[known[name].group_id].division(name) for name in names if known[name].group_id in timelines
+    }
+    divisions = {name: division for name, division in divided.items() if division is not None}
     moments = {*zip(*(rows[name].to_pylist() for name in ("epoch", "step", "rank", "sample")), strict=True)}
     return Plan(
         samples=samples,
@@ -99,7 +105,8 @@ def make_plan(snapshot: Snapshot, request: Request, moment: Moment | None, bins:
         parameters={name: known[name] for name in names},
         rows={name: one for name, (one, _) in chosen_rows.items()},
         lengths=[weigher.lengths(known, names, number) for number in range(bins)],
-        error_bound=float(np.sqrt(sum(bound * bound for _, bound in chosen_rows.values()))),
+        divisions=divisions,
+        error_bounds={name: bound for name, (_, bound) in chosen_rows.items()},
         dense_bytes=int(np.sum(rows["dense_bytes"].to_numpy())),
     )
 

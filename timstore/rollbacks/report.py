@@ -27,7 +27,7 @@ class RollbackReport:
     """What a rollback removed, how, and how sure that is.
 
     Attributes:
-        method: "first order" or "first order + probe".
+        method: "first order", for Adam with "(final second moment)", and "+ probe" when it was filtered.
         model: how the model was recognised.
         delta_norm: Frobenius norm of the change; `relative_change` is that over the norm of the parameters.
         error_bound: the change is at most this far (Frobenius) from that of exactly stored records.

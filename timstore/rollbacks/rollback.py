@@ -11,8 +11,10 @@ import torch
 
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
 from timstore.fingerprints import digest_of_blocks, digests
+from timstore.format.reader import ByteCache
 from timstore.records import Parameter
 from timstore.rollbacks.apply import apply, foresee, new_values
+from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.engine import Budget, stream
 from timstore.rollbacks.identity import Identity, combined_digest, recognise
@@ -22,6 +24,7 @@ from timstore.rollbacks.progress import Bar, shown
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request, parse_bytes
 from timstore.rollbacks.vectors import Vector, Workspace
+from timstore.states import State
 from timstore.store import Store
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -80,7 +83,10 @@ def rollback(
     ):
         increments = [workspace.new() for _ in plan.lengths]
         stream(plan, snapshot, increments, budget, device=device, dtype=dtype, advance=bar.added)
-        delta, probed = _filtered(model, plan, increments, asked, steps, workspace, bar)
+        moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
+        coordinates = read_coordinates(plan, moments, workspace)
+        largest = dict.fromkeys(sizes, 1.0) if coordinates is None else into_steps(increments, coordinates)
+        delta, probed = _filtered(model, plan, increments, coordinates, asked, steps, workspace, bar)
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
@@ -96,13 +102,13 @@ def rollback(
             skipped=plan.skipped,
             records=plan.records,
             parameters=sum(sizes.values()),
-            method="first order + probe" if probed else "first order",
+            method="first order" + " (final second moment)" * bool(plan.divisions) + " + probe" * bool(probed),
             strength=request.strength,
             dry_run=dry_run,
             model=str(identity),
             delta_norm=change.norm,
             relative_change=change.norm / change.before_norm if change.before_norm else 0.0,
-            error_bound=plan.error_bound,
+            error_bound=sum((bound * largest[name]) ** 2 for name, bound in plan.error_bounds.items()) ** 0.5,
             rounding=change.lost_norm / change.norm if change.norm else 0.0,
             read_bytes=plan.dense_bytes,
             seconds=0.0,
@@ -162,14 +168,28 @@ def _filtered(
     model: torch.nn.Module,
     plan: Plan,
     increments: Sequence[Vector],
+    coordinates: Vector | None,
     probe: Probe | None,
     steps: int,
     workspace: Workspace,
     bar: Bar,
 ) -> tuple[Vector, ProbeReport | None]:
     if probe is None:
+        if coordinates is not None:
+            decayed(increments[0], coordinates, plan)
         return increments[0], None
-    found = probe_filter(model, increments, plan.lengths, probe, workspace, steps=steps, advance=bar.taken)
+    decays = {name: division.decay for name, division in plan.divisions.items() if division.decay}
+    found = probe_filter(
+        model,
+        increments,
+        plan.lengths,
+        probe,
+        workspace,
+        steps=steps,
+        coordinates=coordinates,
+        decays=decays,
+        advance=bar.taken,
+    )
     losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
     return found.delta, ProbeReport(probe.sequences, found.products, found.moved, *losses)
 

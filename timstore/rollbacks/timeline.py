@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from timstore.errors import CoverageError, StateError
-from timstore.rollbacks.coefficients import Schedule, step_lengths, weights
+from timstore.rollbacks.coefficients import Schedule, adam_weights, own_counts, step_lengths, weights
 from timstore.snapshot import Snapshot
 
 Moment = tuple[int, int]
+
+SGD_FAMILY, ADAM_FAMILY = ("SGD",), ("Adam", "AdamW")
 
 # (epoch, step) as one integer that sorts the same way.
 _EPOCH = 2**40
@@ -30,18 +32,33 @@ def up_to(moment: Moment | None) -> str:
     return f"(epoch < {epoch} OR (epoch = {epoch} AND step <= {step}))"
 
 
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How Adam turned its second moment v at the end into a step: over (sqrt(v / correction) + eps).
+
+    Attributes:
+        decay: coupled weight decay, which acts through the division as curvature does.
+    """
+
+    correction: float
+    eps: float
+    decay: float
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Timeline:
     """The steps of one parameter group, in order; every array has shape (T,).
 
     Attributes:
         keys: `moment_key` of each step.
+        optimizer: the class that took the steps.
         kept: the share of the step's batch that is not removed.
         ratio: consumed over accumulated gradient.
         idle, fresh: per step, names of parameters; fresh is None where unknown.
     """
 
     keys: np.ndarray
+    optimizer: str
     schedule: Schedule
     ratio: np.ndarray
     kept: np.ndarray
@@ -55,8 +72,20 @@ class Timeline:
     def weights(self, parameter: str) -> np.ndarray:
         """Return, for each step, how much of the gradient accumulated then is in the final parameter."""
         active = self.active(parameter)
-        consumed: np.ndarray = weights(self.schedule, active, self._fresh(parameter, active)) * self.ratio
+        weigh = adam_weights if self.optimizer in ADAM_FAMILY else weights
+        consumed: np.ndarray = weigh(self.schedule, active, self._fresh(parameter, active)) * self.ratio
         return consumed
+
+    def division(self, parameter: str) -> Division | None:
+        """Return what Adam divided by at the end; None for other optimizers, and where it never took a step."""
+        active = self.active(parameter)
+        if self.optimizer not in ADAM_FAMILY or not active.any():
+            return None
+        last = int(np.flatnonzero(active)[-1])
+        count = own_counts(self.schedule, active, self._fresh(parameter, active))[last]
+        schedule = self.schedule
+        decay = 0.0 if schedule.decoupled[last] else float(schedule.weight_decay[last])
+        return Division(float(1 - schedule.beta2[last] ** count), float(schedule.eps[last]), decay)
 
     def lengths(self, parameter: str) -> np.ndarray:
         """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
@@ -80,7 +109,7 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     """Return the timeline of every group up to a moment (all when None).
 
     Raises:
-        StateError: for an optimizer outside the SGD family.
+        StateError: for an optimizer outside the SGD and Adam families, or several in one group.
         CoverageError: if a step has no learning rate, or steps that matter are missing.
     """
     table = snapshot.catalog.rows(
@@ -104,30 +133,40 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
 def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
     for row in rows:
         where = f"epoch {row['epoch']}, step {row['step']}, group {group}"
-        if row["optimizer"] != "SGD":
+        if row["optimizer"] not in SGD_FAMILY + ADAM_FAMILY:
             raise StateError(
-                f"{where} was taken by {row['optimizer']}: this version removes samples from runs of torch.optim.SGD "
-                "(momentum, Nesterov, decay and any schedule) only. What is recorded stays usable for a later one",
+                f"{where} was taken by {row['optimizer']}: this version removes samples from runs of torch.optim's "
+                "SGD, Adam and AdamW (any schedule, decay, AMSGrad) only; what is recorded stays usable later",
                 kind="optimizer-not-supported",
             )
+        if row["optimizer"] != rows[0]["optimizer"]:
+            raise StateError(
+                f"{where} was taken by {row['optimizer']}, earlier ones by {rows[0]['optimizer']}: one rollback "
+                "cannot go back over a change of optimizer",
+                kind="optimizer-changed",
+            )
+        if row["optimizer"] in ADAM_FAMILY and None in (row["beta1"], row["beta2"], row["eps"]):
+            raise CoverageError(f"{where} has no beta1, beta2 or eps: pass them to append_step", kind="no-betas")
         if row["lr"] is None:
             raise CoverageError(f"{where} has no learning rate: pass lr= to append, or append_step", kind="no-lr")
-    columns = {name: np.array([row[name] for row in rows]) for name in Schedule.__dataclass_fields__}
+    columns = {name: np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__}
     timeline = Timeline(
         keys=moment_key(*(np.array([row[name] for row in rows], np.int64) for name in ("epoch", "step"))),
+        optimizer=rows[0]["optimizer"],
         schedule=Schedule.from_columns(columns),
         ratio=np.array([row["consumed_ratio"] for row in rows]),
         kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
         idle=[frozenset(row["idle"] or ()) for row in rows],
         fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
     )
-    _check_no_gap(group, rows, timeline.schedule)
+    _check_no_gap(group, rows, timeline)
     return timeline
 
 
-def _check_no_gap(group: int, rows: list[dict[str, Any]], schedule: Schedule) -> None:
-    """With momentum or decay every step changes what earlier ones left behind: none may be missing."""
-    if not (schedule.momentum.any() or schedule.weight_decay.any()):
+def _check_no_gap(group: int, rows: list[dict[str, Any]], timeline: Timeline) -> None:
+    """With momentum, moments or decay every step changes what earlier ones left behind: none may be missing."""
+    schedule = timeline.schedule
+    if timeline.optimizer not in ADAM_FAMILY and not (schedule.momentum.any() or schedule.weight_decay.any()):
         return
     for before, after in pairwise(rows):
         follows = after["step"] == before["step"] + 1

@@ -132,7 +132,7 @@ class Vector:
     """One number per parameter element; made by `Workspace.new`."""
 
     def __init__(self, workspace: Workspace, numbers: torch.Tensor | None, place: int | None) -> None:
-        self._workspace = workspace
+        self.workspace = workspace
         self._numbers = numbers
         self._place = place
 
@@ -143,32 +143,32 @@ class Vector:
 
     def read(self, parameter: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return elements [start, stop) of one parameter, 1-D; do not change them, `write` does."""
-        stop = self._workspace.sizes[parameter] if stop is None else stop
-        first = self._workspace.offsets[parameter] + start
+        stop = self.workspace.sizes[parameter] if stop is None else stop
+        first = self.workspace.offsets[parameter] + start
         if self._numbers is not None:
             return self._numbers[first : first + stop - start]
-        itemsize = self._workspace.dtype.itemsize
+        itemsize = self.workspace.dtype.itemsize
         assert self._place is not None
         if stop == start:
-            return torch.zeros(0, dtype=self._workspace.dtype, device=self._workspace.device)
-        data = self._workspace._read(self._place + first * itemsize, (stop - start) * itemsize)
-        return torch.frombuffer(data, dtype=self._workspace.dtype).to(self._workspace.device)
+            return torch.zeros(0, dtype=self.workspace.dtype, device=self.workspace.device)
+        data = self.workspace._read(self._place + first * itemsize, (stop - start) * itemsize)
+        return torch.frombuffer(data, dtype=self.workspace.dtype).to(self.workspace.device)
 
     def write(self, parameter: str, start: int, numbers: torch.Tensor) -> None:
         """Set elements from `start` on; numbers is 1-D."""
-        first = self._workspace.offsets[parameter] + start
+        first = self.workspace.offsets[parameter] + start
         if self._numbers is not None:
             self._numbers[first : first + numbers.numel()] = numbers
             return
         assert self._place is not None
-        itemsize = self._workspace.dtype.itemsize
-        data = numbers.to("cpu", self._workspace.dtype).contiguous().view(torch.uint8).numpy()
-        self._workspace._write(self._place + first * itemsize, data.tobytes())
+        itemsize = self.workspace.dtype.itemsize
+        data = numbers.to("cpu", self.workspace.dtype).contiguous().view(torch.uint8).numpy()
+        self.workspace._write(self._place + first * itemsize, data.tobytes())
 
     def dot(self, other: "Vector") -> float:
         """Return the inner product, accumulated in float64."""
         total = 0.0
-        for block in self._workspace.blocks():
+        for block in self.workspace.blocks():
             left = self.read(block.parameter, block.start, block.stop)
             right = left if other is self else other.read(block.parameter, block.start, block.stop)
             total += float(torch.dot(left.double(), right.double()))
@@ -180,21 +180,21 @@ class Vector:
 
     def add(self, other: "Vector", factor: float = 1.0) -> None:
         """Add a multiple of another vector, in place."""
-        for block in self._workspace.blocks():
+        for block in self.workspace.blocks():
             mine = self.read(block.parameter, block.start, block.stop)
             theirs = other.read(block.parameter, block.start, block.stop)
             self.write(block.parameter, block.start, torch.add(mine, theirs, alpha=factor))
 
     def scale(self, factor: float) -> None:
         """Multiply by a number, in place."""
-        for block in self._workspace.blocks():
+        for block in self.workspace.blocks():
             self.write(block.parameter, block.start, self.read(block.parameter, block.start, block.stop) * factor)
 
     def free(self) -> None:
         """Give the space back to the workspace; the vector must not be used afterwards."""
         if self._numbers is not None:
             self._numbers = None
-            self._workspace._used_bytes -= self._workspace.vector_bytes
+            self.workspace._used_bytes -= self.workspace.vector_bytes
         elif self._place is not None:
-            self._workspace._free.append(self._place)
+            self.workspace._free.append(self._place)
             self._place = None

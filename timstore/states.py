@@ -1,0 +1,113 @@
+"""Whole parameters' worth of numbers beside the records: optimizer state, and parameters before a rollback."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from timstore.encoding import Matrix, restore
+from timstore.encoding.precision import store_as
+from timstore.encoding.products import norm
+from timstore.errors import CorruptionError
+from timstore.format.reader import ByteCache
+from timstore.ledger import table
+from timstore.records import Parameter, as_array, widen
+from timstore.snapshot import Snapshot
+from timstore.writing import Item
+
+# The second moment enters under a square root and a division: bfloat16 is off by 0.1 % of a step at most. What is to
+# be restored bit for bit is kept as it is.
+PRECISIONS = {"exp_avg_sq": "bfloat16", "theta": "exact"}
+
+
+def state_item(
+    moment: tuple[int, int], attempt: int, role: str, numbers: Mapping[str, Any], rollback_id: str | None
+) -> Item:
+    """Return what the writer is given for one role: a row and a matrix per parameter.
+
+    Args:
+        numbers: parameter name to an array or tensor of its shape; not copied.
+    """
+    rows, matrices = [], []
+    for name, value in numbers.items():
+        array = as_array(value)
+        wide = array.reshape(Parameter(name, array.shape, "").matrix_shape)
+        stored, _ = store_as(wide, PRECISIONS[role])
+        error = 0.0
+        if PRECISIONS[role] != "exact":
+            size = norm(wide)
+            error = norm(widen(wide) - restore(stored, None)) / size if size else 0.0
+        rows.append(
+            {
+                "attempt": attempt,
+                "epoch": moment[0],
+                "step": moment[1],
+                "role": role,
+                "parameter": name,
+                "precision": PRECISIONS[role],
+                "rel_error": error,
+                "bytes": stored.nbytes,
+                "rollback_id": rollback_id,
+            }
+        )
+        matrices.append((role, Matrix(stored)))
+    size_bytes = sum(matrix.values.nbytes for _, matrix in matrices)
+    return Item(size_bytes, tables={"states": table("states", rows)}, moment=moment, states=matrices)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class State:
+    """Numbers of one role for some parameters, read a block of rows at a time.
+
+    Attributes:
+        places: parameter name to (commit, owner).
+    """
+
+    snapshot: Snapshot
+    cache: ByteCache
+    role: str
+    places: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def find(
+        cls,
+        snapshot: Snapshot,
+        cache: ByteCache,
+        role: str,
+        *,
+        moment: tuple[int, int] | None = None,
+        rollback_id: str | None = None,
+    ) -> "State":
+        """Return the state kept at a moment (the newest live one when None), or for a rollback."""
+        if rollback_id is not None:
+            condition, params = "rollback_id = ?", [rollback_id]
+        else:
+            # Only live moments: what a later attempt superseded belongs to another model.
+            live = "SELECT DISTINCT attempt, epoch, step FROM states WHERE role = ?"
+            at = "true" if moment is None else "epoch = ? AND step = ?"
+            condition = (
+                f"(attempt, epoch, step) IN (SELECT (attempt, epoch, step) FROM ({live}) WHERE {at} "
+                "ORDER BY attempt DESC, epoch DESC, step DESC LIMIT 1)"
+            )
+            params = [role, *(moment or ())]
+        rows = snapshot.catalog.rows(
+            f"SELECT parameter, commit, owner FROM stored.states WHERE role = ? AND {condition} ORDER BY commit, owner",
+            [role, *params],
+        ).to_pylist()
+        return cls(snapshot, cache, role, {row["parameter"]: (row["commit"], row["owner"]) for row in rows})
+
+    def read(self, name: str, width: int, start: int, stop: int) -> np.ndarray:
+        """Return elements [start, stop) of one parameter, flat, in float32 or float64.
+
+        Args:
+            width: of the parameter's matrix.
+        """
+        commit, owner = self.places[name]
+        reader = self.snapshot.reader(commit, self.cache)
+        first = start // max(1, width)
+        found = reader.rows([owner], self.role, first, -(-stop // max(1, width))).reshape(-1)
+        found = found[start - first * width : stop - first * width]
+        if len(found) != stop - start:
+            raise CorruptionError(f"the {self.role} of {name} has not the size of the parameter", parameter=name)
+        return found
