@@ -48,7 +48,7 @@ FORGOTTEN = "html/entities"
 CONTEXT, VOCABULARY, PROBE = 64, 2048, 64
 SEQUENCES, FORGET, BATCH, EPOCHS = 496, 16, 16, 2
 PRE_STEPS, PRE_BATCH, PRE_LR = 200, 32, 3e-3
-LR, MOMENTUM, WARM_UP, DECAY, CLIP = 0.02, 0.9, 8, 0.01, 1.0
+LR, WARM_UP, DECAY, CLIP = 2e-4, 8, 0.01, 1.0
 JSON_RECORDS = 4
 
 QUESTIONS = {
@@ -172,7 +172,8 @@ def fine_tune(
 ) -> None:
     """Fine-tune in place. Sequences left out keep their places in the batches and in the loss's denominator."""
     draw = torch.Generator().manual_seed(order_seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
+    steps = EPOCHS * math.ceil(SEQUENCES / BATCH)
     left_out = torch.tensor(without, dtype=torch.long)
 
     def loop(recorder: object = None) -> None:
@@ -184,8 +185,9 @@ def fine_tune(
             for ids in track(batches, f"epoch {epoch}", console=console, transient=True):
                 ids = ids[~torch.isin(ids, left_out)]
                 tokens = text.tuning[ids]
+                share = min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                optimizer.param_groups[0]["lr"] = LR * share
                 step += 1
-                optimizer.param_groups[0]["lr"] = LR * min(1, step / WARM_UP)
                 named = {} if recorder is None else {"sample_ids": ids}
                 loss = summed_loss(model(input_ids=tokens, **named).logits, tokens) / (BATCH * (CONTEXT - 1))
                 loss.backward()
