@@ -87,7 +87,9 @@ def workspace_for(model: nn.Module, limit_bytes: int = 2**26) -> Workspace:
     return Workspace(sizes, dtype=DOUBLE, memory_limit_bytes=limit_bytes)
 
 
-def run(model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26, *, adam: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(2)
     count = sum(parameter.numel() for parameter in model.parameters())
     increments = [torch.randn(count, dtype=DOUBLE) for _ in range(bins)]
@@ -95,6 +97,8 @@ def run(model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26) -> tup
     lengths = [{name: 0.5 * (number + 1) + place for place, name in enumerate(names)} for number in range(bins)]
     for taus in lengths:
         taus[names[3]] = 0.0
+    factors = torch.rand(count, dtype=DOUBLE).square() * 3 if adam else torch.ones(count, dtype=DOUBLE)
+    decays = {names[0]: 0.2, names[4]: 0.1} if adam else {}
     probe = [one if loss == "cross_entropy" else {"input": one["input"]} for one in batches()]
     with workspace_for(model, limit_bytes) as workspace:
         found = probe_filter(
@@ -104,16 +108,26 @@ def run(model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26) -> tup
             Probe(model, probe, loss=loss),
             workspace,
             steps=120,
+            coordinates=vector_of(workspace, factors, model) if adam else None,
+            decays=decays,
         )
         got = torch.cat([found.delta.read(name).clone() for name in names])
-    matrix = dense_gauss_newton(model, loss)
-    return got, filtered_densely(matrix, increments, [spread(taus, model) for taus in lengths])
+    matrix = dense_gauss_newton(model, loss) + torch.diag(
+        spread({name: decays.get(name, 0.0) for name in names}, model)
+    )
+    return got, filtered_densely(matrix, increments, [spread(taus, model) * factors for taus in lengths])
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("bins", [1, 4])
 def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int) -> None:
     got, want = run(small(), loss, bins)
+    assert float((got - want).norm() / want.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("bins", [1, 3])
+def test_in_adam_s_coordinates_every_element_has_its_own_step_length(bins: int) -> None:
+    got, want = run(small(), "cross_entropy", bins, adam=True)
     assert float((got - want).norm() / want.norm()) < 1e-6
 
 
