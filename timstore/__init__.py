@@ -106,6 +106,7 @@ class Store(_Store):
         memory_limit: int | str = "512MB",
         accumulate: str = "float32",
         missing: str = "error",
+        keep_delta: bool = False,
         dry_run: bool = False,
         force: bool = False,
         progress: bool | None = None,
@@ -129,6 +130,7 @@ class Store(_Store):
             memory_limit: bytes, or text like "512MB", for everything but the model and its own passes.
             accumulate: `float32` or `float64`.
             missing: `error`, or `skip` to go on without samples that were never recorded.
+            keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
             dry_run: compute and report, change nothing.
             force: also when these samples were removed from this model before.
             progress: show a bar; by default when a person is looking.
@@ -157,10 +159,30 @@ class Store(_Store):
             memory_limit=memory_limit,
             accumulate=accumulate,
             missing=missing,
+            keep_delta=keep_delta,
             dry_run=dry_run,
             force=force,
             progress=progress,
         )
+
+    def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
+        """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
+
+        The model changes last: after an error it is what it was.
+
+        Args:
+            model: as the rollback left it.
+            rollback_id: `report.rollback_id`, or `digest_after` in the `rollbacks` table.
+
+        Raises:
+            NotFoundError: no such rollback.
+            CoverageError: it was not made with keep_delta=True.
+            StateError, ModelMismatchError: the model was changed since.
+            CorruptionError: an object of the store is missing or was changed.
+        """
+        from timstore.rollbacks import undo
+
+        undo(self, model, rollback_id)
 
 
 def open(

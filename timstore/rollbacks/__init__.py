@@ -2,5 +2,6 @@
 
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback
+from timstore.rollbacks.undo import undo
 
-__all__ = ["ProbeReport", "RollbackReport", "rollback"]
+__all__ = ["ProbeReport", "RollbackReport", "rollback", "undo"]

@@ -64,7 +64,9 @@ def recognise(snapshot: Snapshot, digests: Mapping[str, str]) -> Identity:
     digest = combined_digest(digests)
     made = {
         row["digest_after"]: row
-        for row in snapshot.catalog.rows("SELECT samples, digest_before, digest_after FROM rollbacks").to_pylist()
+        for row in snapshot.catalog.rows(
+            "SELECT samples, digest_before, digest_after FROM rollbacks WHERE method != 'undo'"
+        ).to_pylist()
         if row["digest_after"] != row["digest_before"]
     }
     removed: set[int] = set()

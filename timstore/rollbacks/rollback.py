@@ -48,6 +48,7 @@ def rollback(
     memory_limit: int | str = "512MB",
     accumulate: str = "float32",
     missing: str = "error",
+    keep_delta: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: bool | None = None,
@@ -118,7 +119,7 @@ def rollback(
         )
         if not dry_run:
             # The row comes first: digests decide what a model is, so a row whose change never came is harmless.
-            store.append_rollback(_row(report, identity.digest))
+            store.append_rollback(_row(report, identity.digest), dict(changed) if keep_delta else None)
             apply(changed, delta, workspace)
     report = replace(report, seconds=time.perf_counter() - started)
     for warning in report.warnings:

@@ -1,0 +1,65 @@
+"""Take a rollback back: the parameters as they were, to the last bit."""
+
+from datetime import UTC, datetime
+
+import torch
+
+from timstore.errors import CorruptionError, CoverageError, InvalidInputError, NotFoundError, ReadOnlyError, StateError
+from timstore.fingerprints import digest, digests
+from timstore.format.reader import ByteCache
+from timstore.records import Parameter
+from timstore.rollbacks.identity import combined_digest, recognise
+from timstore.states import State
+from timstore.store import Store
+
+_CACHE_BYTES = 64 * 1024 * 1024
+
+
+def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
+    """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
+    if store.mode == "r":
+        raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
+    snapshot = store.snapshot()
+    rows = snapshot.catalog.rows(
+        "SELECT * FROM rollbacks WHERE digest_after = ? AND method != 'undo'", [rollback_id]
+    ).to_pylist()
+    if not rows:
+        raise NotFoundError(
+            f"{store.path} has no rollback {rollback_id}; SELECT digest_after FROM rollbacks lists them"
+        )
+    kept = State.find(snapshot, ByteCache(_CACHE_BYTES), "theta", rollback_id=rollback_id)
+    if not kept.places:
+        raise CoverageError(
+            f"rollback {rollback_id} kept nothing to go back to: pass keep_delta=True to rollback, or load the "
+            "checkpoint that it began from",
+            kind="no-delta",
+        )
+    after = digests(model)
+    identity = recognise(snapshot, after)
+    if identity.digest != rollback_id:
+        raise StateError(
+            f"the model is not the one that rollback {rollback_id} made: it was changed since; undo later rollbacks "
+            "first, in turn",
+            kind="not-the-rolled-back",
+        )
+    held = dict(model.named_parameters())
+    # Twice through the store, a parameter at a time: everything is right before anything is changed.
+    before = {**after, **{name: digest(_parameter(kept, name, held[name])) for name in kept.places}}
+    if combined_digest({name: before[name] for name in identity.names}) != rows[-1]["digest_before"]:
+        raise CorruptionError(
+            f"what rollback {rollback_id} kept is not what the model was before it; nothing was changed",
+            kind="other-digest",
+        )
+    row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0}
+    row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
+    store.append_rollback(row)
+    with torch.no_grad():
+        for name in kept.places:
+            held[name].copy_(_parameter(kept, name, held[name]))
+
+
+def _parameter(kept: State, name: str, like: torch.Tensor) -> torch.Tensor:
+    width = Parameter(name, tuple(like.shape), "").matrix_shape[1]
+    return torch.from_numpy(kept.read(name, width, 0, like.numel())).to(like.dtype).view(like.shape)
