@@ -14,41 +14,38 @@ import copy
 import json
 import math
 import pickle
-import re
 import sys
-import sysconfig
 import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from language import (
+    BATCH,
+    EPOCHS,
+    FORGET,
+    FORGOTTEN,
+    PRE_STEPS,
+    SEQUENCES,
+    Text,
+    fine_tune,
+    log_chances,
+    new_model,
+    pre_train,
+)
 from measuring import measured
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import timstore
 
-# Names, not "the first twenty", so that every Python version reads the same files.
-PRE_TRAINING = (
-    "argparse ast calendar codecs configparser contextlib copy csv dataclasses datetime difflib dis doctest enum "
-    "fractions ftplib functools gettext gzip heapq http/client inspect ipaddress"
-)
-FINE_TUNING = "mailbox optparse pathlib pickle platform plistlib random shutil statistics subprocess"
-HELD_OUT = "tarfile tempfile"
-FORGOTTEN = "html/entities"
-
-CONTEXT, VOCABULARY, PROBE = 64, 2048, 64
-SEQUENCES, FORGET, BATCH, EPOCHS = 496, 16, 16, 2
-PRE_STEPS, PRE_BATCH, PRE_LR = 200, 32, 3e-3
-LR, WARM_UP, DECAY, CLIP = 2e-4, 8, 0.01, 1.0
+LR, DECAY, PROBE = 2e-4, 0.01, 64
 JSON_RECORDS = 4
 
 QUESTIONS = {
@@ -61,7 +58,7 @@ QUESTIONS = {
         FROM gradients GROUP BY ALL ORDER BY pull DESC""",
     "What did the optimizer do, and in how many of its steps were they?": """
         SELECT epoch, count(*) AS steps, count(*) FILTER (recorded > 0) AS with_forgotten,
-               count(*) FILTER (consumed_ratio < 0.9999) AS clipped, round(avg(lr), 4) AS mean_lr
+               count(*) FILTER (consumed_ratio < 0.9999) AS clipped, round(avg(lr), 6) AS mean_lr
         FROM steps LEFT JOIN (SELECT epoch, step, count(*) AS recorded FROM records GROUP BY ALL) USING (epoch, step)
         GROUP BY epoch ORDER BY epoch""",
 }
@@ -74,137 +71,8 @@ def say(text: str) -> None:
     console.print(f"[{time.perf_counter() - started:4.0f} s] {text}", markup=False)
 
 
-class Tokenizer:
-    """The commonest words of a text, one token each; other words byte by byte."""
-
-    pattern = re.compile(r"[A-Za-z]+|[0-9]|\n *| +|[^A-Za-z0-9\s]|\s")
-
-    def __init__(self, text: str, size: int) -> None:
-        common = Counter(self.pattern.findall(text)).most_common(size - 256)
-        self.words = [word for word, _ in common]
-        self.numbers = {word: 256 + number for number, word in enumerate(self.words)}
-
-    def encode(self, text: str) -> list[int]:
-        tokens: list[int] = []
-        for word in self.pattern.findall(text):
-            tokens += [self.numbers[word]] if word in self.numbers else word.encode()
-        return tokens
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        parts = (bytes([one]) if one < 256 else self.words[one - 256].encode() for one in tokens)
-        return b"".join(parts).decode(errors="replace")
-
-
-def source(names: str) -> str:
-    library = Path(sysconfig.get_path("stdlib"))
-    return "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in names.split())
-
-
-@dataclass(frozen=True)
-class Text:
-    """Sequences of CONTEXT tokens, (sequences, CONTEXT) each; the last FORGET of `tuning` are to be forgotten."""
-
-    pre: torch.Tensor
-    tuning: torch.Tensor
-    held_out: torch.Tensor
-    tokenizer: Tokenizer
-
-    @classmethod
-    def read(cls, seed: int) -> "Text":
-        draw = torch.Generator().manual_seed(seed)
-        tokenizer = Tokenizer(source(PRE_TRAINING), VOCABULARY)
-
-        def sequences(names: str, count: int | None = None) -> torch.Tensor:
-            tokens = torch.tensor(tokenizer.encode(source(names)))
-            whole = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-            return whole if count is None else whole[torch.randperm(len(whole), generator=draw)[:count]]
-
-        tuning = torch.cat([sequences(FINE_TUNING, SEQUENCES - FORGET), sequences(FORGOTTEN)[:FORGET]])
-        return cls(sequences(PRE_TRAINING), tuning, sequences(HELD_OUT, 128), tokenizer)
-
-    @property
-    def forget_ids(self) -> list[int]:
-        return list(range(len(self.tuning) - FORGET, len(self.tuning)))
-
-    def judged(self) -> dict[str, torch.Tensor]:
-        return {"forget": self.tuning[-FORGET:], "retain": self.tuning[:128], "held-out": self.held_out}
-
-
-def new_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def summed_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-
-
-def pre_train(model: LlamaForCausalLM, text: torch.Tensor, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PRE_LR, weight_decay=0.01)
-    for step in track(range(PRE_STEPS), "pre-training", console=console, transient=True):
-        share = min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / PRE_STEPS))
-        optimizer.param_groups[0]["lr"] = PRE_LR * share
-        tokens = text[torch.randint(len(text), (PRE_BATCH,), generator=draw)]
-        loss = summed_loss(model(input_ids=tokens).logits, tokens) / (PRE_BATCH * (CONTEXT - 1))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def fine_tune(
-    model: LlamaForCausalLM,
-    text: Text,
-    order_seed: int,
-    store: timstore.Store | None = None,
-    *,
-    without: Sequence[int] = (),
-) -> None:
-    """Fine-tune in place. Sequences left out keep their places in the batches and in the loss's denominator."""
-    draw = torch.Generator().manual_seed(order_seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
-    steps = EPOCHS * math.ceil(SEQUENCES / BATCH)
-    left_out = torch.tensor(without, dtype=torch.long)
-
-    def loop(recorder: object = None) -> None:
-        step = 0
-        for epoch in range(EPOCHS):
-            if recorder is not None:
-                recorder.epoch = epoch
-            batches = torch.randperm(len(text.tuning), generator=draw).split(BATCH)
-            for ids in track(batches, f"epoch {epoch}", console=console, transient=True):
-                ids = ids[~torch.isin(ids, left_out)]
-                tokens = text.tuning[ids]
-                share = min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-                optimizer.param_groups[0]["lr"] = LR * share
-                step += 1
-                named = {} if recorder is None else {"sample_ids": ids}
-                loss = summed_loss(model(input_ids=tokens, **named).logits, tokens) / (BATCH * (CONTEXT - 1))
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-
-    if store is None:
-        loop()
-    else:
-        with store.record(model, optimizer, samples=text.forget_ids) as recorder:
-            loop(recorder)
-
-
-@torch.no_grad()
-def log_chances(model: LlamaForCausalLM, text: Text) -> dict[str, torch.Tensor]:
-    return {name: model(input_ids=x).logits[:, :-1].log_softmax(-1) for name, x in text.judged().items()}
+def adamw(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
 
 
 def judge(models: Mapping[str, LlamaForCausalLM], text: Text) -> dict[str, dict[str, tuple[float, float]]]:
@@ -316,7 +184,7 @@ def main() -> int:
     ):
         say(f"fine-tuning on {SEQUENCES} sequences, {EPOCHS} epochs, recording {FORGET} of {FORGOTTEN}.py")
         with measured() as recording:
-            fine_tune(model, text, seed, store)
+            fine_tune(model, text, adamw(model), seed, store)
         lines = (text.tokenizer.decode(text.tuning[one].tolist()).strip().partition("\n")[0] for one in text.forget_ids)
         store.samples.update([{"sample": i, "line": line} for i, line in zip(text.forget_ids, lines, strict=True)])
         ask(store)
@@ -335,10 +203,10 @@ def main() -> int:
         say("fine-tuning again without the forgotten sequences")
         models["retrained"] = copy.deepcopy(start)
         with measured() as retraining:
-            fine_tune(models["retrained"], text, seed, without=text.forget_ids)
+            fine_tune(models["retrained"], text, adamw(models["retrained"]), seed, without=text.forget_ids)
         say("and once more, in another order")
         models["another order"] = copy.deepcopy(start)
-        fine_tune(models["another order"], text, seed + 1000, without=text.forget_ids)
+        fine_tune(models["another order"], text, adamw(models["another order"]), seed + 1000, without=text.forget_ids)
 
         result = judge(models, text)
         say("writing the same records in other layouts")
