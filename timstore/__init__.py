@@ -62,6 +62,9 @@ class Store(_Store):
         *,
         resume_from: tuple[int, int] | None = None,
         probe: Iterable[Any] | None = None,
+        optimizer_history: str = "final",
+        scaler: Any = None,
+        mean_over: str | None = None,
         rank: int = 0,
         allow_zero: bool = False,
     ) -> "Recorder":
@@ -77,6 +80,12 @@ class Store(_Store):
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
                 everything recorded from there on.
             probe: batches of any data like the training data, kept in the store for `rollback`.
+            optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
+                parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
+                optimizer, at the price of a model's size per step.
+            scaler: the `torch.amp.GradScaler`, where there is one; without it only clip / scale is visible.
+            mean_over: what the loss's mean divides by, `samples` or `tokens`; found when None: tokens if the model
+                is given `labels`.
             allow_zero: accept a sample whose every gradient is zero, such as one without a single label.
 
         Raises:
@@ -87,7 +96,17 @@ class Store(_Store):
         from timstore.recording import record
 
         return record(
-            self, model, optimizer, samples, resume_from=resume_from, probe=probe, rank=rank, allow_zero=allow_zero
+            self,
+            model,
+            optimizer,
+            samples,
+            resume_from=resume_from,
+            probe=probe,
+            optimizer_history=optimizer_history,
+            scaler=scaler,
+            mean_over=mean_over,
+            rank=rank,
+            allow_zero=allow_zero,
         )
 
     def rollback(

@@ -24,6 +24,12 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
     return state.hexdigest()
 
 
+def row_hash(row: torch.Tensor) -> str:
+    """Return the sha256 of what one row of a batch consists of: its numbers, whatever dtype integers are held in."""
+    plain = row.detach().cpu() if row.is_floating_point() else row.detach().cpu().long()
+    return digest(plain)
+
+
 def digests(model: torch.nn.Module) -> dict[str, str]:
     """Return the digest of every named parameter."""
     return {name: digest(parameter) for name, parameter in model.named_parameters()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from timstore.errors import InvalidInputError
-from timstore.records import Factors, Gradient, Parameter, Record, Rows, StepGroup, as_array, dtype_name, widen
+from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup, as_array, dtype_name, widen
 
 
 def whole_number(value: Any, what: str) -> int:
@@ -73,6 +73,31 @@ def step_group(group: Any, where: str) -> StepGroup:
         raise InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
 
 
+def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Mapping[str, Any]) -> Step:
+    """Return one optimizer step from what `append_step` was given.
+
+    Raises:
+        InvalidInputError: naming the step and the field.
+    """
+    at = moment(epoch, number_)
+    where = f"epoch {at[0]}, step {at[1]}"
+    known = sorted({field.name for field in fields(Step)} - {"epoch", "step", "groups", "rank"})
+    unknown = sorted(scalars.keys() - set(known))
+    if unknown:
+        raise InvalidInputError(f"{where}: a step has the fields {', '.join(known)}; got {unknown[0]}")
+    if scalars.get("mean_over") not in (None, "samples", "tokens"):
+        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {scalars['mean_over']!r}")
+    checked: dict[str, Any] = {}
+    for name, value in scalars.items():
+        if name in ("sample_ids", "micro_batches"):
+            checked[name] = None if value is None else tuple(whole_number(one, name) for one in value)
+        elif name in ("tokens", "skipped"):
+            checked[name] = None if value is None else whole_number(value, name)
+        else:
+            checked[name] = value if value is None or name == "mean_over" else number(value, name)
+    return Step(*at, tuple(step_group(group, where) for group in groups), rank_number(rank), **checked)
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What one `append` call holds, checked and owned.
@@ -99,6 +124,7 @@ def take_in(
     rank: int,
     loss: Any,
     tokens: Any,
+    dot: Any = None,
     allow_zero: bool,
     allow_nonfinite: bool,
     copy: bool,
@@ -129,6 +155,7 @@ def take_in(
             raise InvalidInputError(f"{where}, parameter {name}: {error}", parameter=name) from None
     losses = _per_sample(loss, len(samples), single, "loss")
     counts = _per_sample(tokens, len(samples), single, "tokens")
+    dots = _per_sample(dot, len(samples), single, "dot")
     records, finite = [], []
     for number, one in enumerate(samples):
         parts = {name: rows[number] for name, rows in columns.items()}
@@ -147,7 +174,7 @@ def take_in(
                 kind="all-zero",
                 sample=one,
             )
-        records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number]))
+        records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number], dot=dots[number]))
     return Taken(records, finite, parameters, [one for name, one in parameters.items() if name not in known])
 
 

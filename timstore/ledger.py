@@ -152,6 +152,11 @@ def step_rows(step: Step, attempt: int) -> list[dict[str, Any]]:
         "samples": None if step.sample_ids is None else len(step.sample_ids),
         "tokens": step.tokens,
         "grad_norm": step.grad_norm,
+        "amp_scale": step.amp_scale,
+        "clip_value": step.clip_value,
+        "mean_over": step.mean_over,
+        "micro_batches": step.micro_batches,
+        "skipped": step.skipped,
         "sample_ids": None if step.sample_ids is None else list(step.sample_ids),
     }
     rows = [{**asdict(group), **shared} for group in step.groups]

@@ -132,6 +132,7 @@ class StepGroup:
         counter: the optimizer's own count of steps, this one included; None when unknown, or not one for all.
         idle: names of parameters of the group that had no gradient, hence were left alone by the step.
         fresh: names whose buffers (momentum, moments) the step created; None when unknown (then: the first live step).
+        options: every hyperparameter of the group as JSON, for running the optimizer again; None when unknown.
     """
 
     group_id: int = 0
@@ -150,6 +151,7 @@ class StepGroup:
     counter: int | None = None
     idle: tuple[str, ...] = ()
     fresh: tuple[str, ...] | None = None
+    options: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,13 @@ class Step:
             (the clip factor, and 1/scale under a GradScaler).
         sample_ids: the ordered sample ids of the whole batch, None when unknown.
         tokens: tokens in the batch, None when unknown.
-        grad_norm: norm of the accumulated gradient over all trained parameters, before clipping.
+        grad_norm: norm of the accumulated gradient over all trained parameters, before clipping; in the units of
+            the records, a GradScaler's scale included.
+        amp_scale: what the GradScaler had multiplied the loss by; 1 without one.
+        clip_value: the bound of clipping by value; None where there was none.
+        mean_over: what the loss's mean divides by, `samples` or `tokens`; None when unknown.
+        micro_batches: rows of each micro-batch, in the order of `sample_ids`; None when unknown.
+        skipped: steps that were skipped since the one before (an overflow under a GradScaler).
     """
 
     epoch: int
@@ -172,6 +180,11 @@ class Step:
     sample_ids: tuple[int, ...] | None = None
     tokens: int | None = None
     grad_norm: float | None = None
+    amp_scale: float = 1.0
+    clip_value: float | None = None
+    mean_over: str | None = None
+    micro_batches: tuple[int, ...] | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -181,6 +194,7 @@ class Record:
     Attributes:
         gradients: parameter name to its parts; their sum is the gradient, in the loss's own normalisation.
         loss, tokens: of this sample in this step, None when unknown.
+        dot: inner product of this record's gradient with the step's whole one, before clipping; None when unknown.
     """
 
     epoch: int
@@ -191,3 +205,4 @@ class Record:
     loss: float | None = None
     tokens: int | None = None
     attempt: int = field(default=0)
+    dot: float | None = None

@@ -101,7 +101,7 @@ class Snapshot:
         for row in records.fetchall():
             gradients = self._gradients(row[:5], parameters, readers, cache)
             attempt, epoch, step, rank, sample, loss, tokens = row
-            yield StoredRecord(epoch, step, sample, gradients, rank, loss, tokens, attempt, shapes)
+            yield StoredRecord(epoch, step, sample, gradients, rank, loss, tokens, attempt, shapes=shapes)
 
     def latest_fingerprints(self) -> tuple[int, int, dict[str, str]] | None:
         """Return the newest live (epoch, step) at which the parameters' digests were kept, and the digests."""

@@ -16,26 +16,40 @@ from timstore.records import Parameter, as_array, widen
 from timstore.snapshot import Snapshot
 from timstore.writing import Item
 
-# The second moment enters under a square root and a division: bfloat16 is off by 0.1 % of a step at most. What is to
-# be restored bit for bit is kept as it is.
-PRECISIONS = {"exp_avg_sq": "bfloat16", "theta": "exact"}
+
+def state_precision(role: str, of_records: str) -> str:
+    """Return how numbers of a role are kept in a store whose records have that precision."""
+    # The second moment enters under a square root and a division: bfloat16 is off by 0.1 % of a step at most.
+    if role == "exp_avg_sq":
+        return "bfloat16"
+    # Whole gradients are as fine as the records that are subtracted from them; what a run is started or restored
+    # from is kept bit for bit.
+    return "bfloat16" if role == "gradient" and of_records != "exact" else "exact"
 
 
 def state_item(
-    moment: tuple[int, int], attempt: int, role: str, numbers: Mapping[str, Any], rollback_id: str | None
+    moment: tuple[int, int],
+    attempt: int,
+    role: str,
+    numbers: Mapping[str, Any],
+    precision: str,
+    *,
+    name: str | None = None,
+    rollback_id: str | None = None,
 ) -> Item:
     """Return what the writer is given for one role: a row and a matrix per parameter.
 
     Args:
         numbers: parameter name to an array or tensor of its shape; not copied.
+        name: of the optimizer's state, for role `start_state`.
     """
     rows, matrices = [], []
-    for name, value in numbers.items():
+    for parameter, value in numbers.items():
         array = as_array(value)
-        wide = array.reshape(Parameter(name, array.shape, "").matrix_shape)
-        stored, _ = store_as(wide, PRECISIONS[role])
+        wide = array.reshape(Parameter(parameter, array.shape, "").matrix_shape)
+        stored, _ = store_as(wide, precision)
         error = 0.0
-        if PRECISIONS[role] != "exact":
+        if precision != "exact":
             size = norm(wide)
             error = norm(widen(wide) - restore(stored, None)) / size if size else 0.0
         rows.append(
@@ -44,8 +58,9 @@ def state_item(
                 "epoch": moment[0],
                 "step": moment[1],
                 "role": role,
-                "parameter": name,
-                "precision": PRECISIONS[role],
+                "name": name,
+                "parameter": parameter,
+                "precision": precision,
                 "rel_error": error,
                 "bytes": stored.nbytes,
                 "rollback_id": rollback_id,

@@ -19,7 +19,7 @@ from timstore.ledger import Ledger, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
 from timstore.samples import Samples, check_columns
 from timstore.snapshot import pack_probe
-from timstore.states import state_item
+from timstore.states import state_item, state_precision
 from timstore.writing import BackgroundWriter, Item, rows_items
 
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
@@ -71,6 +71,7 @@ class Store(Handle):
         lr: float | None = None,
         loss: float | Sequence[float] | None = None,
         tokens: int | Sequence[int] | None = None,
+        dot: float | Sequence[float] | None = None,
         rank: int = 0,
         allow_zero: bool = False,
         allow_nonfinite: bool = False,
@@ -87,6 +88,7 @@ class Store(Handle):
                 a list of those, whose sum is the gradient. Factors that hold the same `inputs` object share it.
             lr: shortcut for `append_step` of plain SGD with this rate.
             loss, tokens: of the sample (B of them for B samples), for the `records` table.
+            dot: inner product with the whole step's gradient, before clipping: makes clipping exact.
             allow_zero, allow_nonfinite: accept a record that is all zero, or holds NaN or Inf.
             copy: False hands the arrays over: they must not change afterwards.
 
@@ -107,6 +109,7 @@ class Store(Handle):
             rank=rank,
             loss=loss,
             tokens=tokens,
+            dot=dot,
             allow_zero=allow_zero,
             allow_nonfinite=allow_nonfinite,
             copy=copy,
@@ -137,10 +140,7 @@ class Store(Handle):
         groups: Sequence[Mapping[str, Any] | StepGroup],
         *,
         rank: int = 0,
-        consumed_ratio: float = 1.0,
-        sample_ids: Sequence[int] | None = None,
-        tokens: int | None = None,
-        grad_norm: float | None = None,
+        **scalars: Any,
     ) -> None:
         """Record the scalars that one optimizer step used, recorded samples in it or not.
 
@@ -149,22 +149,18 @@ class Store(Handle):
         Args:
             groups: one mapping per optimizer group with the fields of `records.StepGroup`: lr, momentum,
                 dampening, nesterov, beta1, beta2, eps, weight_decay, decoupled, maximize, ...
-            consumed_ratio: consumed over accumulated gradient: the factor of gradient clipping.
-            sample_ids: ordered ids of the whole batch, None when unknown.
-            grad_norm: of the accumulated gradient, before clipping.
+            scalars: the fields of `records.Step`: consumed_ratio (consumed over accumulated gradient: the factor of
+                clipping), sample_ids (ordered, of the whole batch), grad_norm (before clipping), tokens, mean_over, ...
 
         Raises:
             InvalidInputError: a field that does not exist, or a step recorded before with other values.
         """
         ledger = self._writing()
-        epoch, step = intake.moment(epoch, step)
-        rank = intake.rank_number(rank)
-        parsed = tuple(intake.step_group(group, f"epoch {epoch}, step {step}") for group in groups)
-        ids = None if sample_ids is None else tuple(intake.whole_number(one, "sample id") for one in sample_ids)
-        ratio = intake.number(consumed_ratio, "consumed_ratio")
-        rows = ledger.new_steps(Step(epoch, step, parsed, rank, ratio, ids, tokens, grad_norm))
-        self._put(*rows_items("steps", rows, (epoch, step)))
-        ledger.accept((epoch, step), rank, steps=rows)
+        taken = intake.step(epoch, step, groups, rank, scalars)
+        rows = ledger.new_steps(taken)
+        moment = taken.epoch, taken.step
+        self._put(*rows_items("steps", rows, moment))
+        ledger.accept(moment, taken.rank, steps=rows)
 
     def declare(self, parameters: Sequence[Parameter]) -> None:
         """Name the parameters of the model, their shapes and optimizer groups, before they are recorded.
@@ -192,19 +188,32 @@ class Store(Handle):
         rows = [{**shared, "parameter": name, "digest": digest} for name, digest in digests.items()]
         self._put(*rows_items("fingerprints", rows, (epoch, step)))
 
-    def append_states(self, epoch: int, step: int, role: str, numbers: Mapping[str, Any]) -> None:
-        """Keep what the optimizer held after (epoch, step), for rollbacks of the model of that moment.
+    def append_states(
+        self, epoch: int, step: int, role: str, numbers: Mapping[str, Any], *, name: str | None = None
+    ) -> None:
+        """Keep whole parameters' worth of numbers that belong to (epoch, step): the optimizer's side of the history.
 
         Durability: as `append`; the arrays must not change before it is committed.
 
         Args:
-            role: `exp_avg_sq`, Adam's second moment (with AMSGrad: its maximum), before bias correction.
-            numbers: parameter name to an array or tensor of the parameter's shape; kept as bfloat16.
+            role: `exp_avg_sq`, Adam's second moment after the step (with AMSGrad: its maximum), before bias
+                correction, kept as bfloat16; `gradient`, what the step consumed; `start_theta` and `start_state`,
+                the parameters and the optimizer's state before the step, with which the recorded run began.
+            numbers: parameter name to an array or tensor of the parameter's shape (of one element in `start_state`
+                for a counter).
+            name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
         attempt = self._writing().attempt
-        if role != "exp_avg_sq":
-            raise errors.InvalidInputError(f"role is 'exp_avg_sq', not {role!r}")
-        self._put(state_item(intake.moment(epoch, step), attempt, role, numbers, None))
+        if role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
+            raise errors.InvalidInputError(f"role is exp_avg_sq, gradient, start_theta or start_state, not {role!r}")
+        precision = state_precision(role, self.settings.precision)
+        self._put(state_item(intake.moment(epoch, step), attempt, role, numbers, precision, name=name))
+
+    def append_hashes(self, hashes: Mapping[int, str]) -> None:
+        """Keep a hash of what samples consist of, in column `content_hash` of `samples`; durability as `append`."""
+        self._writing()
+        rows = pa.table({"sample": pa.array(list(hashes), pa.int64()), "content_hash": list(hashes.values())})
+        self._put(Item(rows.nbytes, tables={"samples": rows}))
 
     def append_rollback(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
         """Write one row of the `rollbacks` table; on disk when this returns.
@@ -213,7 +222,11 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        kept = [] if before is None else [state_item(moment, attempt, "theta", before, row["digest_after"])]
+        kept = (
+            []
+            if before is None
+            else [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
+        )
         self._put(*rows_items("rollbacks", [row]), *kept)
         self.commit()
 

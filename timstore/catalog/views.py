@@ -62,7 +62,7 @@ def _records(connection: duckdb.DuckDBPyConnection) -> str:
         return "stored.records"
     return (
         f"(SELECT {_RECORD}, any_value(loss) AS loss, any_value(tokens) AS tokens, sqrt(sum(norm * norm)) AS norm, "
-        f"sum(bytes)::BIGINT AS bytes FROM stored.records GROUP BY {_RECORD})"
+        f"sum(bytes)::BIGINT AS bytes, sum(dot) AS dot FROM stored.records GROUP BY {_RECORD})"
     )
 
 

@@ -25,8 +25,9 @@ ROLES = (
     "indices",
 )
 
-# What whole parameters' worth of numbers can be: the optimizer's second moment, and parameters before a rollback.
-STATE_ROLES = ("exp_avg_sq", "theta")
+# What whole parameters' worth of numbers can be: the optimizer's second moment after a step; the gradient that a step
+# consumed; parameters and optimizer state before the first recorded step; parameters before a rollback.
+STATE_ROLES = ("exp_avg_sq", "theta", "gradient", "start_theta", "start_state")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -214,6 +215,7 @@ def _record_rows(records: Sequence[EncodedRecord]) -> pa.Table:
             "tokens": encoded.record.tokens,
             "norm": encoded.norm,
             "bytes": encoded.stored_bytes,
+            "dot": encoded.record.dot,
         }
         for encoded in records
     ]

@@ -11,7 +11,9 @@ _MOMENT = [("attempt", _INT), ("epoch", _INT), ("step", _INT)]
 _RECORD = [*_MOMENT, ("rank", _INT), ("sample", _INT)]
 
 SCHEMAS: dict[str, pa.Schema] = {
-    "records": pa.schema([*_RECORD, ("loss", _FLOAT), ("tokens", _INT), ("norm", _FLOAT), ("bytes", _INT)]),
+    "records": pa.schema(
+        [*_RECORD, ("loss", _FLOAT), ("tokens", _INT), ("norm", _FLOAT), ("bytes", _INT), ("dot", _FLOAT)]
+    ),
     "gradients": pa.schema(
         [
             *_RECORD,
@@ -56,6 +58,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("amsgrad", _BOOL),
             ("counter", _INT),
             ("grad_norm", _FLOAT),
+            ("amp_scale", _FLOAT),
+            ("clip_value", _FLOAT),
+            ("mean_over", _TEXT),
+            ("micro_batches", pa.list_(_INT)),
+            ("skipped", _INT),
+            ("options", _TEXT),
         ]
     ),
     "parameters": pa.schema(
@@ -76,6 +84,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             *_MOMENT,
             ("role", _TEXT),
+            ("name", _TEXT),
             ("parameter", _TEXT),
             ("precision", _TEXT),
             ("rel_error", _FLOAT),
@@ -98,4 +107,11 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 # Columns that stores written before them lack; there they read as NULL.
-ADDED = {"steps": ("amsgrad", "counter", "grad_norm")}
+ADDED = {
+    "records": ("dot",),
+    "steps": (
+        *("amsgrad", "counter", "grad_norm", "amp_scale", "clip_value", "mean_over", "micro_batches", "skipped"),
+        "options",
+    ),
+    "states": ("name",),
+}

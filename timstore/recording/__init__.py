@@ -19,6 +19,9 @@ def record(
     *,
     resume_from: tuple[int, int] | None = None,
     probe: Iterable[Any] | None = None,
+    optimizer_history: str = "final",
+    scaler: Any = None,
+    mean_over: str | None = None,
     rank: int = 0,
     allow_zero: bool = False,
 ) -> Recorder:
@@ -30,6 +33,9 @@ def record(
         samples,
         resume_from=resume_from,
         probe=probe,
+        optimizer_history=optimizer_history,
+        scaler=scaler,
+        mean_over=mean_over,
         rank=rank,
         allow_zero=allow_zero,
     )

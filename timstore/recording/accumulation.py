@@ -22,17 +22,26 @@ class Accumulation:
 
     Args:
         vanished: called when a backward pass finds that what was accumulated by earlier ones has been zeroed.
-        tables_only: all parameters are embeddings, so that a few elements are likely to be zero.
+        whole: keep all of the accumulated gradients, which lets clipping by value be told from other changes.
+
+    Attributes:
+        clip_value: the bound of a clipping by value that `ratio` found; None where there was none.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], vanished: Callable[[], None], *, tables_only: bool = False
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        vanished: Callable[[], None],
+        *,
+        whole: bool = False,
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
-        self._tables_only = tables_only
         # Positions and values of some elements of each parameter's gradient.
-        self._kept: dict[str, tuple[torch.Tensor | slice, torch.Tensor]] = {}
+        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.clip_value: float | None = None
+        self._whole: dict[str, torch.Tensor] | None = {} if whole else None
+        self._spread: dict[str, torch.Tensor] = {}
         self._suspect = False
         self._handles: list[Any] = []
         for name, parameter in parameters.items():
@@ -48,6 +57,8 @@ class Accumulation:
     def clear(self) -> None:
         """Forget what was accumulated: the step is over, or was skipped."""
         self._kept.clear()
+        if self._whole is not None:
+            self._whole.clear()
         self._suspect = False
 
     @property
@@ -69,8 +80,10 @@ class Accumulation:
 
         Raises:
             StateError: if there is none (per-layer clipping, added noise, gradients changed by hand), if a
-                gradient is not finite, or was not accumulated since the last step.
+                gradient is not finite, or was not accumulated since the last step. Clipping by value is no
+                common factor either, but known where the whole gradients were kept: then 1 and `clip_value`.
         """
+        self.clip_value = None
         for name, parameter in self._parameters.items():
             if name not in self._kept and _nonzero(parameter):
                 raise _stale(name)
@@ -100,14 +113,32 @@ class Accumulation:
         off = (sums[:, 2] - 2 * ratio * sums[:, 0] + expected).clamp(min=0).sqrt()
         for name, error, size in zip(names, off.tolist(), expected.sqrt().tolist(), strict=True):
             if error > _TOLERANCE.get(self._parameters[name].dtype, _HALF_TOLERANCE) * max(size, 1e-30):
+                self.clip_value = self._bound()
+                if self.clip_value is not None:
+                    return 1.0
                 raise StateError(
                     f"parameter {name}: between backward and step its gradient was changed by more than one factor "
                     "common to all parameters (per-layer clipping, noise, or by hand): records could not be weighted. "
-                    "Clip by the total norm, or record without that change",
+                    "Clip by the total norm; clipping by value can be recorded with optimizer_history='gradients'",
                     kind="gradient-changed",
                     parameter=name,
                 )
         return ratio
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients as the optimizer is about to consume them, but for a clipping by value."""
+        if self.clip_value is not None and self._whole is not None:
+            return dict(self._whole)
+        return {name: one.grad.detach() for name, one in self._parameters.items() if one.grad is not None}
+
+    def _bound(self) -> float | None:
+        """Return the value that all accumulated gradients were clamped to, None if that is not what happened."""
+        if self._whole is None:
+            return None
+        pairs = [(self._parameters[name].grad, whole) for name, whole in self._whole.items()]
+        bound = max(float(grad.abs().max()) for grad, _ in pairs if grad is not None)
+        clamped = (grad is not None and torch.equal(grad, whole.clamp(-bound, bound)) for grad, whole in pairs)
+        return bound if all(clamped) else None
 
     def _sums(self, name: str) -> torch.Tensor:
         positions, kept = self._kept[name]
@@ -129,11 +160,16 @@ class Accumulation:
     def _after(self, name: str) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
             flat = _flat(parameter)
-            stride = max(1, flat.numel() // _SAMPLED)
-            positions: torch.Tensor | slice = slice(0, stride * _SAMPLED, stride)
-            if self._tables_only and flat.numel():
-                positions = torch.stack([flat.argmax(), flat.argmin()])
+            if flat.numel() == 0:
+                return
+            if name not in self._spread:
+                self._spread[name] = torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)
+            # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
+            positions = torch.cat([self._spread[name], torch.stack([flat.argmax(), flat.argmin()])])
             self._kept[name] = positions, flat[positions].clone()
+            if self._whole is not None:
+                assert parameter.grad is not None
+                self._whole[name] = parameter.grad.detach().clone()
 
         return arrived
 

@@ -21,11 +21,13 @@ class MicroBatch:
         ids: the sample id of every row.
         positions: rows to capture, None for all of them.
         captured: parameters and, per captured row, a part of the gradient.
+        tokens: labels that count in each row, None when the batch holds none.
     """
 
     def __init__(self, ids: list[int], positions: list[int] | None) -> None:
         self.ids = ids
         self.positions = positions
+        self.tokens: list[int] | None = None
         self.captured: list[tuple[nn.Parameter, list[Gradient]]] = []
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -118,6 +120,27 @@ def check_length(ids: Sequence[int], args: Iterable[Any], kwargs: Mapping[str, A
         raise InvalidInputError(
             f"the batch has {lengths[0]} rows and {len(ids)} sample ids; give one id per row", kind="wrong-ids"
         )
+
+
+def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> list[int] | None:
+    """Return how many labels of each row count in a mean over tokens, as transformers' models take `labels`.
+
+    A model for causal language moves the labels by one, so that the first is never predicted.
+    """
+    labels = kwargs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != rows or labels.is_floating_point():
+        return None
+    kind = getattr(model, "loss_type", None) or type(model).__name__
+    if "CausalLM" in kind or "LMHead" in kind:
+        labels = labels[:, 1:]
+    counts: list[int] = (labels != -100).sum(1).tolist()
+    return counts
+
+
+def content(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int) -> torch.Tensor | None:
+    """Return what the rows of a batch consist of: `input_ids`, or the first tensor with a row for each id."""
+    given = [kwargs.get("input_ids"), *args, *kwargs.values()]
+    return next((one for one in given if isinstance(one, torch.Tensor) and one.shape[:1] == (rows,)), None)
 
 
 def on_host(batch: Any) -> Any:

@@ -20,30 +20,31 @@ _NOISE = 1e-3
 def check_sum(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, torch.Tensor],
     parts: Mapping[int, Sequence[Gradient]],
     ratio: float,
 ) -> None:
     """Hold the sum of all samples' parts to the gradient that the optimizer consumes.
 
     Args:
+        gradients: of the parameters that have one.
         parts: parameter (by identity) to every part of every sample of the step.
         ratio: consumed over accumulated gradient.
 
     Raises:
         CoverageError: naming the parameter that something else than the hooked modules reaches.
     """
-    norms = [float(one.grad.double().norm()) for one in parameters.values() if one.grad is not None]
+    norms = [float(one.double().norm()) for one in gradients.values()]
     noise = _NOISE * sum(norm * norm for norm in norms) ** 0.5
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            continue
+    for name, gradient in gradients.items():
+        parameter = parameters[name]
         found = parts.get(id(parameter), ())
-        if not found and bool(parameter.grad.any()):
+        if not found and bool(gradient.any()):
             raise _not_captured(model, name)
-        total, bound = _total(found, parameter.grad)
+        total, bound = _total(found, gradient)
         tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in (parameter.dtype, *_dtypes(found)))
-        off = float((total * ratio - parameter.grad.double()).norm())
-        if off > tolerance * max(bound * abs(ratio), float(parameter.grad.double().norm()), noise, 1e-30):
+        off = float((total * ratio - gradient.double()).norm())
+        if off > tolerance * max(bound * abs(ratio), float(gradient.double().norm()), noise, 1e-30):
             raise CoverageError(
                 f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
                 f"{off:.2g} in norm). Something besides its module uses it, or samples of the batch are coupled",

@@ -1,5 +1,6 @@
 """What an optimizer's step really used: its groups' scalars."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,11 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) in groups
     }
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidInputError("LBFGS evaluates several times in one step, so no step has one gradient; use another")
+    wrong = next((name for name, (parameter, _) in found.items() if parameter.is_complex()), None)
+    if wrong:
+        raise InvalidInputError(f"parameter {wrong} is complex; gradients are real numbers here", parameter=wrong)
     if not found:
         raise InvalidInputError("the optimizer holds none of the model's parameters: build it from model.parameters()")
     return found
@@ -67,31 +73,32 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
                 counter=counters.pop() if len(counters) == 1 and buffer else None,
                 idle=tuple(names[id(one)] for one in mine if one.grad is None),
                 fresh=tuple(names[id(one)] for one in fresh),
+                options=_options(group),
             )
         )
     return groups
 
 
-def norm_of_gradients(parameters: Iterable[torch.Tensor]) -> float:
-    """Return the norm of all the parameters' gradients together."""
-    norms = [torch.linalg.vector_norm(one.grad.double()) for one in parameters if one.grad is not None]
+def norm_of_gradients(gradients: Iterable[torch.Tensor]) -> float:
+    """Return the norm of all gradients together."""
+    norms = [torch.linalg.vector_norm(one.double()) for one in gradients]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def second_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
-    """Return what the optimizer divides by, squared and before bias correction: its second moment, or AMSGrad's.
+def amp_scales(optimizer: torch.optim.Optimizer, scaler: Any) -> tuple[float, float]:
+    """Return (what the step itself divides the gradients by, what the loss had been multiplied by); 1 without AMP.
 
     Args:
-        names: parameter (by identity) to its name.
+        scaler: the GradScaler, None where there is none or it was not given.
     """
-    found = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            moment = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
-            if id(parameter) in names and isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
-                found[names[id(parameter)]] = moment
-    return found
+    # A fused optimizer is handed gradients that are still scaled, and the scale beside them.
+    inside = _number(getattr(optimizer, "grad_scale", None)) or 1.0
+    return inside, float(scaler.get_scale()) if scaler is not None else inside
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether this call of a fused optimizer's step will change nothing, since the scaled gradients overflowed."""
+    return bool(getattr(optimizer, "found_inf", None) or 0)
 
 
 def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, str]) -> None:
@@ -118,6 +125,19 @@ def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, st
 def _class_name(kind: type) -> str:
     """Return torch's own classes by their name alone; a namesake or a subclass may step differently."""
     return kind.__name__ if getattr(torch.optim, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
+
+
+def _options(group: Mapping[str, Any]) -> str | None:
+    """Return every hyperparameter of a group as JSON; None if one is no plain value."""
+    plain = {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in group.items()
+        if name not in ("params", "param_names")
+    }
+    try:
+        return json.dumps(plain, sort_keys=True)
+    except TypeError:
+        return None
 
 
 def _number(value: Any) -> float | None:

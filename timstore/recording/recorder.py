@@ -9,21 +9,24 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError, StateError
-from timstore.fingerprints import digests
+from timstore.fingerprints import digests, row_hash
 from timstore.format.commits import Scope
 from timstore.intake import whole_number
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
-from timstore.recording.batches import MicroBatch, check_length, on_host, records_of, sample_ids
-from timstore.recording.capture import Capture
-from timstore.recording.optimizer import (
-    check_untrained,
-    norm_of_gradients,
-    second_moments,
-    step_groups,
-    trained_parameters,
+from timstore.recording.batches import (
+    MicroBatch,
+    check_length,
+    content,
+    on_host,
+    sample_ids,
+    token_counts,
 )
-from timstore.records import Gradient, Parameter, StepGroup
+from timstore.recording.capture import Capture
+from timstore.recording.history import History
+from timstore.recording.optimizer import check_untrained, is_skipped, trained_parameters
+from timstore.recording.steps import Ahead, look_ahead
+from timstore.records import Gradient, Parameter
 from timstore.store import Store
 
 _recorded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -45,6 +48,9 @@ class Recorder:
         *,
         resume_from: tuple[int, int] | None,
         probe: Iterable[Any] | None,
+        optimizer_history: str,
+        scaler: Any,
+        mean_over: str | None,
         rank: int,
         allow_zero: bool,
     ) -> None:
@@ -56,11 +62,14 @@ class Recorder:
             raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
         self._resume_from = None if resume_from is None else _moment(resume_from)
         self._probe = None if probe is None else [on_host(batch) for batch in probe]
+        self._scaler = scaler
+        self._mean_over = mean_over
         self._rank = rank
         self._allow_zero = allow_zero
         self._trained = trained_parameters(model, optimizer)
         self._names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
+        self._history = History(store, optimizer, self._names, optimizer_history)
         self._untrained = {id(one): name for name, one in model.named_parameters() if id(one) not in self._names}
         self._epoch = 0
         self.step = 0
@@ -73,7 +82,10 @@ class Recorder:
         self._sum_checked = False
         self._last: tuple[int, int] | None = None
         self._kept_at: tuple[int, int] | None = None
-        self._ahead: tuple[list[StepGroup], float, float] | None = None
+        self._ahead: Ahead | None = None
+        self._consumed: dict[str, torch.Tensor] = {}
+        self._skipped = 0
+        self._hashed: set[int] = set()
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._accumulation: Accumulation | None = None
@@ -130,18 +142,13 @@ class Recorder:
         """
         if self._last is not None and self._last != self._kept_at:
             self._store.append_fingerprints(*self._last, digests(self._model))
-            moments = second_moments(self._optimizer, self._names)
-            if moments:
-                self._store.append_states(*self._last, "exp_avg_sq", moments)
+            self._history.checkpoint(*self._last)
         self._store.commit()
         self._kept_at = self._last
 
     def _hook(self) -> None:
         self._capture = Capture(self._model, self._parameters.values(), lambda: self._current, self._see)
-        tables = {id(one.weight) for one in self._model.modules() if isinstance(one, nn.Embedding)}
-        self._accumulation = Accumulation(
-            self._parameters, lambda: self._discard(self._earlier), tables_only=tables >= self._names.keys()
-        )
+        self._accumulation = Accumulation(self._parameters, self._skip, whole=self._history.keeps_gradients)
         model, optimizer, keep = self._model, self._optimizer, self._handles.append
         keep(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
         keep(model.register_forward_hook(self._after_forward, always_call=True))
@@ -218,6 +225,8 @@ class Recorder:
                 )
             return args, kwargs
         check_length(self._current.ids, args, kwargs)
+        self._current.tokens = token_counts(module, kwargs, len(self._current.ids))
+        self._keep_hashes(self._current.ids, args, kwargs)
         if not self._order_checked and len(self._current.ids) > 1:
             self._check_order(args, kwargs, len(self._current.ids))
         return args, kwargs
@@ -235,13 +244,30 @@ class Recorder:
         if self._accumulation.begun:
             self._earlier = len(self._pending)
             if self._accumulation.lost():
-                self._discard(self._earlier)
+                self._skip()
         positions = None
         # Until the first step has proved that the parts add up, all of them are needed.
         if self._samples is not None and self._sum_checked:
             positions = [position for position, one in enumerate(checked) if one in self._samples]
         self._current = MicroBatch(checked, positions)
         self._pending.append(self._current)
+
+    def _keep_hashes(self, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
+        rows = content(args, kwargs, len(ids))
+        new = {
+            sample: position
+            for position, sample in enumerate(ids)
+            if sample not in self._hashed and (self._samples is None or sample in self._samples)
+        }
+        if rows is not None and new:
+            self._hashed.update(new)
+            self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
+
+    def _skip(self) -> None:
+        """The gradients accumulated so far were zeroed without a step."""
+        self._skipped += 1
+        self._discard(self._earlier)
 
     def _discard(self, count: int) -> None:
         """Drop the first micro-batches: the step that they were for is over, or was skipped."""
@@ -273,38 +299,62 @@ class Recorder:
             raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
         assert self._accumulation is not None
         check_untrained(optimizer, self._untrained)
+        self._ahead = None
+        if is_skipped(optimizer):
+            return
         ratio = self._accumulation.ratio()
-        self._check_step(ratio)
-        grad_norm = norm_of_gradients(self._parameters.values()) / ratio if ratio else 0.0
-        self._ahead = step_groups(optimizer, self._names), ratio, grad_norm
+        gradients = self._accumulation.gradients()
+        self._check_step(ratio, gradients)
+        self._ahead = look_ahead(
+            optimizer,
+            self._scaler,
+            [batch for batch in self._pending if batch.used],
+            gradients,
+            ratio=ratio,
+            clip_value=self._accumulation.clip_value,
+            mean_over=self._mean_over,
+            samples=self._samples,
+            names=self._names,
+        )
+        self._history.before_step(self._epoch, self.step, self._parameters)
+        # Copied before the step, which may write into them.
+        self._consumed = self._history.copied(gradients)
 
-    def _check_step(self, ratio: float) -> None:
+    def _check_step(self, ratio: float, gradients: dict[str, torch.Tensor]) -> None:
         found: dict[int, list[Gradient]] = {}
         for batch in self._pending:
             for parameter, parts in batch.captured:
                 found.setdefault(id(parameter), []).extend(parts)
         if not self._sum_checked:
-            checks.check_sum(self._model, self._parameters, found, ratio)
+            checks.check_sum(self._model, self._parameters, gradients, found, ratio)
             self._sum_checked = True
         elif not any(batch.empty for batch in self._pending):
             # A module that only an empty batch went through is rightly not among them.
             checks.check_captured(self._model, self._parameters, found)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._ahead is not None
-        groups, ratio, grad_norm = self._ahead
-        used = [batch for batch in self._pending if batch.used]
-        drawn = [one for batch in used for one in batch.ids]
-        records = records_of(used, self._samples, self._names)
+        ahead, self._ahead = self._ahead, None
+        self._discard(len(self._pending))
+        if ahead is None:
+            self._skipped += 1
+            return
         moment = self._epoch, self.step
         self.step += 1
         self._last = moment
-        self._discard(len(self._pending))
-        self._store.append_step(
-            *moment, groups, rank=self._rank, consumed_ratio=ratio, sample_ids=drawn, grad_norm=grad_norm
-        )
-        for sample, gradients in records.items():
-            self._store.append(*moment, sample, gradients, rank=self._rank, allow_zero=self._allow_zero, copy=False)
+        skipped, self._skipped = self._skipped, 0
+        self._store.append_step(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
+        self._history.after_step(*moment, self._consumed)
+        for sample, gradients in ahead.records.items():
+            self._store.append(
+                *moment,
+                sample,
+                gradients,
+                tokens=ahead.tokens.get(sample),
+                dot=ahead.dots.get(sample),
+                rank=self._rank,
+                allow_zero=self._allow_zero,
+                copy=False,
+            )
 
 
 class _Batch:

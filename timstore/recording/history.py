@@ -1,0 +1,120 @@
+"""The optimizer's side of the history: its second moment at the end, or every gradient that it consumed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from timstore.errors import InvalidInputError
+from timstore.store import Store
+
+KINDS = ("final", "gradients")
+
+
+class History:
+    """Keeps what a rollback needs of the optimizer beyond its scalars.
+
+    Args:
+        kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
+            consumed gradient, and the parameters and the optimizer's state that the first one met.
+        names: parameter (by identity) to its name.
+    """
+
+    def __init__(self, store: Store, optimizer: torch.optim.Optimizer, names: Mapping[int, str], kind: str) -> None:
+        if kind not in KINDS:
+            raise InvalidInputError(f"optimizer_history is {' or '.join(map(repr, KINDS))}, not {kind!r}")
+        self.keeps_gradients = kind == "gradients"
+        self._store = store
+        self._optimizer = optimizer
+        self._names = names
+        self._begun = not self.keeps_gradients
+
+    def before_step(self, epoch: int, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep what the first step of a stretch begins from.
+
+        Raises:
+            InvalidInputError: the optimizer holds state that no later run could be begun with.
+        """
+        if self._begun:
+            return
+        states = start_states(self._optimizer, self._names)
+        if not self._follows(epoch, step):
+            theta = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+            self._store.append_states(epoch, step, "start_theta", theta)
+            for name, numbers in states.items():
+                self._store.append_states(epoch, step, "start_state", numbers, name=name)
+        self._begun = True
+
+    def copied(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return copies on the host of what a step is about to consume; none where they are not kept."""
+        return {name: one.detach().cpu().clone() for name, one in gradients.items()} if self.keeps_gradients else {}
+
+    def after_step(self, epoch: int, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Keep what a step consumed; the tensors are handed over."""
+        if gradients:
+            self._store.append_states(epoch, step, "gradient", gradients)
+
+    def checkpoint(self, epoch: int, step: int) -> None:
+        """Keep the second moment as it is now."""
+        moments = second_moments(self._optimizer, self._names)
+        if moments:
+            self._store.append_states(epoch, step, "exp_avg_sq", moments)
+
+    def _follows(self, epoch: int, step: int) -> bool:
+        """Say whether the live step right before this one has its gradient in the store."""
+        before = f"epoch < {epoch} OR (epoch = {epoch} AND step < {step})"
+        query = (
+            f"SELECT (SELECT max((epoch, step)) FROM steps WHERE {before}) = "
+            f"(SELECT max((epoch, step)) FROM states WHERE role = 'gradient' AND ({before}))"
+        )
+        return bool(self._store.snapshot().catalog.sql(query).fetchall()[0][0])
+
+
+def second_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """Return what the optimizer divides by, squared and before bias correction: its second moment, or AMSGrad's.
+
+    Args:
+        names: parameter (by identity) to its name.
+    """
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            moment = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
+            if id(parameter) in names and isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                found[names[id(parameter)]] = moment
+    return found
+
+
+def start_states(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the optimizer's whole state, copied: state's name to parameter to numbers.
+
+    Raises:
+        InvalidInputError: for state that is neither one number nor has the parameter's shape.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in names:
+            continue
+        for name, value in state.items():
+            if value is None:
+                continue
+            numbers = _numbers(value)
+            if numbers is None or (numbers.numel() != 1 and numbers.shape != parameter.shape):
+                raise InvalidInputError(
+                    f"the optimizer already holds state {name!r} that is neither a number nor of the parameter's "
+                    "shape, so that its steps could not be run again: record with optimizer_history='gradients' from "
+                    "the optimizer's first step, or with 'final'",
+                    kind="optimizer-state",
+                )
+            found.setdefault(name, {})[names[id(parameter)]] = numbers
+    return found
+
+
+def _numbers(value: Any) -> torch.Tensor | None:
+    if isinstance(value, int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone() if value.is_floating_point() else value.detach().cpu().double()
+    return None

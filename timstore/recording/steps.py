@@ -1,0 +1,73 @@
+"""One optimizer step, looked at right before it is taken: its scalars, its records, what it consumes."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from timstore.recording.batches import MicroBatch, records_of
+from timstore.recording.inner import inner_products
+from timstore.recording.optimizer import amp_scales, norm_of_gradients, step_groups
+from timstore.records import Gradient, StepGroup
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ahead:
+    """What a step is about to do.
+
+    Attributes:
+        scalars: the fields of `records.Step` beside its groups.
+        records: sample to parameter to parts.
+        dots, tokens: of each record; `tokens` is empty when the batch names none.
+    """
+
+    groups: list[StepGroup]
+    scalars: dict[str, Any]
+    records: dict[int, dict[str, list[Gradient]]]
+    dots: dict[int, float]
+    tokens: dict[int, int]
+
+
+def look_ahead(
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    batches: Sequence[MicroBatch],
+    gradients: Mapping[str, torch.Tensor],
+    *,
+    ratio: float,
+    clip_value: float | None,
+    mean_over: str | None,
+    samples: Container[int] | None,
+    names: Mapping[int, str],
+) -> Ahead:
+    """Return what the step will do.
+
+    Args:
+        batches: the micro-batches whose backward passes the step consumes.
+        gradients: of each parameter, as they are now; before clipping by value.
+        ratio: of these over the accumulated ones.
+        samples: the ids to record, None for all.
+        names: parameter (by identity) to its name.
+    """
+    inside, scale = amp_scales(optimizer, scaler)
+    records = records_of(batches, samples, names)
+    # The products are with what is there now; the records are parts of what was accumulated.
+    dots = {sample: dot / ratio for sample, dot in inner_products(records, gradients).items()} if ratio else {}
+    drawn = [one for batch in batches for one in batch.ids]
+    known = [batch.tokens for batch in batches if batch.tokens is not None]
+    counts = [count for counts in known for count in counts] if len(known) == len(batches) else []
+    tokens: dict[int, int] = {}
+    for sample, count in zip(drawn, counts, strict=False):
+        tokens[sample] = tokens.get(sample, 0) + count
+    scalars = {
+        "consumed_ratio": ratio / inside,
+        "sample_ids": drawn,
+        "grad_norm": norm_of_gradients(gradients.values()) / ratio if ratio else 0.0,
+        "amp_scale": scale,
+        "clip_value": clip_value,
+        "tokens": sum(counts) if counts else None,
+        "mean_over": mean_over or ("tokens" if counts else "samples"),
+        "micro_batches": [len(batch.ids) for batch in batches],
+    }
+    return Ahead(step_groups(optimizer, names), scalars, records, dots, tokens)
