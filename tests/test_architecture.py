@@ -28,6 +28,7 @@ LAYERS = [
     ["timstore.store"],
     ["timstore.fingerprints"],
     ["timstore.undisturbed"],
+    ["timstore.optimizers"],
     ["timstore.recording", "timstore.rollbacks"],
     ["timstore"],
 ]
@@ -40,6 +41,7 @@ OWNERS = {
     "torch": [
         "timstore.fingerprints",
         "timstore.undisturbed",
+        "timstore.optimizers",
         "timstore.recording",
         "timstore.rollbacks",
         "timstore",

@@ -47,7 +47,7 @@ def test_undo_restores_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
         store.undo(model, report.rollback_id)
         assert bits(model) == before
         methods = store.sql("SELECT method, digest_before FROM rollbacks").fetchall()
-        assert [method for method, _ in methods] == ["first order", "undo"]
+        assert [method for method, _ in methods] == ["closed form", "undo"]
         assert methods[1][1] == report.rollback_id
 
 

@@ -118,6 +118,9 @@ class Store(_Store):
         strength: float = 1.0,
         epochs: Iterable[int] | None = None,
         parameters: Iterable[str] | None = None,
+        method: str = "auto",
+        denominator: str = "kept",
+        optimizer: "torch.optim.Optimizer | None" = None,
         probe: Iterable[Any] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
@@ -141,6 +144,12 @@ class Store(_Store):
             ids: the samples to remove; or `where`, an SQL condition on the `records` table.
             strength: between 0 and 1, the share that is removed.
             epochs, parameters: only these.
+            method: `closed form` (SGD and its variants), `final moment` (Adam, AdamW, AMSGrad, by the second moment at
+                the end) or `exact replay` (any optimizer, where every whole gradient was kept); `auto` is the best of
+                them that the records allow.
+            denominator: `kept`: the mean divides by what it did; `renormalised`: by the samples (tokens) that stay.
+            optimizer: the one that trained the model: its momentum and moments are corrected as far as the records
+                determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
                 `record(probe=...)` when None.
             bins: time bins of the filter.
@@ -155,7 +164,8 @@ class Store(_Store):
             progress: show a bar; by default when a person is looking.
 
         Raises:
-            CoverageError: samples, steps or learning rates that were never recorded.
+            CoverageError: samples, steps or learning rates that were never recorded; a method or denominator that the
+                records do not allow, with what would have had to be recorded.
             ModelMismatchError: another model, or one that was trained on without recording.
             StateError: these samples were removed before.
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
@@ -171,6 +181,9 @@ class Store(_Store):
             strength=strength,
             epochs=epochs,
             parameters=parameters,
+            method=method,
+            denominator=denominator,
+            optimizer=optimizer,
             probe=probe,
             bins=bins,
             outputs=outputs,

@@ -93,8 +93,13 @@ class State:
         *,
         moment: tuple[int, int] | None = None,
         rollback_id: str | None = None,
+        name: str | None = None,
     ) -> "State":
-        """Return the state kept at a moment (the newest live one when None), or for a rollback."""
+        """Return the state kept at a moment (the newest live one when None), or for a rollback.
+
+        Args:
+            name: of the optimizer's state, for role `start_state`.
+        """
         if rollback_id is not None:
             condition, params = "rollback_id = ?", [rollback_id]
         else:
@@ -107,10 +112,17 @@ class State:
             )
             params = [role, *(moment or ())]
         rows = snapshot.catalog.rows(
-            f"SELECT parameter, commit, owner FROM stored.states WHERE role = ? AND {condition} ORDER BY commit, owner",
-            [role, *params],
+            "SELECT parameter, commit, owner FROM stored.states WHERE role = ? AND name IS NOT DISTINCT FROM ? "
+            f"AND {condition} ORDER BY commit, owner",
+            [role, name, *params],
         ).to_pylist()
         return cls(snapshot, cache, role, {row["parameter"]: (row["commit"], row["owner"]) for row in rows})
+
+    def size(self, name: str) -> int:
+        """Return how many numbers are kept of one parameter."""
+        commit, owner = self.places[name]
+        reader = self.snapshot.reader(commit, self.cache)
+        return reader.count(owner, self.role) * reader.width(owner, self.role)
 
     def read(self, name: str, width: int, start: int, stop: int) -> np.ndarray:
         """Return elements [start, stop) of one parameter, flat, in float32 or float64.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from timstore.errors import CoverageError, InvalidInputError
+from timstore.optimizers import class_name
 from timstore.records import StepGroup
 
 
@@ -45,7 +46,7 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
     Args:
         names: parameter (by identity) to its name.
     """
-    name = _class_name(type(optimizer))
+    name = class_name(type(optimizer))
     groups = []
     for number, group in enumerate(optimizer.param_groups):
         mine = [parameter for parameter in group["params"] if id(parameter) in names]
@@ -120,11 +121,6 @@ def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, st
                     kind="not-captured",
                     parameter=name,
                 )
-
-
-def _class_name(kind: type) -> str:
-    """Return torch's own classes by their name alone; a namesake or a subclass may step differently."""
-    return kind.__name__ if getattr(torch.optim, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
 
 
 def _options(group: Mapping[str, Any]) -> str | None:

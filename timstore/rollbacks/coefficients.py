@@ -46,17 +46,18 @@ class Schedule:
         return cls(*(columns[name] for name in cls.__dataclass_fields__))
 
 
-def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray, of: str = "parameter") -> np.ndarray:
     """Return w, shape (T,): the model's final parameters hold `-w[t]` times the gradient consumed in step t.
 
     Args:
         active: (T,) bool; False where the parameter had no gradient, so that the step left it alone.
         fresh: (T,) bool; True where the step created the momentum buffer: torch's first buffer is the
             gradient itself, without dampening.
+        of: `parameter`, or `buffer`: what the final momentum buffer holds instead.
     """
     steps = len(schedule.lr)
     result = np.zeros(steps)
-    on_parameter, on_buffer = 1.0, 0.0
+    on_parameter, on_buffer = (1.0, 0.0) if of == "parameter" else (0.0, 1.0)
     columns = (getattr(schedule, name).tolist() for name in _COLUMNS)
     rows = list(zip(*columns, active.tolist(), fresh.tolist(), strict=True))
     for step in range(steps - 1, -1, -1):
@@ -83,17 +84,18 @@ def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.nda
     return result
 
 
-def adam_weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+def adam_weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray, of: str = "parameter") -> np.ndarray:
     """Return w, shape (T,): the final parameters hold `-w[t] / (sqrt(vhat) + eps)` times the gradient of step t.
 
     Coupled decay is not in it: it acts through the division, so that it is left to the curvature.
 
     Args:
         active, fresh: as in `weights`; fresh is where the moments began at zero.
+        of: `parameter`, or `buffer`: what the final first moment holds instead, undivided.
     """
     counts = own_counts(schedule, active, fresh)
     result = np.zeros(len(schedule.lr))
-    on_parameter, on_moment = 1.0, 0.0
+    on_parameter, on_moment = (1.0, 0.0) if of == "parameter" else (0.0, -1.0)
     columns = (getattr(schedule, name).tolist() for name in _ADAM_COLUMNS)
     rows = list(zip(*columns, active.tolist(), fresh.tolist(), counts.tolist(), strict=True))
     for step in range(len(rows) - 1, -1, -1):

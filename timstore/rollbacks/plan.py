@@ -1,4 +1,4 @@
-"""From ids or SQL to rows and weights: everything a rollback needs to know before it reads one gradient."""
+"""From selected gradients to rows and weights: what a rollback by weighted sums reads, and how much of each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,30 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from timstore.errors import CorruptionError, CoverageError, InvalidInputError
+from timstore.errors import CoverageError
 from timstore.records import Parameter
-from timstore.rollbacks.request import Request
-from timstore.rollbacks.timeline import Division, Moment, Timeline, moment_key, read_timelines, up_to
-from timstore.snapshot import Snapshot
-
-ENCODINGS = ("factors", "dense", "rows")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ParameterRows:
-    """The chosen gradients of one parameter, in reading order; arrays of one length.
-
-    Attributes:
-        encoding: index into `ENCODINGS`.
-        weight: what the gradient is multiplied by to undo it; strength is in it.
-        bin: time bin of its step.
-    """
-
-    commit: np.ndarray
-    owner: np.ndarray
-    encoding: np.ndarray
-    weight: np.ndarray
-    bin: np.ndarray
+from timstore.rollbacks.consumed import Change
+from timstore.rollbacks.loading import ENCODINGS, ParameterRows, rows_of
+from timstore.rollbacks.selection import Selection
+from timstore.rollbacks.timeline import Division, Timeline, moment_of
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,16 +20,13 @@ class Plan:
     """What to read, with which weights.
 
     Attributes:
-        parameters: those that change, in the order of the model's.
+        parameters: those that change.
         lengths: per time bin, parameter to the step length its curvature acted over (tau).
         divisions: of the parameters that Adam trained; their gradients are summed in its coordinates.
         error_bounds: per parameter, no more than this Frobenius distance of the sum is due to lossy storage.
         dense_bytes: size of the chosen gradients if they were dense.
     """
 
-    samples: tuple[int, ...]
-    skipped: tuple[int, ...]
-    records: int
     parameters: dict[str, Parameter]
     rows: dict[str, ParameterRows]
     lengths: list[dict[str, float]]
@@ -56,103 +35,180 @@ class Plan:
     dense_bytes: int
 
 
-def make_plan(snapshot: Snapshot, request: Request, moment: Moment | None, bins: int) -> Plan:
-    """Select the records, check that they suffice, and weigh them.
+@dataclass(frozen=True, eq=False, slots=True)
+class Sources:
+    """What the changed steps' whole gradients are made of.
+
+    Attributes:
+        kept: rows of whole gradients that were kept.
+        rest: rows of the gradients that stay, in steps of which every sample was recorded.
+        kept_keys, rest_keys: the steps that each of them is for.
+    """
+
+    kept: pa.Table | None
+    rest: pa.Table | None
+    kept_keys: np.ndarray
+    rest_keys: np.ndarray
+
+
+def make_plan(
+    selection: Selection,
+    names: list[str],
+    timelines: dict[int, Timeline],
+    changes: dict[int, Change],
+    sources: Sources | None,
+    bins: int,
+    strength: float,
+    of: str = "parameter",
+) -> Plan:
+    """Weigh every gradient that the change of the parameters is a sum of.
 
     Args:
-        moment: the model's place in time; coefficients end there. None: at the end of the records.
-
-    Raises:
-        CoverageError: samples, steps or learning rates that were never recorded.
-        CorruptionError: the same gradient was recorded by two writers.
-        InvalidInputError: `where` is no condition on `records`, or nothing is selected.
+        names: the parameters that change.
+        changes: of each group's consumed gradients.
+        sources: of whole gradients; None where the change is no sum, and no row is weighed.
+        of: `parameter`, or `buffer`: the change of the optimizer's momentum instead.
     """
-    condition, params = _condition(request, moment)
-    keys = "attempt, epoch, step, rank, sample"
-    chosen = f"(SELECT {keys} FROM records WHERE {condition})"
-    found = snapshot.catalog.sql(f"SELECT DISTINCT sample FROM {chosen} ORDER BY sample", params).fetchall()
-    samples = tuple(row[0] for row in found)
-    skipped = _check_coverage(snapshot, request, samples, moment)
-    if not samples:
-        raise CoverageError("no recorded sample is selected: nothing to remove", kind="nothing-selected")
-    rows = snapshot.catalog.sql(
-        "SELECT g.commit, g.owner, g.epoch, g.step, g.sample, g.rank, g.parameter, g.part, g.encoding, g.norm, "
-        f"g.rel_error, g.dense_bytes FROM stored.gradients g SEMI JOIN {chosen} c USING ({keys}) "
-        "ORDER BY g.commit, g.owner",
-        params,
-    ).to_arrow_table()
-    _check_once(rows)
-    known = snapshot.parameters()
-    names = rows["parameter"].unique().to_pylist()
-    if request.parameters is not None:
-        unknown = sorted(request.parameters - known.keys())
-        if unknown:
-            raise InvalidInputError(f"no parameter {unknown[0]} was ever recorded", parameter=unknown[0])
-        names = [name for name in names if name in request.parameters]
-    timelines = read_timelines(snapshot, moment, samples)
-    edges = _bin_edges(timelines, bins)
-    weigher = _Weigher(timelines, edges, request.strength)
-    chosen_rows = {name: _select(rows, name, known[name], weigher) for name in names}
+    known, edges = selection.known, bin_edges(timelines, bins)
+    chosen = {}
+    if sources is not None:
+        weigher = _Weigher(timelines, changes, sources, edges, strength, of)
+        chosen = {name: weigher.rows_of(selection, known[name]) for name in names}
     divided = {
         name: timelines[known[name].group_id].division(name) for name in names if known[name].group_id in timelines
     }
-    divisions = {name: division for name, division in divided.items() if division is not None}
-    moments = {*zip(*(rows[name].to_pylist() for name in ("epoch", "step", "rank", "sample")), strict=True)}
     return Plan(
-        samples=samples,
-        skipped=skipped,
-        records=len(moments),
         parameters={name: known[name] for name in names},
-        rows={name: one for name, (one, _) in chosen_rows.items()},
-        lengths=[weigher.lengths(known, names, number) for number in range(bins)],
-        divisions=divisions,
-        error_bounds={name: bound for name, (_, bound) in chosen_rows.items()},
-        dense_bytes=int(np.sum(rows["dense_bytes"].to_numpy())),
+        rows={name: rows for name, (rows, _, _) in chosen.items()},
+        lengths=[_lengths(known, names, timelines, edges, number) for number in range(bins)],
+        divisions={name: division for name, division in divided.items() if division is not None},
+        error_bounds={name: bound for name, (_, bound, _) in chosen.items()},
+        dense_bytes=sum(size for _, _, size in chosen.values()),
     )
 
 
 class _Weigher:
     """Weights and time bins of a parameter's steps, worked out once per group and pattern."""
 
-    def __init__(self, timelines: dict[int, Timeline], edges: np.ndarray, strength: float) -> None:
+    def __init__(
+        self,
+        timelines: dict[int, Timeline],
+        changes: dict[int, Change],
+        sources: Sources,
+        edges: np.ndarray,
+        strength: float,
+        of: str,
+    ) -> None:
         self._timelines = timelines
+        self._changes = changes
+        self._sources = sources
         self._edges = edges
         self._strength = strength
+        self._of = of
         self._weights: dict[Any, np.ndarray] = {}
 
-    def weigh(self, parameter: Parameter, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (weights, bins) of the moments `keys` for one parameter."""
-        timeline = self._timelines.get(parameter.group_id)
-        held = np.zeros(0, np.int64) if timeline is None else timeline.keys
-        absent = ~np.isin(keys, held)
-        if absent.any() or timeline is None:
-            epoch, step = divmod(int(keys[absent][0]), moment_key(1, 0))
-            raise CoverageError(
-                f"epoch {epoch}, step {step}, parameter {parameter.name} (group {parameter.group_id}) has no learning "
-                "rate: pass lr= to append, or append_step",
-                kind="no-lr",
-            )
-        positions = np.searchsorted(held, keys)
+    def rows_of(self, selection: Selection, parameter: Parameter) -> tuple[ParameterRows, float, int]:
+        """Return (rows, bound of their error, bytes if they were dense) of one parameter."""
+        tables = [(selection.rows, "removed"), (self._sources.rest, "rest"), (self._sources.kept, "kept")]
+        found, bound, size = [], 0.0, 0
+        for table, kind in tables:
+            if table is None:
+                continue
+            mine = table.filter(pa.compute.equal(table["parameter"], parameter.name))
+            keys = mine["key"].to_numpy()
+            weight = self._weights_at(parameter, keys) * self._factors(parameter, keys, kind)
+            size += int(np.sum(mine["dense_bytes"].to_numpy()))
+            if kind == "kept":
+                encoding = np.full(len(keys), ENCODINGS.index("whole"), np.int8)
+                norms = self._consumed_norms(parameter, keys)
+            else:
+                encoding = np.array([ENCODINGS.index(one) for one in mine["encoding"].to_pylist()], np.int8)
+                norms = mine["norm"].to_numpy()
+            bound += float(np.sum(np.abs(weight) * norms * mine["rel_error"].to_numpy()))
+            number = np.searchsorted(self._edges, keys, side="left")
+            found.append((mine["commit"].to_numpy(), mine["owner"].to_numpy(), encoding, weight, number))
+        columns = [np.concatenate(one) for one in zip(*found, strict=True)]
+        rows = ParameterRows(*columns)
+        return rows.take(np.lexsort((rows.owner, rows.commit))), bound, size
+
+    def _weights_at(self, parameter: Parameter, keys: np.ndarray) -> np.ndarray:
+        """Return what each step's consumed gradient weighs."""
+        timeline = self._timelines[parameter.group_id]
         pattern = (parameter.group_id, timeline.pattern(parameter.name))
         if pattern not in self._weights:
-            self._weights[pattern] = timeline.weights(parameter.name) * self._strength
-        return self._weights[pattern][positions], np.searchsorted(self._edges, keys, side="left")
+            self._weights[pattern] = timeline.weights(parameter.name, self._of) * self._strength
+        return self._weights[pattern][np.searchsorted(timeline.keys, keys)]
 
-    def lengths(self, known: dict[str, Parameter], names: list[str], number: int) -> dict[str, float]:
-        """Return tau of each parameter in time bin `number`."""
-        result, cache = {}, {}
-        for name in names:
-            group = known[name].group_id
-            timeline = self._timelines[group]
-            key = group, timeline.pattern(name)
-            if key not in cache:
-                inside = np.searchsorted(self._edges, timeline.keys, side="left") == number
-                cache[key] = float(timeline.lengths(name)[inside].sum())
-            result[name] = cache[key]
-        return result
+    def _consumed_norms(self, parameter: Parameter, keys: np.ndarray) -> np.ndarray:
+        """Return no less than the norm of each step's consumed gradient."""
+        timeline = self._timelines[parameter.group_id]
+        at = np.searchsorted(timeline.keys, keys)
+        norms: np.ndarray = np.nan_to_num(timeline.grad_norm[at] * timeline.ratio[at])
+        return norms
+
+    def _factors(self, parameter: Parameter, keys: np.ndarray, kind: str) -> np.ndarray:
+        """Return what turns a gradient into its part of `a h - b g`, the change of what was consumed."""
+        timeline, change = self._timelines[parameter.group_id], self._changes[parameter.group_id]
+        at = np.searchsorted(timeline.keys, keys)
+        ratio, on_removed, on_whole = timeline.ratio[at], change.on_removed[at], change.on_whole[at]
+        if kind == "kept":
+            return -on_whole / np.where(ratio == 0, 1.0, ratio)
+        if kind == "rest":
+            return -on_whole
+        # Where g is the sum of all records, b's part of it falls on h as well: a - b = c.
+        return np.where(np.isin(keys, self._sources.kept_keys), on_removed, ratio)
 
 
-def _bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
+def check_steps(selection: Selection, timelines: dict[int, Timeline]) -> None:
+    """Refuse gradients of steps whose scalars were never recorded.
+
+    Raises:
+        CoverageError: naming the step and the parameter.
+    """
+    rows = selection.rows
+    names = rows["parameter"].unique().to_pylist()
+    groups = pa.array([selection.known[name].group_id for name in names], pa.int64())
+    of_row = groups.take(pa.compute.index_in(rows["parameter"], pa.array(names))).to_numpy(zero_copy_only=False)
+    keys = rows["key"].to_numpy()
+    for group in np.unique(of_row).tolist():
+        held = timelines[group].keys if group in timelines else np.zeros(0, np.int64)
+        absent = np.flatnonzero((of_row == group) & ~np.isin(keys, held))
+        if len(absent):
+            epoch, step = moment_of(keys[absent[0]])
+            raise CoverageError(
+                f"epoch {epoch}, step {step}, parameter {rows['parameter'][int(absent[0])]} (group {group}) has no "
+                "learning rate: pass lr= to append, or append_step",
+                kind="no-lr",
+            )
+
+
+def step_rows(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, ParameterRows]:
+    """Return the leaving gradients of each parameter, weight 1, with the position of their step as bin."""
+    found = {}
+    for name in selection.rows["parameter"].unique().to_pylist():
+        mine = selection.rows.filter(pa.compute.equal(selection.rows["parameter"], name))
+        keys = timelines[selection.known[name].group_id].keys
+        found[name] = rows_of(mine, np.searchsorted(keys, mine["key"].to_numpy()))
+    return found
+
+
+def _lengths(
+    known: dict[str, Parameter], names: list[str], timelines: dict[int, Timeline], edges: np.ndarray, number: int
+) -> dict[str, float]:
+    """Return tau of each parameter in time bin `number`."""
+    result: dict[str, float] = {}
+    cache: dict[Any, float] = {}
+    for name in names:
+        timeline = timelines[known[name].group_id]
+        key = known[name].group_id, timeline.pattern(name)
+        if key not in cache:
+            inside = np.searchsorted(edges, timeline.keys, side="left") == number
+            cache[key] = float(timeline.lengths(name)[inside].sum())
+        result[name] = cache[key]
+    return result
+
+
+def bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
     """Return the last moment of each bin but the last, so that every bin covers the same step length."""
     if not timelines or bins == 1:
         return np.zeros(0, np.int64)
@@ -161,88 +217,3 @@ def _bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
     shares = covered[-1] * np.arange(1, bins) / bins
     edges: np.ndarray = timeline.keys[np.minimum(np.searchsorted(covered, shares), len(covered) - 1)]
     return edges
-
-
-def _select(rows: pa.Table, name: str, parameter: Parameter, weigher: _Weigher) -> tuple[ParameterRows, float]:
-    mine = rows.filter(pa.compute.equal(rows["parameter"], name))
-    columns = {one: mine[one].to_numpy() for one in ("commit", "owner", "epoch", "step", "norm", "rel_error")}
-    weight, number = weigher.weigh(parameter, moment_key(columns["epoch"].astype(np.int64), columns["step"]))
-    encoding = np.array([ENCODINGS.index(one) for one in mine["encoding"].to_pylist()], np.int8)
-    bound = float(np.sum(np.abs(weight) * columns["norm"] * columns["rel_error"]))
-    return ParameterRows(columns["commit"], columns["owner"], encoding, weight, number), bound
-
-
-def _condition(request: Request, moment: Moment | None) -> tuple[str, list[Any]]:
-    conditions, params = [up_to(moment)], []
-    if request.where is not None:
-        conditions.append(f"({request.where})")
-    if request.ids is not None:
-        conditions.append("sample IN (SELECT unnest(?::BIGINT[]))")
-        params.append(list(request.ids))
-    if request.epochs is not None:
-        conditions.append("epoch IN (SELECT unnest(?::BIGINT[]))")
-        params.append(list(request.epochs))
-    return " AND ".join(conditions), params
-
-
-def _check_coverage(
-    snapshot: Snapshot, request: Request, samples: tuple[int, ...], moment: Moment | None
-) -> tuple[int, ...]:
-    """Return ids that were asked for and never recorded; refuse them, and gaps, unless told to skip."""
-    absent = tuple(sorted(set(request.ids or ()) - set(samples)))
-    if absent and request.missing == "error":
-        seen = {
-            row[0]
-            for row in snapshot.catalog.sql(
-                "SELECT DISTINCT unnest(sample_ids) AS sample FROM steps WHERE sample_ids IS NOT NULL"
-            ).fetchall()
-        }
-        never = [one for one in absent if one not in seen]
-        unrecorded = [one for one in absent if one in seen]
-        told = [f"never drawn: {_some(never)}"] * bool(never)
-        told += [f"trained on without being recorded: {_some(unrecorded)}"] * bool(unrecorded)
-        raise CoverageError(
-            f"{len(absent)} of {len(request.ids or ())} samples have no records ({'; '.join(told)}); "
-            "missing='skip' goes on without them",
-            kind="never-recorded",
-            samples=absent,
-        )
-    if request.missing == "error" and samples:
-        epochs = "true" if request.epochs is None else f"epoch IN ({', '.join(map(str, request.epochs)) or 'NULL'})"
-        drawn_at = (
-            f"SELECT DISTINCT epoch, step, unnest(sample_ids) AS sample FROM steps WHERE {up_to(moment)} AND {epochs}"
-        )
-        gaps = snapshot.catalog.sql(
-            f"SELECT d.epoch, d.step, d.sample FROM ({drawn_at}) d ANTI JOIN records USING (epoch, step, sample) "
-            "WHERE d.sample IN (SELECT unnest(?::BIGINT[])) ORDER BY ALL LIMIT 1",
-            [list(samples)],
-        ).fetchall()
-        if gaps:
-            epoch, step, sample = gaps[0]
-            raise CoverageError(
-                f"sample {sample} was trained on in epoch {epoch}, step {step} without being recorded: removing the "
-                "rest would leave that part in the model; missing='skip' does so",
-                kind="not-recorded",
-                sample=sample,
-            )
-    return absent
-
-
-def _check_once(rows: pa.Table) -> None:
-    """Two writers of one attempt could record the same gradient; adding it twice would be a wrong update."""
-    columns = ["epoch", "step", "rank", "sample", "parameter", "part"]
-    counted = rows.group_by(columns).aggregate([([], "count_all")])
-    twice = counted.filter(pa.compute.greater(counted["count_all"], 1)).to_pylist()
-    if twice:
-        one = twice[0]
-        raise CorruptionError(
-            f"epoch {one['epoch']}, step {one['step']}, sample {one['sample']}, parameter {one['parameter']} was "
-            f"recorded {one['count_all']} times in one attempt, by several writers: begin a new attempt from there",
-            kind="recorded-twice",
-            sample=one["sample"],
-        )
-
-
-def _some(ids: list[int]) -> str:
-    shown = ", ".join(map(str, ids[:10]))
-    return shown if len(ids) <= 10 else f"{shown} and {len(ids) - 10} more"

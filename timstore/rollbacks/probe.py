@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from timstore.errors import InvalidInputError
+from timstore.fingerprints import row_hash
 from timstore.undisturbed import undisturbed
 
 LOSSES = ("cross_entropy", "mse")
@@ -75,6 +76,15 @@ class Probe:
     def sequences(self) -> int:
         """The number of rows in all batches."""
         return sum(_rows(args, kwargs) for args, kwargs in self._batches)
+
+    def row_hashes(self) -> set[str]:
+        """Return a hash of what each row of the batches consists of, as the recorder keeps one of each sample."""
+        found: set[str] = set()
+        for args, kwargs in self._batches:
+            given = kwargs.get("input_ids", next(iter((*args, *kwargs.values())), None))
+            if isinstance(given, torch.Tensor) and given.ndim:
+                found.update(row_hash(row) for row in given)
+        return found
 
     def answers(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Answer]:
         """Yield the model's answer to each batch, computed with these parameters and buffers."""

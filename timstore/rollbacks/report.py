@@ -27,12 +27,18 @@ class RollbackReport:
     """What a rollback removed, how, and how sure that is.
 
     Attributes:
-        method: "first order", for Adam with "(final second moment)", and "+ probe" when it was filtered.
+        method: how the change was computed: "closed form", "final moment" or "exact replay"; "+ probe" when it was
+            filtered, else it is first order: the other samples' gradients are taken as recorded.
+        approximates: what that leaves out, and how far off it was where that was measured.
+        denominator: `kept`, or `renormalised`: means are over the samples that stay.
+        clipping: what became of the clip factors: none, followed, or kept where the records do not tell.
         model: how the model was recognised.
         delta_norm: Frobenius norm of the change; `relative_change` is that over the norm of the parameters.
         error_bound: the change is at most this far (Frobenius) from that of exactly stored records.
         rounding: norm of what the parameters' own precision could not take up, over `delta_norm`.
         read_bytes: size of the gradients that were added up, if they were dense.
+        replay_off: how far the replayed run ended from the model, over how far the run went; None without a replay.
+        optimizer: what became of the optimizer's state; None where no optimizer was given.
         rollback_id: the digest of the model afterwards, as in the `rollbacks` table.
     """
 
@@ -41,6 +47,9 @@ class RollbackReport:
     records: int
     parameters: int
     method: str
+    approximates: str
+    denominator: str
+    clipping: str
     strength: float
     dry_run: bool
     model: str
@@ -51,6 +60,8 @@ class RollbackReport:
     read_bytes: int
     seconds: float
     rollback_id: str
+    replay_off: float | None = None
+    optimizer: str | None = None
     probe: ProbeReport | None = None
     warnings: tuple[str, ...] = field(default=())
 
@@ -66,7 +77,8 @@ class RollbackReport:
         lines = [
             f"{'would remove' if self.dry_run else 'removed'}  {len(self.samples)} samples ({ids}), "
             f"{self.records} records, strength {self.strength:g}",
-            f"method        {self.method}",
+            f"method        {self.method}; denominator {self.denominator}; clipping {self.clipping}",
+            f"it takes      {self.approximates}",
             f"model         {self.model}",
             f"change        {self.delta_norm:.4g} in norm, {self.relative_change:.3%} of {self.parameters} parameters",
             f"stored error  at most {self.error_bound:.2g} of that norm; rounding lost {self.rounding:.1%}",
@@ -78,6 +90,10 @@ class RollbackReport:
                 f"probe         {probe.sequences} sequences, {probe.products} products, moved the change by "
                 f"{probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
+        if self.replay_off is not None:
+            lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")
+        if self.optimizer is not None:
+            lines.append(f"optimizer     {self.optimizer}")
         if self.skipped:
             lines.append(f"skipped       {len(self.skipped)} samples without records")
         lines += [f"warning       {warning}" for warning in self.warnings]

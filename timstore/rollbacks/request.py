@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
+from timstore.rollbacks.methods import check_method
+
+DENOMINATORS = ("kept", "renormalised")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -20,6 +23,8 @@ class Request:
     parameters: frozenset[str] | None
     strength: float
     missing: str
+    method: str
+    denominator: str
 
     @classmethod
     def check(
@@ -30,6 +35,8 @@ class Request:
         parameters: Iterable[str] | None,
         strength: float,
         missing: str,
+        method: str,
+        denominator: str,
     ) -> "Request":
         """Check the arguments of a rollback.
 
@@ -46,6 +53,8 @@ class Request:
             raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
         if missing not in ("error", "skip"):
             raise InvalidInputError(f"missing is 'error' or 'skip', not {missing!r}")
+        if denominator not in DENOMINATORS:
+            raise InvalidInputError(f"denominator is {' or '.join(DENOMINATORS)}, not {denominator!r}")
         if isinstance(parameters, str):
             raise InvalidInputError("parameters is a list of names, not one string")
         return cls(
@@ -55,6 +64,8 @@ class Request:
             None if parameters is None else frozenset(parameters),
             float(strength),
             missing,
+            check_method(method),
+            denominator,
         )
 
 

@@ -16,20 +16,28 @@ from timstore.records import Parameter
 from timstore.rollbacks.apply import apply, foresee, new_values
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
-from timstore.rollbacks.engine import Budget, stream
+from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.identity import Identity, combined_digest, recognise
-from timstore.rollbacks.plan import Plan, make_plan
+from timstore.rollbacks.methods import approximated
+from timstore.rollbacks.optimizer_state import check_optimizer
+from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.progress import Bar, shown
+from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request, parse_bytes
+from timstore.rollbacks.run import Run
+from timstore.rollbacks.selection import select
 from timstore.rollbacks.vectors import Vector, Workspace
+from timstore.snapshot import Snapshot
 from timstore.states import State
 from timstore.store import Store
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
+# How far a replay may end from the model, in lengths of the run: rounding is thousands of times less.
+_OFF = 0.02
 
 
 def rollback(
@@ -41,6 +49,9 @@ def rollback(
     strength: float = 1.0,
     epochs: Iterable[int] | None = None,
     parameters: Iterable[str] | None = None,
+    method: str = "auto",
+    denominator: str = "kept",
+    optimizer: torch.optim.Optimizer | None = None,
     probe: Iterable[Any] | None = None,
     bins: int = 4,
     outputs: Callable[[Any], Any] | None = None,
@@ -55,7 +66,7 @@ def rollback(
 ) -> RollbackReport:
     """Remove the contribution of samples from the model; see `timstore.Store.rollback`."""
     started = time.perf_counter()
-    request = Request.check(ids, where, epochs, parameters, strength, missing)
+    request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
     limit_bytes = parse_bytes(memory_limit)
     if not isinstance(model, torch.nn.Module):
         raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
@@ -69,25 +80,42 @@ def rollback(
     snapshot = store.snapshot()
     before = digests(model)
     identity = recognise(snapshot, before)
-    plan = make_plan(snapshot, request, identity.moment, bins if asked else 1)
-    _check_not_removed(identity, plan, force)
-    changed = _match(model, plan.parameters)
+    selection = select(snapshot, request, identity.moment)
+    _check_not_removed(identity, selection.samples, force)
     budget = Budget.divide(limit_bytes, snapshot)
+    run = Run.read(snapshot, request, identity.moment, selection, budget, _DTYPES[accumulate], optimizer)
+    if asked is not None and not run.has_coordinates:
+        if probe is not None:
+            raise InvalidInputError(
+                f"the probe filter knows the steps of SGD and Adam, not of {run.optimizers}: leave probe out",
+                kind="no-coordinates",
+            )
+        asked = None
+    plan = run.plan(bins if asked else 1)
+    changed = _match(model, plan.parameters)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
-    device, dtype = next(iter(changed.values())).device, _DTYPES[accumulate]
+    if optimizer is not None:
+        check_optimizer(optimizer, changed, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
     products = len(plan.lengths) * (steps + 1) - 1 if asked else 0
+    device = next(iter(changed.values())).device
     with (
-        Workspace(sizes, dtype=dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
+        Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
         shown(progress, sum(len(rows.owner) for rows in plan.rows.values()), products) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
-        stream(plan, snapshot, increments, budget, device=device, dtype=dtype, advance=bar.added)
+        replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
+        if replayed is not None and not identity.removed:
+            _check_replayed(replayed, changed)
+        correction, optimizer_text = run.correction(optimizer, replayed, workspace)
         moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
-        coordinates = read_coordinates(plan, moments, workspace)
-        largest = dict.fromkeys(sizes, 1.0) if coordinates is None else into_steps(increments, coordinates)
-        delta, probed = _filtered(model, plan, increments, coordinates, asked, steps, workspace, bar)
+        coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
+        largest = dict.fromkeys(sizes, 1.0)
+        if coordinates is not None and run.divides:
+            largest = into_steps(increments, coordinates)
+        decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
+        delta, probed = _filtered(model, plan, increments, coordinates, decays, asked, steps, workspace, bar)
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
@@ -99,11 +127,14 @@ def rollback(
             blocks = new_values(parameter, delta, name, workspace.block_numel)
             after[name] = digest_of_blocks(parameter.dtype, tuple(parameter.shape), blocks)
         report = RollbackReport(
-            samples=plan.samples,
-            skipped=plan.skipped,
-            records=plan.records,
+            samples=selection.samples,
+            skipped=selection.skipped,
+            records=selection.records,
             parameters=sum(sizes.values()),
-            method="first order" + " (final second moment)" * bool(plan.divisions) + " + probe" * bool(probed),
+            method=run.method.name + " + probe" * bool(probed),
+            approximates=approximated(run.method, probed is not None),
+            denominator=denominator,
+            clipping=run.clipping,
             strength=request.strength,
             dry_run=dry_run,
             model=str(identity),
@@ -114,13 +145,19 @@ def rollback(
             read_bytes=plan.dense_bytes,
             seconds=0.0,
             rollback_id=combined_digest({name: after[name] for name in identity.names}),
+            replay_off=None if replayed is None else replayed.relative_off,
+            optimizer=optimizer_text,
             probe=probed,
-            warnings=tuple(_warnings(probed)),
+            warnings=tuple(
+                [*run.warnings(identity), *_overlap(snapshot, asked, selection.samples), *_warnings(probed)]
+            ),
         )
         if not dry_run:
             # The row comes first: digests decide what a model is, so a row whose change never came is harmless.
             store.append_rollback(_row(report, identity.digest), dict(changed) if keep_delta else None)
             apply(changed, delta, workspace)
+            if optimizer is not None:
+                correction.apply(optimizer, changed)
     report = replace(report, seconds=time.perf_counter() - started)
     for warning in report.warnings:
         warnings.warn(warning, TimstoreWarning, stacklevel=3)
@@ -141,14 +178,26 @@ def _probe(
     return None if batches is None else Probe(model, batches, outputs=outputs, loss=loss or "cross_entropy")
 
 
-def _check_not_removed(identity: Identity, plan: Plan, force: bool) -> None:
-    again = sorted(identity.removed & set(plan.samples))
+def _check_not_removed(identity: Identity, samples: Sequence[int], force: bool) -> None:
+    again = sorted(identity.removed & set(samples))
     if again and not force:
         raise StateError(
             f"{len(again)} of these samples were removed from this model before (the first is {again[0]}): removing "
             "them twice is a wrong update; force=True does so all the same",
             kind="removed-before",
             samples=again,
+        )
+
+
+def _check_replayed(replayed: Replayed, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Refuse a replay that does not end where the model is: something else than the optimizer changed it."""
+    halves = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters.values())
+    if replayed.relative_off > _OFF and not halves:
+        raise StateError(
+            f"run again over the recorded gradients, the optimizer ends {replayed.relative_off:.1%} of the run's "
+            "length away from the model: something else changed the parameters (weights averaged or copied in the "
+            "loop, or an optimizer with a memory of its own), so that the replay would be wrong",
+            kind="replay-off",
         )
 
 
@@ -170,6 +219,7 @@ def _filtered(
     plan: Plan,
     increments: Sequence[Vector],
     coordinates: Vector | None,
+    decays: dict[str, float],
     probe: Probe | None,
     steps: int,
     workspace: Workspace,
@@ -179,7 +229,6 @@ def _filtered(
         if coordinates is not None:
             decayed(increments[0], coordinates, plan)
         return increments[0], None
-    decays = {name: division.decay for name, division in plan.divisions.items() if division.decay}
     found = probe_filter(
         model,
         increments,
@@ -193,6 +242,22 @@ def _filtered(
     )
     losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
     return found.delta, ProbeReport(probe.sequences, found.products, found.moved, *losses)
+
+
+def _overlap(snapshot: Snapshot, probe: Probe | None, samples: Sequence[int]) -> list[str]:
+    """Warn of a probe that holds what is to be forgotten: its curvature would keep it in."""
+    if probe is None or "content_hash" not in snapshot.catalog.rows("SELECT * FROM samples LIMIT 0").column_names:
+        return []
+    forgotten = snapshot.catalog.sql(
+        "SELECT sample, content_hash FROM samples WHERE sample IN (SELECT unnest(?::BIGINT[]))", [list(samples)]
+    ).fetchall()
+    rows = probe.row_hashes()
+    held = [sample for sample, content in forgotten if content in rows]
+    if not held:
+        return []
+    return [
+        f"the probe holds {len(held)} of the samples to be forgotten (the first is {held[0]}): leave them out of it"
+    ]
 
 
 def _warnings(probed: ProbeReport | None) -> list[str]:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from timstore.errors import CoverageError, StateError
+from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.coefficients import Schedule, adam_weights, own_counts, step_lengths, weights
 from timstore.snapshot import Snapshot
 
 Moment = tuple[int, int]
-
-SGD_FAMILY, ADAM_FAMILY = ("SGD",), ("Adam", "AdamW")
 
 # (epoch, step) as one integer that sorts the same way.
 _EPOCH = 2**40
@@ -22,6 +21,11 @@ _EPOCH = 2**40
 def moment_key(epoch: Any, step: Any) -> Any:
     """Return (epoch, step), integers or arrays of them, as integers in order of time."""
     return epoch * _EPOCH + step
+
+
+def moment_of(key: Any) -> Moment:
+    """Return (epoch, step) from `moment_key`."""
+    return int(key) // _EPOCH, int(key) % _EPOCH
 
 
 def up_to(moment: Moment | None) -> str:
@@ -55,6 +59,14 @@ class Timeline:
         kept: the share of the step's batch that is not removed.
         ratio: consumed over accumulated gradient.
         idle, fresh: per step, names of parameters; fresh is None where unknown.
+        grad_norm: of the accumulated gradient, NaN where unknown.
+        amp_scale: what the loss had been multiplied by.
+        samples, tokens: of the whole batch; NaN where unknown.
+        clip_value: the bound of clipping by value, NaN where there was none.
+        amsgrad: whether Adam divides by the largest second moment so far.
+        mean_over: what the mean divides by, `samples` or `tokens`.
+        options: every hyperparameter, None where unknown.
+        micro_batches: how many the step had, at most.
     """
 
     keys: np.ndarray
@@ -64,17 +76,30 @@ class Timeline:
     kept: np.ndarray
     idle: list[frozenset[str]]
     fresh: list[frozenset[str] | None]
+    grad_norm: np.ndarray
+    amp_scale: np.ndarray
+    samples: np.ndarray
+    tokens: np.ndarray
+    clip_value: np.ndarray
+    amsgrad: np.ndarray
+    mean_over: list[str | None]
+    options: list[str | None]
+    micro_batches: int
 
     def active(self, parameter: str) -> np.ndarray:
         """Say in which steps the parameter had a gradient."""
         return np.array([parameter not in names for names in self.idle], bool)
 
-    def weights(self, parameter: str) -> np.ndarray:
-        """Return, for each step, how much of the gradient accumulated then is in the final parameter."""
+    def weights(self, parameter: str, of: str = "parameter") -> np.ndarray:
+        """Return, for each step, how much of the gradient consumed then is in the final parameter, its sign turned.
+
+        Args:
+            of: `parameter`, or `buffer` for the optimizer's momentum (first moment) instead.
+        """
         active = self.active(parameter)
         weigh = adam_weights if self.optimizer in ADAM_FAMILY else weights
-        consumed: np.ndarray = weigh(self.schedule, active, self._fresh(parameter, active)) * self.ratio
-        return consumed
+        result: np.ndarray = weigh(self.schedule, active, self._fresh(parameter, active), of=of)
+        return result
 
     def division(self, parameter: str) -> Division | None:
         """Return what Adam divided by at the end; None for other optimizers, and where it never took a step."""
@@ -109,14 +134,15 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     """Return the timeline of every group up to a moment (all when None).
 
     Raises:
-        StateError: for an optimizer outside the SGD and Adam families, or several in one group.
-        CoverageError: if a step has no learning rate, or steps that matter are missing.
+        StateError: for several optimizers in one group.
+        CoverageError: if steps that matter are missing.
     """
     table = snapshot.catalog.rows(
         "WITH removed AS (SELECT unnest(?::BIGINT[]) AS sample), "
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
         "group_id, unnest(sample_ids) AS sample FROM steps) JOIN removed r USING (sample) GROUP BY ALL) "
         "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples)::BIGINT AS samples, "
+        "sum(tokens)::BIGINT AS tokens, "
         "coalesce(sum(hits), 0)::BIGINT AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits FROM steps "
         f"LEFT JOIN drawn USING (epoch, step, rank, group_id)) s WHERE {up_to(moment)} "
         "GROUP BY epoch, step, group_id ORDER BY epoch, step",
@@ -125,7 +151,7 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_group.setdefault(row["group_id"], []).append(
-            {**row["scalars"], "samples": row["samples"], "hits": row["hits"]}
+            {**row["scalars"], **{name: row[name] for name in ("samples", "tokens", "hits")}}
         )
     return {group: _timeline(group, rows) for group, rows in by_group.items()}
 
@@ -133,21 +159,16 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
 def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
     for row in rows:
         where = f"epoch {row['epoch']}, step {row['step']}, group {group}"
-        if row["optimizer"] not in SGD_FAMILY + ADAM_FAMILY:
-            raise StateError(
-                f"{where} was taken by {row['optimizer']}: this version removes samples from runs of torch.optim's "
-                "SGD, Adam and AdamW (any schedule, decay, AMSGrad) only; what is recorded stays usable later",
-                kind="optimizer-not-supported",
-            )
         if row["optimizer"] != rows[0]["optimizer"]:
             raise StateError(
                 f"{where} was taken by {row['optimizer']}, earlier ones by {rows[0]['optimizer']}: one rollback "
                 "cannot go back over a change of optimizer",
                 kind="optimizer-changed",
             )
+        known = SGD_FAMILY + ADAM_FAMILY
         if row["optimizer"] in ADAM_FAMILY and None in (row["beta1"], row["beta2"], row["eps"]):
             raise CoverageError(f"{where} has no beta1, beta2 or eps: pass them to append_step", kind="no-betas")
-        if row["lr"] is None:
+        if row["optimizer"] in known and row["lr"] is None:
             raise CoverageError(f"{where} has no learning rate: pass lr= to append, or append_step", kind="no-lr")
     columns = {name: np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__}
     timeline = Timeline(
@@ -158,15 +179,28 @@ def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
         kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
         idle=[frozenset(row["idle"] or ()) for row in rows],
         fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
+        grad_norm=_numbers(rows, "grad_norm"),
+        amp_scale=np.array([row["amp_scale"] or 1.0 for row in rows]),
+        samples=_numbers(rows, "samples"),
+        tokens=_numbers(rows, "tokens"),
+        clip_value=_numbers(rows, "clip_value"),
+        amsgrad=np.array([bool(row["amsgrad"]) for row in rows]),
+        mean_over=[row["mean_over"] for row in rows],
+        options=[row["options"] for row in rows],
+        micro_batches=max((len(row["micro_batches"] or ()) for row in rows), default=0),
     )
     _check_no_gap(group, rows, timeline)
     return timeline
 
 
+def _numbers(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
+
+
 def _check_no_gap(group: int, rows: list[dict[str, Any]], timeline: Timeline) -> None:
     """With momentum, moments or decay every step changes what earlier ones left behind: none may be missing."""
     schedule = timeline.schedule
-    if timeline.optimizer not in ADAM_FAMILY and not (schedule.momentum.any() or schedule.weight_decay.any()):
+    if timeline.optimizer in SGD_FAMILY and not (schedule.momentum.any() or schedule.weight_decay.any()):
         return
     for before, after in pairwise(rows):
         follows = after["step"] == before["step"] + 1

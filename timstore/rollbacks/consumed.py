@@ -1,0 +1,154 @@
+"""How the gradient that a step consumed would have been without the samples that leave.
+
+    consumed without them  =  a (g - h),   so that it changes by  -(a h - b g),   b = a - c
+
+g is the accumulated gradient, h what leaves of it, c the factor between accumulated and consumed; a holds the
+factor of a mean that is taken again over fewer samples, and the clip factor that the smaller gradient would have
+had: its norm is known without it, from |g|, <g, h> and |h|. Everything in the units of the records, a
+GradScaler's scale included.
+
+Source: docs/design/rollback.md; torch clips by max_norm / (norm + 1e-6), at most 1.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from timstore.errors import CoverageError
+from timstore.rollbacks.timeline import Timeline, moment_of
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Leaving:
+    """What leaves the steps that are touched, in order of time; arrays of shape (T,).
+
+    Attributes:
+        keys: `moment_key` of each step.
+        samples, tokens: how many leave; tokens are NaN where unknown.
+        records: how many records that is.
+        dot: <g, h>, NaN where unknown.
+        norm: |h|; of several records it is NaN until it was computed.
+        largest: the sum of the records' norms, which |h| cannot be above.
+    """
+
+    keys: np.ndarray
+    samples: np.ndarray
+    tokens: np.ndarray
+    records: np.ndarray
+    dot: np.ndarray
+    norm: np.ndarray
+    largest: np.ndarray
+
+    def at(self, keys: np.ndarray) -> "Leaving":
+        """Return what leaves at each of these steps, zeros where nothing does."""
+        found = np.searchsorted(keys, self.keys)
+        held = (found < len(keys)) & (keys[np.minimum(found, len(keys) - 1)] == self.keys)
+        columns = {}
+        for name in self.__dataclass_fields__:
+            column = np.zeros(len(keys))
+            column[found[held]] = getattr(self, name)[held]
+            columns[name] = column
+        return replace(self, **{**columns, "keys": keys})
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """How each step's consumed gradient changes; arrays of shape (T,).
+
+    Attributes:
+        on_removed, on_whole: a and b.
+        emptied: steps of which every sample leaves; they are taken with a gradient of zero.
+        unknown: steps whose factors would have changed by what was not recorded; they stay there.
+        clipped: whether any step was clipped.
+    """
+
+    on_removed: np.ndarray
+    on_whole: np.ndarray
+    emptied: np.ndarray
+    unknown: np.ndarray
+    clipped: bool
+
+    def without(self, unknown: np.ndarray, ratio: np.ndarray) -> "Change":
+        """Leave the factors of some steps as they were, since g is not known there."""
+        return replace(
+            self,
+            on_removed=np.where(unknown, ratio, self.on_removed),
+            on_whole=np.where(unknown, 0.0, self.on_whole),
+            unknown=self.unknown | unknown,
+        )
+
+
+def needs_norms(timeline: Timeline, leaving: Leaving) -> np.ndarray:
+    """Say, for each step of `leaving`, whether |h| of its several records is needed; shape of its keys."""
+    bounds, known = clip_bounds(timeline)
+    if not known or not np.isfinite(bounds).any():
+        return np.zeros(len(leaving.keys), bool)
+    where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
+    needed: np.ndarray = (leaving.records > 1) & (timeline.keys[where] == leaving.keys) & ~np.isnan(leaving.dot)
+    return needed
+
+
+def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> Change:
+    """Return how the consumed gradients of a group change.
+
+    Args:
+        denominator: `kept`, or `renormalised`: the mean is taken over the samples (tokens) that stay.
+
+    Raises:
+        CoverageError: the number that a mean divided by was not recorded.
+    """
+    left, ratio, scale = leaving.at(timeline.keys), timeline.ratio, timeline.amp_scale
+    touched = left.records > 0
+    everything = touched & (left.samples >= timeline.samples)
+    again = np.ones(len(ratio))
+    if denominator == "renormalised":
+        again = _renormalised(timeline, left, touched & ~everything)
+    bounds, known = clip_bounds(timeline)
+    clips = np.isfinite(bounds)
+    with np.errstate(invalid="ignore"):
+        largest = (timeline.grad_norm + left.largest) / scale
+        square = timeline.grad_norm**2 - 2 * left.dot + left.norm**2
+        norm = np.where(touched, np.sqrt(np.maximum(square, 0.0)), timeline.grad_norm) / scale
+        # What can never be clipped needs no norm.
+        norm = np.where(np.isnan(norm) & (again * largest <= bounds), 0.0, norm)
+        factor = np.where(clips, np.minimum(1.0, bounds / (again * norm + _EPSILON)), ratio * scale)
+    unknown = touched & ~everything & np.isnan(factor)
+    if not known:
+        # Several bounds, or a scale that nobody told: the factors can be applied, not calculated again.
+        unknown, factor = touched & ~everything, ratio * scale
+    on_removed = np.where(touched & ~everything & ~np.isnan(factor), factor * again / scale, ratio)
+    on_whole = np.where(np.abs(on_removed - ratio) > 1e-13 * np.abs(ratio), on_removed - ratio, 0.0)
+    clipped = bool((ratio * scale < 1).any())
+    return Change(np.where(on_whole == 0, ratio, on_removed), on_whole, everything, unknown, clipped)
+
+
+def clip_bounds(timeline: Timeline) -> tuple[np.ndarray, bool]:
+    """Return (the norm that each step was clipped to, Inf without clipping; whether that can be told)."""
+    factor = timeline.ratio * timeline.amp_scale
+    measured = timeline.grad_norm > 0
+    clipped = measured & (factor < 1 - 1e-6)
+    if not clipped.any():
+        # Some other factor than that of clipping is at work, or none.
+        return np.full(len(factor), np.inf), bool(np.all(np.abs(factor - 1) <= 1e-6)) or not measured.any()
+    own = factor * (timeline.grad_norm / timeline.amp_scale + _EPSILON)
+    common = float(np.median(own[clipped]))
+    agree = bool(np.all(np.abs(own[clipped] / common - 1) < 1e-3)) and not bool((factor > 1 + 1e-3).any())
+    return np.where(clipped, own, common), agree
+
+
+def _renormalised(timeline: Timeline, left: Leaving, touched: np.ndarray) -> np.ndarray:
+    by_tokens = np.array([unit == "tokens" for unit in timeline.mean_over])
+    whole = np.where(by_tokens, timeline.tokens, timeline.samples)
+    gone = np.where(by_tokens, left.tokens, left.samples)
+    missing = touched & (np.isnan(whole) | np.isnan(gone) | (whole <= 0))
+    if missing.any():
+        epoch, step = moment_of(timeline.keys[np.flatnonzero(missing)[0]])
+        raise CoverageError(
+            f"epoch {epoch}, step {step}: what the mean divided by was not recorded, so it cannot be taken over the "
+            "samples that stay; pass sample_ids= (or tokens=) to append_step, or use denominator='kept'",
+            kind="no-denominator",
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(touched & (gone < whole), whole / (whole - gone), 1.0)

@@ -1,0 +1,97 @@
+"""The tape of a run: every gradient its optimizer consumed, and what it began from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+import torch
+
+from timstore.format.reader import ByteCache
+from timstore.optimizers import class_of
+from timstore.records import Parameter
+from timstore.rollbacks.changes import complete_steps
+from timstore.rollbacks.reruns import hyperparameters
+from timstore.rollbacks.selection import whole_gradients
+from timstore.rollbacks.timeline import Moment, Timeline, moment_key, moment_of, up_to
+from timstore.snapshot import Snapshot
+from timstore.states import State
+
+_RECORD_IT = "record with optimizer_history='gradients' from the run's start on"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tape:
+    """What a run is made again from.
+
+    Attributes:
+        start: `moment_key` of its first step.
+        theta: the parameters before it.
+        states: the optimizer's state before it, by name; none for a fresh optimizer.
+        gradients: parameter to (keys, commits, owners) of its consumed gradients, in order of time.
+        kinds, options: by group the optimizer's class, and the hyperparameters of each step from the start on.
+    """
+
+    start: int
+    theta: State
+    states: dict[str, State]
+    gradients: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    kinds: dict[int, type[torch.optim.Optimizer]]
+    options: dict[int, list[dict[str, Any]]]
+
+
+def find_tape(
+    snapshot: Snapshot,
+    cache: ByteCache,
+    moment: Moment | None,
+    known: dict[str, Parameter],
+    timelines: dict[int, Timeline],
+    first: int,
+    given: torch.optim.Optimizer | None,
+) -> Tape | str:
+    """Return the tape of a run, or why there is none.
+
+    Args:
+        first: `moment_key` of the first step that changes.
+        given: an optimizer of the class that took the steps, where that is not one of torch's own.
+    """
+    gradients = whole_gradients(snapshot, moment)
+    if not gradients.num_rows:
+        return f"no step's whole gradient was kept; {_RECORD_IT}"
+    keys = np.unique(np.concatenate([one.keys for one in timelines.values()]))
+    gaps = np.setdiff1d(keys, complete_steps(gradients["key"].to_numpy(), known, timelines))
+    starts = snapshot.catalog.sql(
+        f"SELECT DISTINCT epoch, step FROM states WHERE role = 'start_theta' AND {up_to(moment)} ORDER BY ALL DESC"
+    ).fetchall()
+    usable = [one for one in starts if moment_key(*one) <= first and not (gaps >= moment_key(*one)).any()]
+    if not usable:
+        later = gaps[gaps >= first]
+        epoch, step = moment_of(later[0] if len(later) else first)
+        what = "its whole gradient" if len(later) else "what the run began from before it"
+        return f"epoch {epoch}, step {step}: {what} was not kept; {_RECORD_IT}"
+    start = moment_key(*usable[0])
+    kinds, options = {}, {}
+    for group, timeline in timelines.items():
+        kind = class_of(timeline.optimizer, given)
+        if kind is None:
+            return f"{timeline.optimizer} is not one of torch's own classes: pass optimizer= of that class"
+        found = hyperparameters(timeline, int(np.searchsorted(timeline.keys, start)))
+        if isinstance(found, str):
+            return found
+        kinds[group], options[group] = kind, found
+    names = snapshot.catalog.sql(
+        "SELECT DISTINCT name FROM states WHERE role = 'start_state' AND epoch = ? AND step = ?", list(usable[0])
+    ).fetchall()
+    by_parameter = {}
+    for name in gradients["parameter"].unique().to_pylist():
+        mine = gradients.filter(pyarrow.compute.equal(gradients["parameter"], name)).sort_by("key")
+        columns = [mine[column].to_numpy() for column in ("key", "commit", "owner")]
+        by_parameter[name] = columns[0], columns[1], columns[2]
+    return Tape(
+        start,
+        State.find(snapshot, cache, "start_theta", moment=usable[0]),
+        {name: State.find(snapshot, cache, "start_state", moment=usable[0], name=name) for (name,) in names},
+        by_parameter,
+        kinds,
+        options,
+    )
