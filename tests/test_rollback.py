@@ -322,7 +322,7 @@ def test_an_optimizer_without_a_formula_is_refused_and_told_what_to_record(tmp_p
         with store.record(model, optimizer):
             model(torch.randn(2, 4), sample_ids=[1, 2]).sum().backward()
             optimizer.step()
-        with pytest.raises(timstore.CoverageError, match="RMSprop.*optimizer_history='gradients'"):
+        with pytest.raises(timstore.CoverageError, match=r"RMSprop.*optimizer_history='gradients'"):
             store.rollback(model, [1])
 
 

@@ -100,7 +100,9 @@ class Run:
         change = max(self.changes.values(), key=lambda one: int(one.unknown.sum()))
         touched = len(self.selection.leaving.keys)
         unknown = int(change.unknown.sum())
-        return f"kept as it was in {unknown} of {touched} steps" if unknown else "followed"
+        if not unknown:
+            return "followed"
+        return f"kept as it was in {unknown} of {touched} steps, whose whole gradient is not known"
 
     def plan(self, bins: int) -> Plan:
         """Return what changes, and for a sum what is read with which weights."""
