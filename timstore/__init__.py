@@ -25,7 +25,7 @@ from timstore.store import open_stores as _open_stores
 if TYPE_CHECKING:
     import torch
 
-    from timstore.recording import Recorder
+    from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
 
 __version__ = "0.1.0"
@@ -65,6 +65,9 @@ class Store(_Store):
         optimizer_history: str = "final",
         scaler: Any = None,
         mean_over: str | None = None,
+        budget: int | str | None = None,
+        steps: int | None = None,
+        epochs: int = 1,
         rank: int = 0,
         allow_zero: bool = False,
     ) -> "Recorder":
@@ -86,12 +89,15 @@ class Store(_Store):
             scaler: the `torch.amp.GradScaler`, where there is one; without it only clip / scale is visible.
             mean_over: what the loss's mean divides by, `samples` or `tokens`; found when None: tokens if the model
                 is given `labels`.
+            budget: bytes, or text like "20GB", that recording may take; refused at the first recorded step, by what
+                that step's records take, if `steps` optimizer steps (in which each sample is drawn `epochs` times)
+                would take more. `forecast` says so before.
             allow_zero: accept a sample whose every gradient is zero, such as one without a single label.
 
         Raises:
             CoverageError: a trained parameter's gradient cannot be seen per sample.
             InvalidInputError: a training forward without ids, or with the wrong number of them.
-            StateError: the model is being recorded already, or changed since recording stopped.
+            StateError: the model is being recorded already, or changed since recording stopped; over the budget.
         """
         from timstore.recording import record
 
@@ -105,8 +111,54 @@ class Store(_Store):
             optimizer_history=optimizer_history,
             scaler=scaler,
             mean_over=mean_over,
+            budget=budget,
+            steps=steps,
+            epochs=epochs,
             rank=rank,
             allow_zero=allow_zero,
+        )
+
+    def forecast(
+        self,
+        model: "torch.nn.Module",
+        *,
+        samples: int,
+        steps: int,
+        tokens: int | None = None,
+        epochs: int = 1,
+        batch: Any = None,
+        optimizer: "torch.optim.Optimizer | None" = None,
+        optimizer_history: str = "final",
+    ) -> "Forecast":
+        """Measure what recording will write, before hours are spent; prints well. Model and store stay as they are.
+
+        Cost: two forward and backward passes of up to 4 rows, and their records in the temporary directory.
+
+        Args:
+            samples: how many are recorded.
+            steps: optimizer steps in all.
+            tokens: length of a sequence, for language models of transformers; others pass `batch`.
+            epochs: how often each sample is drawn.
+            batch: one as the model takes it (mapping, tuple or tensor); it is measured, not its size alone.
+            optimizer: tells whether there is a second moment to keep; taken to be so when None.
+            optimizer_history: as in `record`.
+
+        Raises:
+            InvalidInputError: numbers below 1, or nothing to measure on.
+            CoverageError: the model cannot be recorded.
+        """
+        from timstore.recording import rehearse
+
+        return rehearse(
+            self,
+            model,
+            samples=samples,
+            steps=steps,
+            tokens=tokens,
+            epochs=epochs,
+            batch=batch,
+            optimizer=optimizer,
+            optimizer_history=optimizer_history,
         )
 
     def rollback(

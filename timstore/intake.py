@@ -1,6 +1,7 @@
 """Check what a user appends, and take it over: copied, so that the caller's buffers may be reused at once."""
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 
 from timstore.errors import InvalidInputError
 from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup, as_array, dtype_name, widen
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def whole_number(value: Any, what: str) -> int:
@@ -40,6 +43,21 @@ def number(value: Any, what: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise InvalidInputError(f"{what} must be a number, not {value!r:.80}") from None
+
+
+def byte_count(size: Any, what: str) -> int:
+    """Return a number of bytes from an integer or from text such as "512MB" or "2 GiB".
+
+    Raises:
+        InvalidInputError: if it is neither, or not positive.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
+        if match and match[2] in _UNITS:
+            size = int(float(match[1]) * _UNITS[match[2]])
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise InvalidInputError(f'{what} is a number of bytes or text like "512MB", not {size!r}')
+    return size
 
 
 def moment(epoch: Any, step: Any) -> tuple[int, int]:

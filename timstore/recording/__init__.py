@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 
+from timstore.errors import InvalidInputError
+from timstore.intake import byte_count
+from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Recorder
+from timstore.recording.rehearsal import rehearse
 from timstore.store import Store
 
-__all__ = ["Recorder", "record"]
+__all__ = ["Forecast", "Recorder", "record", "rehearse"]
 
 
 def record(
@@ -22,10 +26,20 @@ def record(
     optimizer_history: str = "final",
     scaler: Any = None,
     mean_over: str | None = None,
+    budget: int | str | None = None,
+    steps: int | None = None,
+    epochs: int = 1,
     rank: int = 0,
     allow_zero: bool = False,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
+    samples = None if samples is None else list(samples)
+    limit = None
+    if budget is not None:
+        if steps is None:
+            raise InvalidInputError("budget= needs steps=, the number of optimizer steps to come (and epochs=)")
+        count = None if samples is None else len(samples)
+        limit = Budget(byte_count(budget, "budget"), steps, epochs, count, optimizer_history)
     return Recorder(
         store,
         model,
@@ -36,6 +50,7 @@ def record(
         optimizer_history=optimizer_history,
         scaler=scaler,
         mean_over=mean_over,
+        budget=limit,
         rank=rank,
         allow_zero=allow_zero,
     )

@@ -23,6 +23,7 @@ from timstore.recording.batches import (
     token_counts,
 )
 from timstore.recording.capture import Capture
+from timstore.recording.forecast import Budget
 from timstore.recording.history import History
 from timstore.recording.optimizer import check_untrained, is_skipped, trained_parameters
 from timstore.recording.steps import Ahead, look_ahead
@@ -46,13 +47,14 @@ class Recorder:
         optimizer: torch.optim.Optimizer,
         samples: Iterable[int] | None,
         *,
-        resume_from: tuple[int, int] | None,
-        probe: Iterable[Any] | None,
-        optimizer_history: str,
-        scaler: Any,
-        mean_over: str | None,
-        rank: int,
-        allow_zero: bool,
+        resume_from: tuple[int, int] | None = None,
+        probe: Iterable[Any] | None = None,
+        optimizer_history: str = "final",
+        scaler: Any = None,
+        mean_over: str | None = None,
+        budget: Budget | None = None,
+        rank: int = 0,
+        allow_zero: bool = False,
     ) -> None:
         self._store = store
         self._model = model
@@ -64,6 +66,7 @@ class Recorder:
         self._probe = None if probe is None else [on_host(batch) for batch in probe]
         self._scaler = scaler
         self._mean_over = mean_over
+        self._budget = budget
         self._rank = rank
         self._allow_zero = allow_zero
         self._trained = trained_parameters(model, optimizer)
@@ -316,6 +319,9 @@ class Recorder:
             samples=self._samples,
             names=self._names,
         )
+        if self._budget is not None and self._ahead.records:
+            self._budget.check(self._store, self._optimizer, self._ahead.records, gradients, self._parameters)
+            self._budget = None
         self._history.before_step(self._epoch, self.step, self._parameters)
         # Copied before the step, which may write into them.
         self._consumed = self._history.copied(gradients)

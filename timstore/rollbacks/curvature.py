@@ -13,7 +13,8 @@ the filter works in the coordinates in which Adam's steps are plain ones.
 Source: docs/design/rollback.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,42 +41,94 @@ class Filtered:
     moved: float
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Graph:
+    """One batch's outputs, and J' u as a function of the dummy u."""
+
+    outputs: torch.Tensor
+    dummy: torch.Tensor
+    pulled: tuple[torch.Tensor, ...]
+
+
+@contextmanager
+def _weighing(weighed: dict[int, int], held: Set[int]) -> Iterator[None]:
+    """Note the bytes of every storage that graphs made inside hold, but for those held anyway."""
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            weighed[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield
+
+
 class GaussNewton:
     """Products with H = (1/N) sum of J' H_out J over the probe's N counted positions.
 
     J is the outputs' Jacobian, H_out the loss's second derivative by the outputs: diag(p) - p p' for cross
     entropy, 2 / values for mse.
 
-    Cost: a product takes about three gradients of the probe; memory of two parameter-sized tensors and one
-    batch's graph beyond what the workspace holds.
+    Cost: a product takes about two and a half gradients of the probe, half of that where the batch's graph was
+    kept; memory of two parameter-sized tensors, one batch's graph, and `keep_bytes` for graphs kept between
+    products.
+
+    Args:
+        keep_bytes: for the tensors that kept graphs hold; batches whose graphs do not fit are asked again in
+            every product. The products are the same.
     """
 
-    def __init__(self, model: torch.nn.Module, names: Sequence[str], probe: Probe) -> None:
+    def __init__(self, model: torch.nn.Module, names: Sequence[str], probe: Probe, *, keep_bytes: int = 0) -> None:
         self.products = 0
         self._probe = probe
         self._tensors = tensors_of(model)
         self._names = list(names)
+        self._free_bytes = keep_bytes
+        self._kept: list[_Graph] = []
+        self._keeping = True
         with torch.no_grad():
             self._positions = sum(len(answer.outputs) for answer in probe.answers(self._tensors))
+        self._leaves = {name: self._tensors[name].requires_grad_() for name in self._names}
 
     def product(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return H v; parameter name to a flat tensor, in and out."""
         self.products += 1
-        leaves = {name: self._tensors[name].requires_grad_() for name in self._names}
-        direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in leaves.items()]
-        total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in leaves.items()}
-        for answer in self._probe.answers({**self._tensors, **leaves}):
-            outputs = answer.outputs
-            # J v: J' u is linear in u, so its derivative by u, along v, is J v.
-            dummy = torch.zeros_like(outputs, requires_grad=True)
-            wanted = list(leaves.values())
-            pulled = torch.autograd.grad(outputs, wanted, dummy, create_graph=True, materialize_grads=True)
-            (pushed,) = torch.autograd.grad(pulled, dummy, direction, retain_graph=True)
-            bent = self._second_derivative(outputs.detach(), pushed) / self._positions
-            grads = torch.autograd.grad(outputs, wanted, bent, materialize_grads=True)
-            for name, grad in zip(leaves, grads, strict=True):
+        wanted = list(self._leaves.values())
+        direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in self._leaves.items()]
+        total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in self._leaves.items()}
+        for graph in self._graphs():
+            (pushed,) = torch.autograd.grad(graph.pulled, graph.dummy, direction, retain_graph=True)
+            bent = self._second_derivative(graph.outputs.detach(), pushed) / self._positions
+            grads = torch.autograd.grad(graph.outputs, wanted, bent, retain_graph=True, materialize_grads=True)
+            for name, grad in zip(self._leaves, grads, strict=True):
                 total[name] += grad.reshape(-1)
         return total
+
+    def _graphs(self) -> Iterator["_Graph"]:
+        """Yield every batch's graph; keep the first ones for the next product, as many as fit."""
+        yield from self._kept
+        keeping, held = self._keeping, {tensor.data_ptr() for tensor in self._tensors.values()}
+        self._keeping = False
+        answers = self._probe.answers(self._tensors, first=len(self._kept))
+        while True:
+            weighed: dict[int, int] = {}
+            with _weighing(weighed, held):
+                answer = next(answers, None)
+                if answer is None:
+                    return
+                # J v: J' u is linear in u, so its derivative by u, along v, is J v.
+                dummy = torch.zeros_like(answer.outputs, requires_grad=True)
+                leaves = list(self._leaves.values())
+                pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
+            graph, answer = _Graph(answer.outputs, dummy, pulled), None
+            size = sum(weighed.values())
+            keeping = keeping and size <= self._free_bytes
+            if keeping:
+                self._free_bytes -= size
+                self._kept.append(graph)
+            yield graph
+            del graph, dummy, pulled
 
     def _second_derivative(self, outputs: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
         if self._probe.loss == "mse":
@@ -94,6 +147,7 @@ def probe_filter(
     steps: int,
     coordinates: Vector | None = None,
     decays: Mapping[str, float] | None = None,
+    keep_bytes: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Filtered:
     """Return the change that remains when the other samples have answered.
@@ -106,12 +160,13 @@ def probe_filter(
         steps: Lanczos steps per bin.
         coordinates: what multiplies tau element by element (Adam); 1 when None.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
+        keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time.
         advance: called after every product.
     """
     names = list(workspace.sizes)
     delta, first_order = workspace.new(), workspace.new()
     with probe.undisturbed():
-        curvature = GaussNewton(model, names, probe)
+        curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
 
         def bend(vector: Vector, scale: Scale) -> dict[str, torch.Tensor]:
             """H s v, in parameter-sized tensors."""

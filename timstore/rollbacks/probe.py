@@ -86,9 +86,9 @@ class Probe:
                 found.update(row_hash(row) for row in given)
         return found
 
-    def answers(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Answer]:
-        """Yield the model's answer to each batch, computed with these parameters and buffers."""
-        for args, kwargs in self._batches:
+    def answers(self, tensors: Mapping[str, torch.Tensor], first: int = 0) -> Iterator[Answer]:
+        """Yield the model's answer to each batch from the first on, computed with these parameters and buffers."""
+        for args, kwargs in self._batches[first:]:
             args = tuple(_moved(value, self._device) for value in args)
             kwargs = {name: _moved(value, self._device) for name, value in kwargs.items()}
             labels = kwargs.pop("labels", None)

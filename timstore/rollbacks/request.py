@@ -1,6 +1,5 @@
 """What the caller of a rollback asked for, checked before anything is read."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,8 +8,6 @@ from timstore.intake import whole_number
 from timstore.rollbacks.methods import check_method
 
 DENOMINATORS = ("kept", "renormalised")
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,21 +64,6 @@ class Request:
             check_method(method),
             denominator,
         )
-
-
-def parse_bytes(size: int | str) -> int:
-    """Return a number of bytes from an integer or from text such as "512MB" or "2 GiB".
-
-    Raises:
-        InvalidInputError: if it is neither, or not positive.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
-        if match and match[2] in _UNITS:
-            size = int(float(match[1]) * _UNITS[match[2]])
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise InvalidInputError(f'memory_limit is a number of bytes or text like "512MB", not {size!r}')
-    return size
 
 
 def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:

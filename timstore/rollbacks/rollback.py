@@ -12,6 +12,7 @@ import torch
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
 from timstore.fingerprints import digest_of_blocks, digests
 from timstore.format.reader import ByteCache
+from timstore.intake import byte_count
 from timstore.records import Parameter
 from timstore.rollbacks.apply import apply, foresee, new_values
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
@@ -25,7 +26,7 @@ from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.progress import Bar, shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
-from timstore.rollbacks.request import Request, parse_bytes
+from timstore.rollbacks.request import Request
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
 from timstore.rollbacks.vectors import Vector, Workspace
@@ -67,7 +68,7 @@ def rollback(
     """Remove the contribution of samples from the model; see `timstore.Store.rollback`."""
     started = time.perf_counter()
     request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
-    limit_bytes = parse_bytes(memory_limit)
+    limit_bytes = byte_count(memory_limit, "memory_limit")
     if not isinstance(model, torch.nn.Module):
         raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
     if accumulate not in _DTYPES:
