@@ -5,7 +5,7 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,6 +85,10 @@ class Text:
     def forget_ids(self) -> list[int]:
         return list(range(len(self.tuning) - FORGET, len(self.tuning)))
 
+    def forgetting(self, sequences: torch.Tensor) -> "Text":
+        """Return the same text with other sequences to be forgotten."""
+        return replace(self, tuning=torch.cat([self.tuning[:-FORGET], sequences]))
+
     def judged(self) -> dict[str, torch.Tensor]:
         return {"forget": self.tuning[-FORGET:], "retain": self.tuning[:128], "held-out": self.held_out}
 
@@ -128,6 +132,8 @@ def fine_tune(
     order_seed: int,
     store: timstore.Store | None = None,
     *,
+    epochs: int = EPOCHS,
+    history: str = "final",
     without: Sequence[int] = (),
     after_step: Callable[[torch.Tensor], None] = lambda ids: None,
 ) -> None:
@@ -137,16 +143,17 @@ def fine_tune(
 
     Args:
         optimizer: its rate is the highest.
+        history: what the store keeps of the optimizer, `final` or `gradients`.
         after_step: called with the ids of every step's batch.
     """
     draw = torch.Generator().manual_seed(order_seed)
     left_out = torch.tensor(without, dtype=torch.long)
     highest = optimizer.param_groups[0]["lr"]
-    steps = EPOCHS * math.ceil(len(text.tuning) / BATCH)
+    steps = epochs * math.ceil(len(text.tuning) / BATCH)
 
     def loop(recorder: object = None) -> None:
         step = 0
-        for epoch in range(EPOCHS):
+        for epoch in range(epochs):
             if recorder is not None:
                 recorder.epoch = epoch
             batches = torch.randperm(len(text.tuning), generator=draw).split(BATCH)
@@ -167,7 +174,7 @@ def fine_tune(
     if store is None:
         loop()
     else:
-        with store.record(model, optimizer, samples=text.forget_ids) as recorder:
+        with store.record(model, optimizer, samples=text.forget_ids, optimizer_history=history) as recorder:
             loop(recorder)
 
 

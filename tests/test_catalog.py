@@ -15,19 +15,20 @@ from timstore.format.tables import SCHEMAS
 
 KEY = ["attempt", "epoch", "step", "rank", "sample"]
 COLUMNS = {
-    "records": [*KEY, "loss", "tokens", "norm", "bytes"],
+    "records": [*KEY, "loss", "tokens", "norm", "bytes", "dot"],
     "gradients": [*KEY, "parameter", "part", "encoding", "precision", "norm", "rel_error", "bytes", "dense_bytes"],
     "steps": [
         *("attempt", "epoch", "step", "rank", "group_id", "optimizer", "lr", "momentum", "dampening", "nesterov"),
         *("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "consumed_ratio", "samples", "tokens"),
-        *("sample_ids", "idle", "fresh", "amsgrad", "counter", "grad_norm"),
+        *("sample_ids", "idle", "fresh", "amsgrad", "counter", "grad_norm", "amp_scale", "clip_value", "mean_over"),
+        *("micro_batches", "skipped", "options"),
     ],
     "parameters": ["parameter", "shape", "dtype", "numel", "group_id"],
     "samples": ["sample"],
     "attempts": ["attempt", "from_epoch", "from_step", "ranks", "scope", "recorded"],
     "fingerprints": ["attempt", "epoch", "step", "parameter", "digest"],
     "states": [
-        *("attempt", "epoch", "step", "role", "parameter", "precision", "rel_error", "bytes", "rollback_id"),
+        *("attempt", "epoch", "step", "role", "name", "parameter", "precision", "rel_error", "bytes", "rollback_id"),
     ],
     "rollbacks": [
         *("at", "samples", "strength", "method", "records", "delta_norm", "digest_before", "digest_after"),

@@ -1,12 +1,14 @@
 """The probe filter against the dense matrix function, computed by eigendecomposition in float64."""
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from timstore.rollbacks.curvature import GaussNewton, probe_filter, probe_losses
-from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.probe import Answer, Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
 DOUBLE = torch.float64
@@ -135,6 +137,36 @@ def test_the_spill_file_changes_nothing_but_the_order_of_sums() -> None:
     in_memory, _ = run(small(), "cross_entropy", 2)
     spilled, _ = run(small(), "cross_entropy", 2, limit_bytes=1)
     torch.testing.assert_close(in_memory, spilled, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_kept_graphs_change_time_and_nothing_else(loss: str) -> None:
+    model, probe = small(), Probe(small(), [one if loss == "cross_entropy" else one["input"] for one in batches()])
+    names = [name for name, _ in model.named_parameters()]
+    asked: list[int] = []
+    answers = probe.answers
+
+    def counted(tensors: Mapping[str, torch.Tensor], first: int = 0) -> Iterator[Answer]:
+        for answer in answers(tensors, first):
+            asked.append(len(answer.outputs))
+            yield answer
+
+    probe.answers = counted  # type: ignore[method-assign]
+    directions = [
+        {name: torch.randn(one.numel(), dtype=DOUBLE) for name, one in model.named_parameters()} for _ in "ab"
+    ]
+    found, counts = [], []
+    with probe.undisturbed():
+        for keep_bytes in (0, 2**26, 3500):
+            curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
+            asked.clear()
+            found.append([curvature.product(one) for one in directions])
+            counts.append(len(asked))
+    for other in found[1:]:
+        for product, same in zip(found[0], other, strict=True):
+            assert all(torch.equal(product[name], same[name]) for name in names)
+    # Two batches, two products: none kept, both, the first.
+    assert counts == [4, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

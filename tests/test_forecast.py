@@ -67,7 +67,7 @@ def test_a_batch_of_one_s_own_is_measured(tmp_path: Path) -> None:
 
 def test_a_recording_over_its_budget_is_refused_with_what_would_fit(tmp_path: Path) -> None:
     with timstore.open(tmp_path / "s") as store:
-        with pytest.raises(timstore.StateError, match="the budget is 8.0 MB") as error:
+        with pytest.raises(timstore.StateError, match=r"the budget is 8\.0 MB") as error:
             train(store, llama(), "gradients", budget="8MB", steps=12, epochs=2)
         assert "optimizer_history='final'" in str(error.value)
         assert store.sql("SELECT count(*) FROM records").fetchall() == [(0,)]

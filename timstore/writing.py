@@ -71,7 +71,15 @@ class _Batch:
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
         tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
-        return build_segment(self.records, tables, self.blobs, self.states)
+        states = self.states
+        if states:
+            # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
+            names = tables["states"]["parameter"].to_pylist()
+            first = {name: number for number, name in reversed(list(enumerate(names)))}
+            order = sorted(range(len(names)), key=lambda number: first[names[number]])
+            tables["states"] = tables["states"].take(order)
+            states = [states[number] for number in order]
+        return build_segment(self.records, tables, self.blobs, states)
 
 
 class BackgroundWriter:

@@ -89,6 +89,11 @@ class SegmentReader:
         value = self._row_map[self._index[owner, _CODES["output_gradients"]][0]]
         return value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
 
+    def dtype(self, owner: int, role: str) -> str:
+        """Return the name of the dtype that the gradient's rows are stored in."""
+        array: str = self._array[self._index[owner, _CODES[role]][0]]
+        return array.rpartition("-")[2]
+
     def width(self, owner: int, role: str) -> int:
         """Return the number of columns of the gradient's rows in that role."""
         return sum(self._layout(self._array[number]).width for number in self._index[owner, _CODES[role]])

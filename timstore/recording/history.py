@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError
+from timstore.recording.optimizer import amp_scales
 from timstore.store import Store
 
 KINDS = ("final", "gradients")
@@ -16,15 +17,19 @@ class History:
     """Keeps what a rollback needs of the optimizer beyond its scalars.
 
     Args:
+        rank: of this process; the others hold the same optimizer, and the first one keeps it for all.
         kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
             consumed gradient, and the parameters and the optimizer's state that the first one met.
         names: parameter (by identity) to its name.
     """
 
-    def __init__(self, store: Store, optimizer: torch.optim.Optimizer, names: Mapping[int, str], kind: str) -> None:
+    def __init__(
+        self, store: Store, optimizer: torch.optim.Optimizer, names: Mapping[int, str], kind: str, rank: int
+    ) -> None:
         if kind not in KINDS:
             raise InvalidInputError(f"optimizer_history is {' or '.join(map(repr, KINDS))}, not {kind!r}")
-        self.keeps_gradients = kind == "gradients"
+        self.keeps_gradients = kind == "gradients" and rank == 0
+        self._keeps_moments = rank == 0
         self._store = store
         self._optimizer = optimizer
         self._names = names
@@ -48,7 +53,11 @@ class History:
 
     def copied(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return copies on the host of what a step is about to consume; none where they are not kept."""
-        return {name: one.detach().cpu().clone() for name, one in gradients.items()} if self.keeps_gradients else {}
+        if not self.keeps_gradients:
+            return {}
+        inside, _ = amp_scales(self._optimizer, None)
+        copies = {name: one.detach().cpu().clone() for name, one in gradients.items()}
+        return copies if inside == 1 else {name: one.div_(inside) for name, one in copies.items()}
 
     def after_step(self, epoch: int, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Keep what a step consumed; the tensors are handed over."""
@@ -57,7 +66,7 @@ class History:
 
     def checkpoint(self, epoch: int, step: int) -> None:
         """Keep the second moment as it is now."""
-        moments = second_moments(self._optimizer, self._names)
+        moments = second_moments(self._optimizer, self._names) if self._keeps_moments else None
         if moments:
             self._store.append_states(epoch, step, "exp_avg_sq", moments)
 

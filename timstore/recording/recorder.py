@@ -72,7 +72,7 @@ class Recorder:
         self._trained = trained_parameters(model, optimizer)
         self._names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        self._history = History(store, optimizer, self._names, optimizer_history)
+        self._history = History(store, optimizer, self._names, optimizer_history, rank)
         self._untrained = {id(one): name for name, one in model.named_parameters() if id(one) not in self._names}
         self._epoch = 0
         self.step = 0

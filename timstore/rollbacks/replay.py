@@ -6,7 +6,7 @@ its own state and its hyperparameters; that the first of the two runs ends where
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,6 +80,7 @@ class Replay:
         readers: Readers,
         budget: Budget,
         workspace: Workspace,
+        advance: Callable[[int], None],
     ) -> Replayed:
         """Write the difference of the two runs' parameters into one vector per time bin.
 
@@ -102,6 +103,7 @@ class Replay:
                 squares += torch.stack([(ended - end).square().sum(), (ended - began).square().sum()]).cpu()
                 if self.keep_states:
                     _keep(result, other, piece, workspace)
+            advance(1)
         result.off, result.moved = squares.sqrt().tolist()
         return result
 
@@ -121,6 +123,7 @@ class Replay:
         if rows is not None:
             leaving = sums_by_bin(rows, piece, readers, budget.unit_bytes, _EXACT, device)
         upcoming = next(leaving, None)
+        tolerance = self._tolerance(piece.parameter, rows, readers)
         bin_ends = [*np.searchsorted(timeline.keys, self.edges, side="right").tolist(), len(timeline.keys)]
         written = torch.zeros((), dtype=_EXACT, device=device)
         number = 0
@@ -133,7 +136,7 @@ class Replay:
                 if other is None and (removed is not None or change.on_whole[step]):
                     other = copy.deepcopy(actual)
                 if other is not None:
-                    without = self._without(piece, consumed, removed, timeline, change, step)
+                    without = self._without(consumed, removed, timeline, change, step, tolerance)
                     other.step(options[step - first], without)
                 bound = timeline.clip_value[step]
                 clipped = consumed if np.isnan(bound) else consumed.clamp(-bound, bound)
@@ -146,12 +149,12 @@ class Replay:
 
     def _without(
         self,
-        piece: Piece,
         consumed: torch.Tensor,
         removed: torch.Tensor | None,
         timeline: Timeline,
         change: Change,
         step: int,
+        tolerance: float,
     ) -> torch.Tensor:
         """Return what the step would have consumed without the leaving samples."""
         ratio = timeline.ratio[step]
@@ -162,7 +165,7 @@ class Replay:
         elif removed is not None:
             rest = whole - removed
             # A coordinate that only the leaving samples reached: the rest of it is rounding.
-            limit = self._tolerance(piece.parameter) * (whole.abs() + removed.abs())
+            limit = tolerance * (whole.abs() + removed.abs())
             rest = torch.where(rest.abs() <= limit, 0.0, rest)
         result: torch.Tensor = rest * change.on_removed[step]
         bound = float(timeline.clip_value[step])
@@ -211,9 +214,13 @@ class Replay:
             )
         return iter([Piece(parameter, 0, parameter.matrix_shape[0])])
 
-    def _tolerance(self, parameter: Parameter) -> float:
-        kept = _ROUNDING.get(self.precision, 0.0)
-        return max(kept, _ROUNDING.get(parameter.dtype, _ROUNDING["float32"]))
+    def _tolerance(self, parameter: Parameter, rows: ParameterRows | None, readers: Readers) -> float:
+        """Return the coarsest rounding of the parameter's gradients: its own, the store's, or autocast's."""
+        dtypes = [self.precision, parameter.dtype]
+        if rows is not None:
+            reader, owner = readers[int(rows.commit[0])], int(rows.owner[0])
+            dtypes += [reader.dtype(owner, role) for role in ("output_gradients", "values") if reader.has(owner, role)]
+        return max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
 
 
 def _write(

@@ -78,7 +78,7 @@ class RollbackReport:
             f"{'would remove' if self.dry_run else 'removed'}  {len(self.samples)} samples ({ids}), "
             f"{self.records} records, strength {self.strength:g}",
             f"method        {self.method}; denominator {self.denominator}; clipping {self.clipping}",
-            f"it takes      {self.approximates}",
+            f"that is       {self.approximates}",
             f"model         {self.model}",
             f"change        {self.delta_norm:.4g} in norm, {self.relative_change:.3%} of {self.parameters} parameters",
             f"stored error  at most {self.error_bound:.2g} of that norm; rounding lost {self.rounding:.1%}",

@@ -103,7 +103,7 @@ def rollback(
     device = next(iter(changed.values())).device
     with (
         Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
-        shown(progress, sum(len(rows.owner) for rows in plan.rows.values()), products) as bar,
+        shown(progress, run.work(plan), products) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
         replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)

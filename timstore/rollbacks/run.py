@@ -1,7 +1,7 @@
 """One recorded run and what leaves it: the method that its records allow, and the sums that the method makes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,7 +115,12 @@ class Run:
             wanted = self.request.parameters
             names = [name for name in trained if wanted is None or name in wanted]
         strength = self.request.strength
-        return make_plan(self.selection, names, self.timelines, self.changes, self.sources, bins, strength)
+        plan = make_plan(self.selection, names, self.timelines, self.changes, self.sources, bins, strength)
+        return plan if self.tape is None else replace(plan, dense_bytes=self.selection.dense_bytes + self.tape.bytes)
+
+    def work(self, plan: Plan) -> int:
+        """Return how often `sum_up` will advance."""
+        return sum(len(rows.owner) for rows in plan.rows.values()) if self.tape is None else len(plan.parameters)
 
     def sum_up(
         self,
@@ -141,7 +146,7 @@ class Run:
             precision=self.snapshot.settings.precision,
             strength=self.request.strength,
             keep_states=keep_states,
-        ).run(model, increments, self.readers, self.budget, workspace)
+        ).run(model, increments, self.readers, self.budget, workspace, advance)
 
     def correction(
         self, optimizer: torch.optim.Optimizer | None, replayed: Replayed | None, workspace: Workspace

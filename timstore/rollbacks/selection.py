@@ -38,6 +38,11 @@ class Selection:
     rows: pa.Table
     leaving: Leaving
 
+    @property
+    def dense_bytes(self) -> int:
+        """The size of the leaving gradients if they were dense."""
+        return int(np.sum(self.rows["dense_bytes"].to_numpy()))
+
     def names(self, wanted: frozenset[str] | None) -> list[str]:
         """Return the parameters that change: those wanted, all when None.
 

@@ -29,6 +29,7 @@ class Tape:
         theta: the parameters before it.
         states: the optimizer's state before it, by name; none for a fresh optimizer.
         gradients: parameter to (keys, commits, owners) of its consumed gradients, in order of time.
+        bytes: size of all of these gradients.
         kinds, options: by group the optimizer's class, and the hyperparameters of each step from the start on.
     """
 
@@ -36,6 +37,7 @@ class Tape:
     theta: State
     states: dict[str, State]
     gradients: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    bytes: int
     kinds: dict[int, type[torch.optim.Optimizer]]
     options: dict[int, list[dict[str, Any]]]
 
@@ -92,6 +94,7 @@ def find_tape(
         State.find(snapshot, cache, "start_theta", moment=usable[0]),
         {name: State.find(snapshot, cache, "start_state", moment=usable[0], name=name) for (name,) in names},
         by_parameter,
+        int(np.sum(gradients["dense_bytes"].to_numpy())),
         kinds,
         options,
     )
