@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError
+from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.probe import Answer, Probe, tensors_of
 
 IDS = torch.tensor([[3, 1, 4, 1], [5, 2, 6, 0]])
@@ -100,3 +101,15 @@ def test_a_probe_that_says_nothing_is_refused(batches: Any, options: dict[str, A
     model = linear()
     with pytest.raises(InvalidInputError, match=message):
         list(Probe(model, batches, **options).answers(tensors_of(model)))
+
+
+def test_outputs_that_have_no_curvature_are_refused() -> None:
+    model = linear()
+    sizes = {name: one.numel() for name, one in model.named_parameters()}
+    direction = {name: torch.ones(size) for name, size in sizes.items()}
+    bad = torch.tensor([[1.0, 2.0, float("inf")]])
+    with pytest.raises(InvalidInputError, match="batch 1 hold NaN or Inf"):
+        GaussNewton(model, list(sizes), Probe(model, [torch.ones(2, 3), bad]))
+    detached = GaussNewton(model, list(sizes), Probe(model, [torch.ones(2, 3)], outputs=lambda out: out.detach()))
+    with pytest.raises(InvalidInputError, match="cannot be differentiated"):
+        detached.product(direction)

@@ -108,7 +108,8 @@ def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Ma
     checked: dict[str, Any] = {}
     for name, value in scalars.items():
         if name in ("sample_ids", "micro_batches"):
-            checked[name] = None if value is None else tuple(whole_number(one, name) for one in value)
+            what = "sample id" if name == "sample_ids" else name
+            checked[name] = None if value is None else tuple(whole_number(one, what) for one in value)
         elif name in ("tokens", "skipped"):
             checked[name] = None if value is None else whole_number(value, name)
         else:

@@ -21,11 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from timstore.errors import InvalidInputError
+from timstore.rollbacks.krylov import Apply, krylov
 from timstore.rollbacks.probe import Answer, Probe, tensors_of
 from timstore.rollbacks.vectors import Vector, Workspace
 
 # Parameter to s: one number for all its elements, or one each.
 Scale = Callable[[str], Any]
+# Whole change in the filter's coordinates, products with s H s of the probe's halves, to what tau is multiplied by.
+Match = Callable[[Vector, tuple[Apply, Apply]], float]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,11 +38,13 @@ class Filtered:
 
     Attributes:
         moved: |first order - delta| / |delta|, how much curvature mattered.
+        multiplier: of tau; 1 where it was not measured.
     """
 
     delta: Vector
     products: int
     moved: float
+    multiplier: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,8 +93,15 @@ class GaussNewton:
         self._free_bytes = keep_bytes
         self._kept: list[_Graph] = []
         self._keeping = True
+        self._positions = 0
         with torch.no_grad():
-            self._positions = sum(len(answer.outputs) for answer in probe.answers(self._tensors))
+            for number, answer in enumerate(probe.answers(self._tensors)):
+                self._positions += len(answer.outputs)
+                if not bool(torch.isfinite(answer.outputs).all()):
+                    raise InvalidInputError(
+                        f"the model's outputs on probe batch {number} hold NaN or Inf: leave that batch out",
+                        kind="not-finite",
+                    )
         self._leaves = {name: self._tensors[name].requires_grad_() for name in self._names}
 
     def product(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,6 +130,12 @@ class GaussNewton:
                 answer = next(answers, None)
                 if answer is None:
                     return
+                if not answer.outputs.requires_grad:
+                    raise InvalidInputError(
+                        "the model's outputs on the probe cannot be differentiated by its parameters: outputs= must "
+                        "return logits that the model computed with gradients on, not labels or detached numbers",
+                        kind="not-differentiable",
+                    )
                 # J v: J' u is linear in u, so its derivative by u, along v, is J v.
                 dummy = torch.zeros_like(answer.outputs, requires_grad=True)
                 leaves = list(self._leaves.values())
@@ -147,12 +166,14 @@ def probe_filter(
     steps: int,
     coordinates: Vector | None = None,
     decays: Mapping[str, float] | None = None,
+    match: Match | None = None,
     keep_bytes: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Filtered:
     """Return the change that remains when the other samples have answered.
 
-    Cost: up to `steps` products for each bin and one more; `steps` vectors in the workspace.
+    Cost: up to `steps` products for each bin and one more, and with `match` as many as four times `steps` with
+    half of the probe; `steps` vectors in the workspace.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -160,47 +181,68 @@ def probe_filter(
         steps: Lanczos steps per bin.
         coordinates: what multiplies tau element by element (Adam); 1 when None.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
+        match: measures what tau is multiplied by, from the whole change and the two halves' products.
         keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time.
         advance: called after every product.
     """
     names = list(workspace.sizes)
     delta, first_order = workspace.new(), workspace.new()
+    for increment in increments:
+        first_order.add(increment)
+    whole = _scale({name: sum(taus[name] for taus in lengths) for name in names}, coordinates)
     with probe.undisturbed():
-        curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
-
-        def bend(vector: Vector, scale: Scale) -> dict[str, torch.Tensor]:
-            """H s v, in parameter-sized tensors."""
-            scaled = {name: vector.read(name) * scale(name) for name in names}
-            bent = curvature.product(scaled)
-            for name, decay in (decays or {}).items():
-                bent[name] = bent[name] + decay * scaled[name]
-            advance()
-            return bent
-
+        halves = probe.halves() if match is not None else ()
+        bent = [
+            _Bent(GaussNewton(model, names, one, keep_bytes=keep_bytes // 2), decays or {}, advance) for one in halves
+        ]
+        factor = 1.0
+        if match is not None:
+            start = workspace.new()
+            _pushed(start, first_order, whole)
+            factor = match(start, (bent[0].within(whole), bent[-1].within(whole)))
+            start.free()
+        products = sum(one.curvature.products for one in bent) / max(1, len(bent))
+        bent = [_Bent(GaussNewton(model, names, probe, keep_bytes=keep_bytes), decays or {}, advance)]
         for number, (increment, taus) in enumerate(zip(increments, lengths, strict=True)):
-            scale = _scale(taus, coordinates)
-            first_order.add(increment)
-            held = bend(delta, lambda name: 1.0) if number else None
+            scale = _scale({name: tau * factor for name, tau in taus.items()}, coordinates)
+            held = bent[0].product(delta, lambda name: 1.0) if number else None
             for name in names:
-                rest = increment.read(name)
-                if taus[name] > 0:
-                    size = scale(name)
-                    # Where an element has no length, Adam has no step for it either.
-                    rest = rest / size if coordinates is None else torch.where(size > 0, rest / size, 0.0)
-                    if held is not None:
-                        rest = rest - size * held[name]
-                else:
-                    delta.write(name, 0, delta.read(name) + rest)
-                    rest = torch.zeros_like(rest)
-                increment.write(name, 0, rest)
+                if taus[name] <= 0:
+                    delta.write(name, 0, delta.read(name) + increment.read(name))
+            _pushed(increment, increment, scale)
+            if held is not None:
+                for name, one in held.items():
+                    increment.write(name, 0, increment.read(name) - scale(name) * one)
             held = None
-            _add_filtered(delta, increment, scale, bend, workspace, steps)
+            _add_filtered(delta, increment, scale, bent[0].within(scale), workspace, steps)
             increment.free()
     first_order.add(delta, -1.0)
     norm = delta.norm()
     moved = first_order.norm() / norm if norm else 0.0
     first_order.free()
-    return Filtered(delta, curvature.products, moved)
+    return Filtered(delta, round(products) + bent[0].curvature.products, moved, factor)
+
+
+class _Bent:
+    """Products with a probe's curvature and the decays."""
+
+    def __init__(self, curvature: GaussNewton, decays: Mapping[str, float], advance: Callable[[], None]) -> None:
+        self.curvature = curvature
+        self._decays = decays
+        self._advance = advance
+
+    def product(self, vector: Vector, scale: Scale) -> dict[str, torch.Tensor]:
+        """Return H s v, in parameter-sized tensors."""
+        scaled = {name: vector.read(name) * scale(name) for name in vector.workspace.sizes}
+        bent = self.curvature.product(scaled)
+        for name, decay in self._decays.items():
+            bent[name] = bent[name] + decay * scaled[name]
+        self._advance()
+        return bent
+
+    def within(self, scale: Scale) -> Apply:
+        """Return products with s H s."""
+        return lambda vector: {name: one * scale(name) for name, one in self.product(vector, scale).items()}
 
 
 def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
@@ -209,46 +251,24 @@ def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
     return lambda name: (coordinates.read(name) * taus[name]).sqrt()
 
 
-def _add_filtered(
-    delta: Vector,
-    start: Vector,
-    scale: Scale,
-    bend: Callable[[Vector, Scale], dict[str, torch.Tensor]],
-    workspace: Workspace,
-    steps: int,
-) -> None:
-    """Add s phi(s H s) start to delta, by Lanczos with full re-orthogonalisation."""
-    length = start.norm()
-    if length == 0:
+def _pushed(result: Vector, change: Vector, scale: Scale) -> None:
+    """Write a change over s; 0 where an element has no length, and where its parameter has none."""
+    for name in change.workspace.sizes:
+        size, numbers = scale(name), change.read(name)
+        size = size if isinstance(size, torch.Tensor) else torch.full_like(numbers, size)
+        result.write(name, 0, torch.where(size > 0, numbers / size, 0.0))
+
+
+def _add_filtered(delta: Vector, start: Vector, scale: Scale, apply: Apply, workspace: Workspace, steps: int) -> None:
+    """Add s phi(s H s) start to delta."""
+    space = krylov(start, apply, workspace, steps)
+    if space is None:
         return
-    basis = [workspace.new()]
-    basis[0].add(start, 1 / length)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        candidate = workspace.new()
-        for name, bent in bend(basis[-1], scale).items():
-            candidate.write(name, 0, bent * scale(name))
-        diagonal.append(candidate.dot(basis[-1]))
-        # Twice: once leaves what rounding put back.
-        for vector in (*basis, *basis):
-            candidate.add(vector, -candidate.dot(vector))
-        size = candidate.norm()
-        if len(basis) >= steps or size <= 1e-10 * max(map(abs, diagonal)):
-            candidate.free()
-            break
-        candidate.scale(1 / size)
-        beside.append(size)
-        basis.append(candidate)
-    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for number, size in enumerate(beside):
-        small[number, number + 1] = small[number + 1, number] = size
-    values, vectors = torch.linalg.eigh(small)
-    weights = length * (vectors @ (phi(values.clamp(min=0)) * vectors[0]))
-    for vector, weight in zip(basis, weights.tolist(), strict=True):
+    values, vectors, weights = space.eigen()
+    for vector, weight in zip(space.basis, (vectors @ (phi(values) * weights)).tolist(), strict=True):
         for name in workspace.sizes:
             delta.write(name, 0, delta.read(name) + weight * vector.read(name) * scale(name))
-        vector.free()
+    space.free()
 
 
 def phi(values: torch.Tensor) -> torch.Tensor:

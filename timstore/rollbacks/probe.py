@@ -1,5 +1,6 @@
 """A probe: batches of any data like the training data, and how to ask the model about them."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ class Probe:
     def sequences(self) -> int:
         """The number of rows in all batches."""
         return sum(_rows(args, kwargs) for args, kwargs in self._batches)
+
+    def halves(self) -> tuple["Probe", "Probe"]:
+        """Return two probes of half the batches each; of one batch, of half its rows; of one row, twice this probe."""
+        batches = self._batches
+        if len(batches) == 1:
+            rows = self.sequences
+            if rows < 2:
+                return self, self
+            batches = [_cut(batches[0], rows, one) for one in (slice(0, None, 2), slice(1, None, 2))]
+        first, second = copy.copy(self), copy.copy(self)
+        first._batches, second._batches = batches[::2], batches[1::2]
+        return first, second
 
     def row_hashes(self) -> set[str]:
         """Return a hash of what each row of the batches consists of, as the recorder keeps one of each sample."""
@@ -159,6 +172,16 @@ def _normalised(batch: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any
         f"probe batch {number} is a {type(batch).__name__}; a batch is a mapping, a tuple or a tensor, as the model "
         "takes it"
     )
+
+
+def _cut(batch: tuple[tuple[Any, ...], dict[str, Any]], rows: int, chosen: slice) -> Any:
+    """Return some of a batch's rows."""
+
+    def one(value: Any) -> Any:
+        return value[chosen] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+
+    args, kwargs = batch
+    return tuple(one(value) for value in args), {name: one(value) for name, value in kwargs.items()}
 
 
 def _tensor(value: Any) -> Any:

@@ -11,12 +11,14 @@ class ProbeReport:
     Attributes:
         sequences: rows of the probe's batches.
         products: products of the curvature matrix with a vector; each costs about two gradients of the probe.
+        multiplier: of the step length that the curvature acted over: measured, for momentum's lag and the probe's size.
         moved: how far the filter moved the first-order change, relative to the result.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
     """
 
     sequences: int
     products: int
+    multiplier: float
     moved: float
     loss_before: float
     loss_after: float
@@ -87,8 +89,8 @@ class RollbackReport:
         if self.probe is not None:
             probe = self.probe
             lines.append(
-                f"probe         {probe.sequences} sequences, {probe.products} products, moved the change by "
-                f"{probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"probe         {probe.sequences} sequences, {probe.products} products, tau x {probe.multiplier:.2f}; "
+                f"moved the change by {probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")

@@ -19,6 +19,7 @@ from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.identity import Identity, combined_digest, recognise
+from timstore.rollbacks.matching import multiplier
 from timstore.rollbacks.methods import approximated
 from timstore.rollbacks.optimizer_state import check_optimizer
 from timstore.rollbacks.plan import Plan
@@ -37,6 +38,7 @@ from timstore.store import Store
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
+_MATCHING_STEPS = 8
 # How far a replay may end from the model, in lengths of the run: rounding is thousands of times less.
 _OFF = 0.02
 
@@ -99,7 +101,7 @@ def rollback(
         check_optimizer(optimizer, changed, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
-    products = len(plan.lengths) * (steps + 1) - 1 if asked else 0
+    products = len(plan.lengths) * (steps + 1) - 1 + 4 * _MATCHING_STEPS if asked else 0
     device = next(iter(changed.values())).device
     with (
         Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
@@ -116,7 +118,9 @@ def rollback(
         if coordinates is not None and run.divides:
             largest = into_steps(increments, coordinates)
         decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
-        delta, probed = _filtered(model, plan, increments, coordinates, decays, asked, steps, workspace, bar)
+        delta, probed = _filtered(
+            model, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
+        )
         change = foresee(changed, delta, workspace)
         if not change.finite:
             raise StateError(
@@ -217,12 +221,14 @@ def _match(model: torch.nn.Module, wanted: dict[str, Parameter]) -> dict[str, to
 
 def _filtered(
     model: torch.nn.Module,
+    run: Run,
     plan: Plan,
     increments: Sequence[Vector],
     coordinates: Vector | None,
     decays: dict[str, float],
     probe: Probe | None,
     steps: int,
+    keep_bytes: int,
     workspace: Workspace,
     bar: Bar,
 ) -> tuple[Vector, ProbeReport | None]:
@@ -230,6 +236,7 @@ def _filtered(
         if coordinates is not None:
             decayed(increments[0], coordinates, plan)
         return increments[0], None
+    response = run.response(len(increments))
     found = probe_filter(
         model,
         increments,
@@ -239,10 +246,12 @@ def _filtered(
         steps=steps,
         coordinates=coordinates,
         decays=decays,
+        match=lambda start, halves: multiplier(start, halves, response, workspace, _MATCHING_STEPS),
+        keep_bytes=keep_bytes,
         advance=bar.taken,
     )
     losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
-    return found.delta, ProbeReport(probe.sequences, found.products, found.moved, *losses)
+    return found.delta, ProbeReport(probe.sequences, found.products, found.multiplier, found.moved, *losses)
 
 
 def _overlap(snapshot: Snapshot, probe: Probe | None, samples: Sequence[int]) -> list[str]:
@@ -267,7 +276,8 @@ def _warnings(probed: ProbeReport | None) -> list[str]:
             "first order only: the other samples' gradients are taken as recorded, which over-forgets and can damage "
             "the model; pass probe= (64 examples of any data like the training data)"
         ]
-    if probed.loss_before and probed.loss_after > probed.loss_before * (1 + _DAMAGE):
+    # So that NaN counts as damage.
+    if probed.loss_before and not probed.loss_after <= probed.loss_before * (1 + _DAMAGE):
         return [
             f"the probe's own loss rose from {probed.loss_before:.4f} to {probed.loss_after:.4f}: the change is larger "
             "than one linearisation can carry, and the model is damaged; do not use it without a closer look"

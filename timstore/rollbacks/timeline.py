@@ -98,7 +98,7 @@ class Timeline:
         """
         active = self.active(parameter)
         weigh = adam_weights if self.optimizer in ADAM_FAMILY else weights
-        result: np.ndarray = weigh(self.schedule, active, self._fresh(parameter, active), of=of)
+        result: np.ndarray = weigh(self.schedule, active, self.fresh_steps(parameter, active), of=of)
         return result
 
     def division(self, parameter: str) -> Division | None:
@@ -107,7 +107,7 @@ class Timeline:
         if self.optimizer not in ADAM_FAMILY or not active.any():
             return None
         last = int(np.flatnonzero(active)[-1])
-        count = own_counts(self.schedule, active, self._fresh(parameter, active))[last]
+        count = own_counts(self.schedule, active, self.fresh_steps(parameter, active))[last]
         schedule = self.schedule
         decay = 0.0 if schedule.decoupled[last] else float(schedule.weight_decay[last])
         return Division(float(1 - schedule.beta2[last] ** count), float(schedule.eps[last]), decay)
@@ -120,9 +120,10 @@ class Timeline:
     def pattern(self, parameter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return what sets the parameter apart from others of its group: equal patterns, equal weights."""
         active = self.active(parameter)
-        return tuple(np.flatnonzero(~active)), tuple(np.flatnonzero(self._fresh(parameter, active)))
+        return tuple(np.flatnonzero(~active)), tuple(np.flatnonzero(self.fresh_steps(parameter, active)))
 
-    def _fresh(self, parameter: str, active: np.ndarray) -> np.ndarray:
+    def fresh_steps(self, parameter: str, active: np.ndarray) -> np.ndarray:
+        """Say in which steps the parameter's buffer or moments were made."""
         fresh = np.array([names is not None and parameter in names for names in self.fresh], bool)
         if active.any() and self.fresh[int(np.argmax(active))] is None:
             # Nobody said: the first step of a run makes the buffer.
