@@ -11,7 +11,7 @@ import pytest
 import timstore
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.errors import InvalidInputError, StateError
-from timstore.format.tables import SCHEMAS
+from timstore.format.tables import ADDED, SCHEMAS
 
 KEY = ["attempt", "epoch", "step", "rank", "sample"]
 COLUMNS = {
@@ -188,3 +188,17 @@ def test_rows_that_cannot_be_attached_are_refused_and_nothing_is_written(store, 
         (9, "ben", 1.5),
     ]
     assert store.sql("SELECT count(*) FROM commits").fetchall() == [(1,)]
+
+
+def test_rows_of_format_1_0_lack_the_newer_columns_and_read_as_null():
+    row = {"attempt": 0, "epoch": 0, "step": 0, "rank": 0, "sample": 7}
+    tables = {}
+    for kind in ("records", "steps", "states"):
+        names = [name for name in SCHEMAS[kind].names if name not in ADDED[kind]]
+        schema = pa.schema([SCHEMAS[kind].field(name) for name in names])
+        tables[kind] = pa.Table.from_pylist([{name: row[name] for name in names if name in row}], schema)
+    catalog = Catalog.build([CommitRows(0, "w", 0, "now", 1, 1, tables)], [AttemptRow(0, 0, 0, 1, None, "all")])
+    assert catalog.sql("SELECT sample, dot FROM records").fetchall() == [(7, None)]
+    assert catalog.sql("SELECT step, amp_scale, options, counter FROM steps").fetchall() == [(0, None, None, None)]
+    assert catalog.sql("SELECT step, name FROM states").fetchall() == [(0, None)]
+    catalog.close()

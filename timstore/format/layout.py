@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from timstore.errors import CorruptionError, FormatError
 
-FORMAT = (1, 0)
+FORMAT = (1, 1)
 """Major and minor version. A larger major is refused; a larger minor only adds what a reader may ignore."""
 
 READER_FEATURES: frozenset[str] = frozenset()

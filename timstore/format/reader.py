@@ -73,7 +73,8 @@ class SegmentReader:
         self._row_map = table["row_map"]
         self._index = {}
         for number, (owner, role) in enumerate(zip(table["owner"].to_pylist(), table["role"].to_pylist(), strict=True)):
-            self._index.setdefault((owner, _CODES[role]), []).append(number)
+            if role in _CODES:  # others are of a later minor version, and not for this one to read
+                self._index.setdefault((owner, _CODES[role]), []).append(number)
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
