@@ -13,8 +13,7 @@ the filter works in the coordinates in which Adam's steps are plain ones.
 Source: docs/design/rollback.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,18 +55,23 @@ class _Graph:
     pulled: tuple[torch.Tensor, ...]
 
 
-@contextmanager
-def _weighing(weighed: dict[int, int], held: Set[int]) -> Iterator[None]:
-    """Note the bytes of every storage that graphs made inside hold, but for those held anyway."""
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            weighed[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield
+def _graph_bytes(roots: Iterable[torch.Tensor], held: Set[int]) -> int:
+    """Return the bytes of the storages that an autograd graph saves, but for those held anyway (by address)."""
+    storages: dict[int, int] = {}
+    waiting: list[Any] = [root.grad_fn for root in roots]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            saved = getattr(node, name) if name.startswith("_saved_") or name == "saved_tensors" else None
+            for one in saved if isinstance(saved, tuple | list) else (saved,):
+                if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in held:
+                    storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 class GaussNewton:
@@ -121,33 +125,26 @@ class GaussNewton:
     def _graphs(self) -> Iterator["_Graph"]:
         """Yield every batch's graph; keep the first ones for the next product, as many as fit."""
         yield from self._kept
-        keeping, held = self._keeping, {tensor.data_ptr() for tensor in self._tensors.values()}
-        self._keeping = False
-        answers = self._probe.answers(self._tensors, first=len(self._kept))
-        while True:
-            weighed: dict[int, int] = {}
-            with _weighing(weighed, held):
-                answer = next(answers, None)
-                if answer is None:
-                    return
-                if not answer.outputs.requires_grad:
-                    raise InvalidInputError(
-                        "the model's outputs on the probe cannot be differentiated by its parameters: outputs= must "
-                        "return logits that the model computed with gradients on, not labels or detached numbers",
-                        kind="not-differentiable",
-                    )
-                # J v: J' u is linear in u, so its derivative by u, along v, is J v.
-                dummy = torch.zeros_like(answer.outputs, requires_grad=True)
-                leaves = list(self._leaves.values())
-                pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
-            graph, answer = _Graph(answer.outputs, dummy, pulled), None
-            size = sum(weighed.values())
-            keeping = keeping and size <= self._free_bytes
+        keeping, self._keeping = self._keeping, False
+        held = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
+        leaves = list(self._leaves.values())
+        for answer in self._probe.answers(self._tensors, first=len(self._kept)):
+            if not answer.outputs.requires_grad:
+                raise InvalidInputError(
+                    "the model's outputs on the probe cannot be differentiated by its parameters: outputs= must return "
+                    "logits that the model computed with gradients on, not labels or detached numbers",
+                    kind="not-differentiable",
+                )
+            # J v: J' u is linear in u, so its derivative by u, along v, is J v.
+            dummy = torch.zeros_like(answer.outputs, requires_grad=True)
+            pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
+            graph = _Graph(answer.outputs, dummy, pulled)
             if keeping:
-                self._free_bytes -= size
+                self._free_bytes -= _graph_bytes((answer.outputs, *pulled), held)
+                keeping = self._free_bytes >= 0
+            if keeping:
                 self._kept.append(graph)
             yield graph
-            del graph, dummy, pulled
 
     def _second_derivative(self, outputs: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
         if self._probe.loss == "mse":
