@@ -1,5 +1,6 @@
 """The probe filter against the dense matrix function, computed by eigendecomposition in float64."""
 
+import weakref
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -286,3 +287,16 @@ def test_the_model_comes_back_as_it_was(fails: bool) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(one.grad, torch.ones_like(one)) for one in model.parameters() if one.grad is not None)
     assert all(one.grad is not None and one.requires_grad for one in model.parameters())
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**30], ids=["asked again", "kept"])
+def test_no_graph_outlives_its_use(keep_bytes: int) -> None:
+    # tanh saves its own output, which a graph must not hold in a circle.
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
+    names = [name for name, _ in model.named_parameters()]
+    probe = Probe(model, [torch.ones(3, 5, dtype=DOUBLE), torch.zeros(2, 5, dtype=DOUBLE)], loss="mse")
+    curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
+    curvature.product({name: one.detach().flatten() for name, one in model.named_parameters()})
+    alive = [weakref.ref(graph.outputs) for graph in curvature._graphs()]
+    del curvature
+    assert [one() for one in alive] == [None, None]
