@@ -6,7 +6,7 @@ retrained|; cosine of the two changes; for digits the held-out accuracy, and the
 model's; for the Llama losses over its losses, minus one; the loss attack's AUC (forgotten against held-out) minus its
 AUC; seconds; megabytes kept. Retraining leaves the forgotten samples' places in the batches empty.
 
-Run: python scripts/bench_unlearning.py (40 minutes on two cores; --quick: a minute; --json FILE keeps the figures)
+Run: python scripts/bench_unlearning.py (an hour on two cores; --quick: a minute; --json FILE keeps the figures)
 Parts: --only digits llama-adamw ..., --starts 150, --forget document ..., --seeds 0 1 2
 """
 
