@@ -138,6 +138,8 @@ def test_what_cannot_be_recorded_is_refused_at_once(store: timstore.Store) -> No
         store.record(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(timstore.InvalidInputError, match="optimizer_history is 'final' or 'gradients'"):
         store.record(model, networks.sgd(model), optimizer_history="all")
+    with pytest.raises(timstore.InvalidInputError, match="mean_over"):
+        store.record(model, networks.sgd(model), mean_over="rows")
     with pytest.raises(timstore.InvalidInputError, match="steps="):
         store.record(model, networks.sgd(model), budget="1GB")
     complex_model = nn.Linear(3, 3, dtype=torch.complex64)

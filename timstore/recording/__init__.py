@@ -33,6 +33,8 @@ def record(
     allow_zero: bool = False,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
+    if mean_over not in (None, "samples", "tokens"):
+        raise InvalidInputError(f"mean_over is 'samples', 'tokens' or None, not {mean_over!r}")
     samples = None if samples is None else list(samples)
     limit = None
     if budget is not None:
