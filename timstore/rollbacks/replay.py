@@ -141,7 +141,7 @@ class Replay:
                 bound = timeline.clip_value[step]
                 clipped = consumed if np.isnan(bound) else consumed.clamp(-bound, bound)
                 actual.step(options[step - first], clipped)
-            while step + 1 == bin_ends[number] and number < len(increments) - 1:
+            while number < len(increments) - 1 and step + 1 >= bin_ends[number]:
                 written = _write(increments[number], piece, actual, other, written, self.strength)
                 number += 1
         _write(increments[number], piece, actual, other, written, self.strength)
