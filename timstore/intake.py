@@ -91,6 +91,13 @@ def step_group(group: Any, where: str) -> StepGroup:
         raise InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
 
 
+def mean_unit(value: Any, where: str) -> str | None:
+    """Return what a loss's mean divides by: `samples`, `tokens`, or None where that is not known."""
+    if value not in (None, "samples", "tokens"):
+        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
 def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Mapping[str, Any]) -> Step:
     """Return one optimizer step from what `append_step` was given.
 
@@ -103,8 +110,7 @@ def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Ma
     unknown = sorted(scalars.keys() - set(known))
     if unknown:
         raise InvalidInputError(f"{where}: a step has the fields {', '.join(known)}; got {unknown[0]}")
-    if scalars.get("mean_over") not in (None, "samples", "tokens"):
-        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {scalars['mean_over']!r}")
+    mean_unit(scalars.get("mean_over"), where)
     checked: dict[str, Any] = {}
     for name, value in scalars.items():
         if name in ("sample_ids", "micro_batches"):

@@ -1,7 +1,7 @@
 """Whole parameters' worth of numbers beside the records: optimizer state, and parameters before a rollback."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from timstore.encoding import Matrix, restore
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
 from timstore.errors import CorruptionError
-from timstore.format.reader import ByteCache
+from timstore.format.reader import ByteCache, SegmentReader
 from timstore.ledger import table
 from timstore.records import Parameter, as_array, widen
 from timstore.snapshot import Snapshot
@@ -83,6 +83,7 @@ class State:
     cache: ByteCache
     role: str
     places: Mapping[str, tuple[int, int]]
+    _readers: dict[int, SegmentReader] = field(default_factory=dict)
 
     @classmethod
     def find(
@@ -120,8 +121,7 @@ class State:
 
     def size(self, name: str) -> int:
         """Return how many numbers are kept of one parameter."""
-        commit, owner = self.places[name]
-        reader = self.snapshot.reader(commit, self.cache)
+        reader, owner = self._place(name)
         return reader.count(owner, self.role) * reader.width(owner, self.role)
 
     def read(self, name: str, width: int, start: int, stop: int) -> np.ndarray:
@@ -130,11 +130,17 @@ class State:
         Args:
             width: of the parameter's matrix.
         """
-        commit, owner = self.places[name]
-        reader = self.snapshot.reader(commit, self.cache)
+        reader, owner = self._place(name)
         first = start // max(1, width)
         found = reader.rows([owner], self.role, first, -(-stop // max(1, width))).reshape(-1)
         found = found[start - first * width : stop - first * width]
         if len(found) != stop - start:
             raise CorruptionError(f"the {self.role} of {name} has not the size of the parameter", parameter=name)
         return found
+
+    def _place(self, name: str) -> tuple[SegmentReader, int]:
+        """Return where one parameter's numbers are; a commit's tables are read once."""
+        commit, owner = self.places[name]
+        if commit not in self._readers:
+            self._readers[commit] = self.snapshot.reader(commit, self.cache)
+        return self._readers[commit], owner

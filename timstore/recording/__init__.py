@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.intake import byte_count
+from timstore.intake import byte_count, mean_unit
 from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Recorder
 from timstore.recording.rehearsal import rehearse
@@ -33,8 +33,6 @@ def record(
     allow_zero: bool = False,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
-    if mean_over not in (None, "samples", "tokens"):
-        raise InvalidInputError(f"mean_over is 'samples', 'tokens' or None, not {mean_over!r}")
     samples = None if samples is None else list(samples)
     limit = None
     if budget is not None:
@@ -51,7 +49,7 @@ def record(
         probe=probe,
         optimizer_history=optimizer_history,
         scaler=scaler,
-        mean_over=mean_over,
+        mean_over=mean_unit(mean_over, "record"),
         budget=limit,
         rank=rank,
         allow_zero=allow_zero,

@@ -220,6 +220,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def size_text(value: float) -> str:
+    """Return a number of bytes in words."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{value / size:.1f} {unit}"

@@ -9,7 +9,7 @@ import torch
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Change, change_of, needs_norms
 from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
-from timstore.rollbacks.loading import pieces_of, rows_of
+from timstore.rollbacks.loading import by_parameter, pieces_of, rows_of
 from timstore.rollbacks.plan import Sources
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection, rest_of, whole_gradients
@@ -95,8 +95,7 @@ def _norms(
     """Return the norm, over all parameters, of the sum of the leaving gradients in each of these steps."""
     rows = selection.rows.filter(pyarrow.compute.is_in(selection.rows["key"], pyarrow.array(keys)))
     squares = np.zeros(len(keys))
-    for name in rows["parameter"].unique().to_pylist():
-        mine = rows.filter(pyarrow.compute.equal(rows["parameter"], name))
+    for name, mine in by_parameter(rows).items():
         parts = rows_of(mine, np.searchsorted(keys, mine["key"].to_numpy()))
         for piece in pieces_of(selection.known[name], budget.sums_bytes, dtype.itemsize):
             for number, total in sums_by_bin(parts, piece, readers, budget.unit_bytes, dtype, torch.device("cpu")):

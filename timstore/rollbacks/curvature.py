@@ -188,21 +188,23 @@ def probe_filter(
         first_order.add(increment)
     whole = _scale({name: sum(taus[name] for taus in lengths) for name in names}, coordinates)
     with probe.undisturbed():
-        halves = probe.halves() if match is not None else ()
-        bent = [
-            _Bent(GaussNewton(model, names, one, keep_bytes=keep_bytes // 2), decays or {}, advance) for one in halves
-        ]
-        factor = 1.0
+
+        def asked(one: Probe, kept: int) -> _Bent:
+            return _Bent(GaussNewton(model, names, one, keep_bytes=kept), decays or {}, advance)
+
+        factor, products = 1.0, 0
         if match is not None:
+            halves = [asked(one, keep_bytes // 2) for one in probe.halves()]
             start = workspace.new()
             _pushed(start, first_order, whole)
-            factor = match(start, (bent[0].within(whole), bent[-1].within(whole)))
+            factor = match(start, (halves[0].within(whole), halves[1].within(whole)))
             start.free()
-        products = sum(one.curvature.products for one in bent) / max(1, len(bent))
-        bent = [_Bent(GaussNewton(model, names, probe, keep_bytes=keep_bytes), decays or {}, advance)]
+            products = sum(one.curvature.products for one in halves) // 2
+            del halves  # and the graphs that they kept
+        bent = asked(probe, keep_bytes)
         for number, (increment, taus) in enumerate(zip(increments, lengths, strict=True)):
             scale = _scale({name: tau * factor for name, tau in taus.items()}, coordinates)
-            held = bent[0].product(delta, lambda name: 1.0) if number else None
+            held = bent.product(delta, lambda name: 1.0) if number else None
             for name in names:
                 if taus[name] <= 0:
                     delta.write(name, 0, delta.read(name) + increment.read(name))
@@ -211,13 +213,13 @@ def probe_filter(
                 for name, one in held.items():
                     increment.write(name, 0, increment.read(name) - scale(name) * one)
             held = None
-            _add_filtered(delta, increment, scale, bent[0].within(scale), workspace, steps)
+            _add_filtered(delta, increment, scale, bent.within(scale), workspace, steps)
             increment.free()
     first_order.add(delta, -1.0)
     norm = delta.norm()
     moved = first_order.norm() / norm if norm else 0.0
     first_order.free()
-    return Filtered(delta, round(products) + bent[0].curvature.products, moved, factor)
+    return Filtered(delta, products + bent.curvature.products, moved, factor)
 
 
 class _Bent:

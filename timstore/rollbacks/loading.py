@@ -37,10 +37,28 @@ class ParameterRows:
         return ParameterRows(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
+def by_parameter(table: pa.Table) -> dict[str, pa.Table]:
+    """Return the rows of each parameter, in the order that they have in a table."""
+    words = table["parameter"].combine_chunks().dictionary_encode()
+    codes = words.indices.to_numpy(zero_copy_only=False)
+    order = np.argsort(codes, kind="stable")
+    sorted_rows = table.take(order)
+    edges = np.searchsorted(codes[order], np.arange(len(words.dictionary) + 1))
+    return {
+        name: sorted_rows.slice(start, stop - start)
+        for name, start, stop in zip(words.dictionary.to_pylist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    }
+
+
+def encodings_of(table: pa.Table) -> np.ndarray:
+    """Return the place in `ENCODINGS` of each row's encoding."""
+    return np.array([ENCODINGS.index(one) for one in table["encoding"].to_pylist()], np.int8)
+
+
 def rows_of(table: pa.Table, bins: np.ndarray) -> ParameterRows:
     """Return the rows of a table of gradients (commit, owner, encoding), weight 1."""
-    encoding = np.array([ENCODINGS.index(one) for one in table["encoding"].to_pylist()], np.int8)
-    return ParameterRows(table["commit"].to_numpy(), table["owner"].to_numpy(), encoding, np.ones(len(bins)), bins)
+    columns = table["commit"].to_numpy(), table["owner"].to_numpy(), encodings_of(table)
+    return ParameterRows(*columns, np.ones(len(bins)), bins)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pyarrow.compute
 from timstore.errors import CoverageError
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Change
-from timstore.rollbacks.loading import ENCODINGS, ParameterRows, rows_of
+from timstore.rollbacks.loading import ENCODINGS, ParameterRows, by_parameter, encodings_of, rows_of
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.timeline import Division, Timeline, moment_of
 
@@ -72,8 +72,8 @@ def make_plan(
     known, edges = selection.known, bin_edges(timelines, bins)
     chosen = {}
     if sources is not None:
-        weigher = _Weigher(timelines, changes, sources, edges, strength, of)
-        chosen = {name: weigher.rows_of(selection, known[name]) for name in names}
+        weigher = _Weigher(selection, timelines, changes, sources, edges, strength, of)
+        chosen = {name: weigher.rows_of(known[name]) for name in names}
     divided = {
         name: timelines[known[name].group_id].division(name) for name in names if known[name].group_id in timelines
     }
@@ -92,6 +92,7 @@ class _Weigher:
 
     def __init__(
         self,
+        selection: Selection,
         timelines: dict[int, Timeline],
         changes: dict[int, Change],
         sources: Sources,
@@ -102,19 +103,20 @@ class _Weigher:
         self._timelines = timelines
         self._changes = changes
         self._sources = sources
+        tables = {"removed": selection.rows, "rest": sources.rest, "kept": sources.kept}
+        self._tables = {kind: by_parameter(one) for kind, one in tables.items() if one is not None}
         self._edges = edges
         self._strength = strength
         self._of = of
         self._weights: dict[Any, np.ndarray] = {}
 
-    def rows_of(self, selection: Selection, parameter: Parameter) -> tuple[ParameterRows, float, int]:
+    def rows_of(self, parameter: Parameter) -> tuple[ParameterRows, float, int]:
         """Return (rows, bound of their error, bytes if they were dense) of one parameter."""
-        tables = [(selection.rows, "removed"), (self._sources.rest, "rest"), (self._sources.kept, "kept")]
         found, bound, size = [], 0.0, 0
-        for table, kind in tables:
-            if table is None:
+        for kind, tables in self._tables.items():
+            mine = tables.get(parameter.name)
+            if mine is None:
                 continue
-            mine = table.filter(pa.compute.equal(table["parameter"], parameter.name))
             keys = mine["key"].to_numpy()
             weight = self._weights_at(parameter, keys) * self._factors(parameter, keys, kind)
             size += int(np.sum(mine["dense_bytes"].to_numpy()))
@@ -122,7 +124,7 @@ class _Weigher:
                 encoding = np.full(len(keys), ENCODINGS.index("whole"), np.int8)
                 norms = self._consumed_norms(parameter, keys)
             else:
-                encoding = np.array([ENCODINGS.index(one) for one in mine["encoding"].to_pylist()], np.int8)
+                encoding = encodings_of(mine)
                 norms = mine["norm"].to_numpy()
             bound += float(np.sum(np.abs(weight) * norms * mine["rel_error"].to_numpy()))
             number = np.searchsorted(self._edges, keys, side="left")
@@ -185,8 +187,7 @@ def check_steps(selection: Selection, timelines: dict[int, Timeline]) -> None:
 def step_rows(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, ParameterRows]:
     """Return the leaving gradients of each parameter, weight 1, with the position of their step as bin."""
     found = {}
-    for name in selection.rows["parameter"].unique().to_pylist():
-        mine = selection.rows.filter(pa.compute.equal(selection.rows["parameter"], name))
+    for name, mine in by_parameter(selection.rows).items():
         keys = timelines[selection.known[name].group_id].keys
         found[name] = rows_of(mine, np.searchsorted(keys, mine["key"].to_numpy()))
     return found

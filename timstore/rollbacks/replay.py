@@ -95,9 +95,9 @@ class Replay:
         squares = torch.zeros(2, dtype=_EXACT)
         for name in workspace.sizes:
             for piece in self._pieces(self.known[name], budget):
-                actual, other = self._both(piece, increments, readers, budget)
-                start, stop = piece.span
                 began = self._start(piece, workspace.device)
+                actual, other = self._both(piece, began, increments, readers, budget)
+                start, stop = piece.span
                 end = model[name].detach().reshape(-1)[start:stop].to(_EXACT)
                 ended = actual.parameter.detach().reshape(-1)
                 squares += torch.stack([(ended - end).square().sum(), (ended - began).square().sum()]).cpu()
@@ -108,7 +108,7 @@ class Replay:
         return result
 
     def _both(
-        self, piece: Piece, increments: Sequence[Vector], readers: Readers, budget: Budget
+        self, piece: Piece, began: torch.Tensor, increments: Sequence[Vector], readers: Readers, budget: Budget
     ) -> tuple[Rerun, Rerun]:
         """Run one piece twice, and write what sets the runs apart; return them."""
         name, device = piece.parameter.name, increments[0].workspace.device
@@ -116,7 +116,7 @@ class Replay:
         timeline, change = self.timelines[group], self.changes[group]
         first = int(np.searchsorted(timeline.keys, self.tape.start))
         options = self.tape.options[group]
-        actual = self._begin(piece, device)
+        actual = self._begin(piece, began)
         other: Rerun | None = None
         rows = self.rows.get(name)
         leaving: Iterator[tuple[int, torch.Tensor]] = iter(())
@@ -182,8 +182,8 @@ class Replay:
         found = readers[int(commits[at])].rows([int(owners[at])], "gradient", piece.first, piece.last)
         return torch.from_numpy(found).to(device, _EXACT)
 
-    def _begin(self, piece: Piece, device: torch.device) -> Rerun:
-        """Return the run at its start."""
+    def _begin(self, piece: Piece, began: torch.Tensor) -> Rerun:
+        """Return the run at its start, from these parameters."""
         group = piece.parameter.group_id
         kind = self.tape.kinds[group]
         shape = piece.parameter.shape if kind.__name__ not in ELEMENTWISE else (piece.last - piece.first, piece.width)
@@ -193,8 +193,8 @@ class Replay:
                 single = name == "step" or state.size(piece.parameter.name) != piece.parameter.numel
                 span = (0, 1) if single else piece.span
                 numbers = torch.from_numpy(state.read(piece.parameter.name, 1 if single else piece.width, *span))
-                states[name] = numbers.to(device, _EXACT).reshape(() if single else shape)
-        return Rerun(kind, self._start(piece, device).reshape(shape), self.tape.options[group][0], states)
+                states[name] = numbers.to(began.device, _EXACT).reshape(() if single else shape)
+        return Rerun(kind, began.clone().reshape(shape), self.tape.options[group][0], states)
 
     def _start(self, piece: Piece, device: torch.device) -> torch.Tensor:
         found = self.tape.theta.read(piece.parameter.name, piece.width, *piece.span)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute
 import torch
 
 from timstore.format.reader import ByteCache
 from timstore.optimizers import class_of
 from timstore.records import Parameter
 from timstore.rollbacks.changes import complete_steps
+from timstore.rollbacks.loading import by_parameter
 from timstore.rollbacks.reruns import hyperparameters
 from timstore.rollbacks.selection import whole_gradients
 from timstore.rollbacks.timeline import Moment, Timeline, moment_key, moment_of, up_to
@@ -84,16 +84,15 @@ def find_tape(
     names = snapshot.catalog.sql(
         "SELECT DISTINCT name FROM states WHERE role = 'start_state' AND epoch = ? AND step = ?", list(usable[0])
     ).fetchall()
-    by_parameter = {}
-    for name in gradients["parameter"].unique().to_pylist():
-        mine = gradients.filter(pyarrow.compute.equal(gradients["parameter"], name)).sort_by("key")
+    places = {}
+    for name, mine in by_parameter(gradients.sort_by("key")).items():
         columns = [mine[column].to_numpy() for column in ("key", "commit", "owner")]
-        by_parameter[name] = columns[0], columns[1], columns[2]
+        places[name] = columns[0], columns[1], columns[2]
     return Tape(
         start,
         State.find(snapshot, cache, "start_theta", moment=usable[0]),
         {name: State.find(snapshot, cache, "start_state", moment=usable[0], name=name) for (name,) in names},
-        by_parameter,
+        places,
         int(np.sum(gradients["dense_bytes"].to_numpy())),
         kinds,
         options,
