@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from timstore.format.log import claim_attempt
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import create_settings
-from timstore.format.view import read_verified
+from timstore.format.verified import read_verified
 
 STEPS = ((0, 1), (0, 3))
 

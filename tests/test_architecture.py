@@ -25,6 +25,7 @@ LAYERS = [
     ["timstore.writing"],
     ["timstore.states"],
     ["timstore.handle"],
+    ["timstore.lifetime"],
     ["timstore.store"],
     ["timstore.fingerprints"],
     ["timstore.undisturbed"],

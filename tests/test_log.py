@@ -52,7 +52,7 @@ def test_the_bytes_of_a_record_follow_the_specification(objects, settings):
     assert first["previous"] is None
     assert last["previous"] == hashlib.sha256(bodies[0]).hexdigest()
     assert second.digest == hashlib.sha256(bodies[1]).hexdigest()
-    assert (last["format"], last["reader_features"], last["writer_features"]) == ([1, 1], [], [])
+    assert (last["format"], last["reader_features"], last["writer_features"]) == ([1, 2], [], [])
     assert (last["writer"], last["seq"], last["kind"], last["steps"]) == (writer.writer, 1, "commit", None)
     (described,) = last["objects"]
     assert (objects.root / described["path"]).read_bytes() == b"b"
@@ -129,7 +129,7 @@ def test_everything_is_synced_before_the_record_appears(tmp_path, objects, setti
 
 def test_the_order_of_commits_survives_a_clock_that_is_set_back(objects, settings, monkeypatch):
     times = iter(["2030-01-01T00:00:00.000000+00:00", "2020-01-01T00:00:00.000000+00:00"])
-    monkeypatch.setattr("timstore.format.log._now", lambda: next(times))
+    monkeypatch.setattr("timstore.format.log.now", lambda: next(times))
     writer = LogWriter(objects, settings)
     made = [commit(writer, b"a"), commit(writer, b"b")]
     assert list(read_view(objects, settings).commits) == made
@@ -266,7 +266,7 @@ def test_an_attempt_whose_reply_was_lost_is_still_the_callers(objects, settings)
 
 def test_two_callers_who_ask_for_the_same_get_two_attempts(objects, settings, monkeypatch):
     """Even within one tick of the clock: equal requests must not make equal files, or both believe to own one."""
-    monkeypatch.setattr("timstore.format.log._now", lambda: "2030-01-01T00:00:00.000000+00:00")
+    monkeypatch.setattr("timstore.format.log.now", lambda: "2030-01-01T00:00:00.000000+00:00")
     others = []
 
     def come_second(path, data):

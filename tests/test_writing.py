@@ -342,7 +342,7 @@ def test_a_record_that_cannot_be_encoded_stops_the_writer_for_good(tmp_path, mon
     with pytest.raises(timstore.StateError, match="the writer stopped"):
         store.close()
     store.close()
-    assert store not in timstore.store.open_stores()
+    assert store not in timstore.lifetime.open_stores()
     assert_holds(tmp_path, [0])
 
 

@@ -18,9 +18,9 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
+from timstore.lifetime import open_stores as _open_stores
 from timstore.records import Factors, Rows
 from timstore.store import Store as _Store
-from timstore.store import open_stores as _open_stores
 
 if TYPE_CHECKING:
     import torch

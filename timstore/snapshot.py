@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.encoding import densify
-from timstore.errors import NotFoundError
+from timstore.errors import CorruptionError, NotFoundError
+from timstore.format.checkpoint import read_rows
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.objects import Objects
 from timstore.format.reader import ByteCache, SegmentReader
 from timstore.format.settings import Settings
-from timstore.format.view import View, read_verified, read_view
+from timstore.format.tables import ROLLED
+from timstore.format.verified import read_verified
+from timstore.format.view import View, read_view
 from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024
-_NOT_TABLES = {"slices", "zarr", "shard", "probe"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,14 +64,32 @@ class Snapshot:
     def catalog(self) -> Catalog:
         """The DuckDB tables, built at the first use from those of the snapshot before."""
         if self._catalog is None:
-            before = self._previous._catalog if self._previous else None
-            known = len(self._previous.view.commits) if before and self._previous else 0
-            new = ((number, self.view.commits[number]) for number in range(known, len(self.view.commits)))
-            self._catalog = Catalog.build(
-                (self._commit_rows(number, commit) for number, commit in new), self._attempt_rows(), previous=before
-            )
+            self._catalog = self._build()
             self._previous = None
         return self._catalog
+
+    def _build(self) -> Catalog:
+        while True:
+            try:
+                return self._build_from(self._previous)
+            except CorruptionError as error:
+                # Row files that a newer checkpoint folded are gone: then this is a snapshot of what it covers.
+                newer = read_view(self.objects, self.settings) if error.kind == "missing" else self.view
+                if newer.checkpoint is None or newer.checkpoint == self.view.checkpoint:
+                    raise
+                self.view = newer
+
+    def _build_from(self, previous: "Snapshot | None") -> Catalog:
+        view, before, known = self.view, None, 0
+        if previous and previous._catalog and previous.view.checkpoint == view.checkpoint:
+            before, known = previous._catalog, len(previous.view.commits)
+        folded: Iterator[tuple[str, pa.Table]] = iter(())
+        if before is None and view.checkpoint is not None:
+            known = view.checkpoint.commits
+            files = (info for info in view.checkpoint.files if info.kind != "objects")
+            folded = ((info.kind, read_rows(self.objects, info, view.checkpoint)) for info in files)
+        new = (self._commit_rows(number, view.commits[number]) for number in range(known, len(view.commits)))
+        return Catalog.build(new, self._attempt_rows(), previous=before, folded=folded)
 
     def close(self) -> None:
         """Drop the tables."""
@@ -116,11 +135,8 @@ class Snapshot:
 
     def probe(self) -> tuple[list[Any], str] | None:
         """Return (batches, loss) of the newest probe that was kept, or None."""
-        for commit in reversed(self.view.commits):
-            blobs = [info for info in commit.objects if info.kind == "probe"]
-            if blobs:
-                return unpack_probe(self._read(blobs[-1], commit))
-        return None
+        found = self.view.newest_object("probe")
+        return None if found is None else unpack_probe(self._read(*found))
 
     def _gradients(
         self,
@@ -147,11 +163,7 @@ class Snapshot:
         return read_verified(self.objects, info, commit)
 
     def _commit_rows(self, number: int, commit: Commit) -> CommitRows:
-        tables = {
-            info.kind: pq.read_table(pa.BufferReader(self._read(info, commit)))
-            for info in commit.objects
-            if info.kind not in _NOT_TABLES
-        }
+        tables = {info.kind: read_rows(self.objects, info, commit) for info in commit.objects if info.kind in ROLLED}
         size = sum(info.bytes for info in commit.objects)
         return CommitRows(number, commit.writer, commit.seq, commit.at, commit.records, size, tables)
 

@@ -1,19 +1,17 @@
 """`Store`: open, append, commit, close; asking and reading are in `handle`."""
 
-import atexit
-import ctypes
 import os
-import warnings
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
 
-from timstore import errors, intake
+from timstore import errors, intake, lifetime
 from timstore.format.commits import Attempt, Scope
 from timstore.format.log import LogWriter, claim_attempt
+from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
@@ -21,8 +19,6 @@ from timstore.samples import Samples, check_columns
 from timstore.snapshot import pack_probe
 from timstore.states import state_item, state_precision
 from timstore.writing import BackgroundWriter, Item, rows_items
-
-_open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 
 class Store(Handle):
@@ -59,7 +55,7 @@ class Store(Handle):
         self._attempt: Attempt | None = self._snapshot.view.attempts[-1] if self._snapshot.view.attempts else None
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
-        _open_stores.add(self)
+        lifetime.begun(self)
 
     def append(
         self,
@@ -293,6 +289,29 @@ class Store(Handle):
             self._writer.commit()
             self._stale = True
 
+    def compact(self, progress: Callable[[int, int], None] | None = None) -> RollUp:
+        """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
+
+        Readers and writers, of this process and others, go on meanwhile. A writer does so by itself every 1,000
+        commits. What was accepted before is committed first.
+
+        Args:
+            progress: called with (commits folded, commits to fold).
+
+        Returns:
+            What was done; its `checkpoint` is None when there was nothing to do.
+
+        Raises:
+            CorruptionError: a row file is missing or altered. As after any error, the store is what it was, unless:
+            StorageError: kind `outcome-unknown`: it may be folded or not, and is sound in both cases.
+            ReadOnlyError: the store was opened to read.
+        """
+        self._check_writable()
+        self.commit()
+        done = roll_up(self._objects.synced(), self.settings, progress)
+        self.refresh()
+        return done
+
     def close(self) -> None:
         """Commit, and release the handle. Closing twice is harmless.
 
@@ -314,7 +333,7 @@ class Store(Handle):
             self._writer.stop()
             self._writer = None
         self._closed = True
-        _open_stores.discard(self)
+        lifetime.ended(self)
         self._snapshot.close()
 
     def __enter__(self) -> Self:
@@ -332,10 +351,13 @@ class Store(Handle):
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: closing {self.path} failed as well: {failure}")
 
-    def _writing_attempt(self, scope: Scope = None) -> Attempt:
+    def _check_writable(self) -> None:
         self._check_open()
         if self.mode == "r":
             raise errors.ReadOnlyError(f"{self.path} was opened to read; open it with mode 'a' to write")
+
+    def _writing_attempt(self, scope: Scope = None) -> Attempt:
+        self._check_writable()
         if self._attempt is None:
             self._attempt = claim_attempt(self._objects, 0, 0, scope, 1, first=True)
         return self._attempt
@@ -356,6 +378,8 @@ class Store(Handle):
                 attempt=self._writing_attempt().attempt,
                 precision=self.settings.precision,
                 max_rel_error=self.settings.max_rel_error,
+                roll_up=partial(roll_up, self._objects.synced(), self.settings),
+                unfolded=len(self._snapshot.view.since_checkpoint),
             )
         self._writer.put(*items)
 
@@ -371,30 +395,5 @@ class Store(Handle):
         self.commit()
 
 
-def open_stores() -> list[Store]:
-    """Return the stores that are open in this process."""
-    return [store for store in _open_stores if not store._closed and store._pid == os.getpid()]
-
-
 def _scope_text(scope: Scope) -> str:
     return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"
-
-
-def _keep_inherited() -> None:
-    """Hold the stores of the parent in a forked child: DuckDB crashes where a connection is freed after a fork."""
-    for store in _open_stores:
-        # One reference that nothing gives back, the end of the interpreter included: it clears every module.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
-
-
-os.register_at_fork(after_in_child=_keep_inherited)
-
-
-@atexit.register
-def _close_all() -> None:
-    """Commit what an interpreter that ends without `close()` still holds."""
-    for store in open_stores():
-        try:
-            store.close()
-        except errors.TimstoreError as error:
-            warnings.warn(f"{store.path}: records were lost at exit: {error}", errors.TimstoreWarning, stacklevel=1)

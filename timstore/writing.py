@@ -2,15 +2,16 @@
 
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from timstore.encoding import Matrix, encode
-from timstore.errors import ReadOnlyError, StateError, StorageError
+from timstore.errors import ReadOnlyError, StateError, StorageError, TimstoreWarning
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
 from timstore.ledger import table
@@ -19,6 +20,7 @@ from timstore.records import Parameter, Record
 QUEUE_BYTES = 256 * 1024 * 1024
 COMMIT_BYTES = 256 * 1024 * 1024
 COMMIT_SECONDS = 30.0
+ROLL_UP_COMMITS = 1000
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,11 +87,26 @@ class _Batch:
 class BackgroundWriter:
     """One thread that encodes and writes behind a bounded queue.
 
+    Args:
+        roll_up: folds the row files of all commits so far; called after every `ROLL_UP_COMMITS` of them.
+        unfolded: how many commits there are already that no roll-up covers.
+
     An error of the thread is raised once, by the next call from the training thread, and what was
     accepted before it stays in memory: the next commit tries again.
     """
 
-    def __init__(self, log: LogWriter, *, attempt: int, precision: str, max_rel_error: float) -> None:
+    def __init__(
+        self,
+        log: LogWriter,
+        *,
+        attempt: int,
+        precision: str,
+        max_rel_error: float,
+        roll_up: Callable[[], object],
+        unfolded: int,
+    ) -> None:
+        self._roll_up = roll_up
+        self._unfolded = unfolded
         self.attempt = attempt
         self._log = log
         self._precision = precision
@@ -247,8 +264,19 @@ class BackgroundWriter:
         with self._condition:
             if batch:
                 self._batch = _Batch()
+                self._unfolded += 1
             self._answered = max(self._answered, answers)
             self._condition.notify_all()
+        if self._unfolded >= ROLL_UP_COMMITS:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""
+        self._unfolded = 0
+        try:
+            self._roll_up()
+        except Exception as error:
+            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=1)
 
     def _break(self, error: Exception) -> None:
         """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""

@@ -35,9 +35,15 @@ class Catalog:
 
     @classmethod
     def build(
-        cls, commits: Iterable[CommitRows], attempts: Sequence[AttemptRow], previous: "Catalog | None" = None
+        cls,
+        commits: Iterable[CommitRows],
+        attempts: Sequence[AttemptRow],
+        previous: "Catalog | None" = None,
+        folded: Iterable[tuple[str, pa.Table]] = (),
     ) -> "Catalog":
         """Load commits into tables; with `previous`, only what is new, beside a copy of its tables.
+
+        `folded` are the (kind, rows) of a checkpoint that covers the commits before them.
 
         The previous catalogue, and relations made from it, stay as they are.
 
@@ -49,7 +55,7 @@ class Catalog:
         """
         catalog = cls(private_folder())
         try:
-            catalog._load(commits, attempts, previous)
+            catalog._load(commits, attempts, previous, folded)
         except BaseException:
             catalog.close()
             raise
@@ -83,7 +89,13 @@ class Catalog:
             raise StateError("the store was closed; open it again", kind="closed")
         return self._connection.cursor()
 
-    def _load(self, commits: Iterable[CommitRows], attempts: Sequence[AttemptRow], previous: "Catalog | None") -> None:
+    def _load(
+        self,
+        commits: Iterable[CommitRows],
+        attempts: Sequence[AttemptRow],
+        previous: "Catalog | None",
+        folded: Iterable[tuple[str, pa.Table]],
+    ) -> None:
         spill = str(self._path.parent / "spill")
         if previous is not None:
             previous._cursor().close()
@@ -91,7 +103,7 @@ class Catalog:
         with duckdb.connect(self._path, config={**_LOADING, "temp_directory": spill}) as connection:
             if previous is None:
                 create_tables(connection)
-            load_commits(connection, commits)
+            load_commits(connection, commits, folded)
             load_attempts(connection, attempts)
             create_views(connection, attempts)
         self._connection = open_locked(self._path)

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.tables import ADDED, SCHEMAS
+from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike
 
-STORED = ("records", "gradients", "steps", "parameters", "fingerprints", "states", "rollbacks")
+STORED = tuple(kind for kind in ROLLED if kind != "samples")
 
 # Small inserts cost more per row, large ones memory.
 _INSERT_ROWS = 1_000_000
@@ -78,22 +78,40 @@ def create_tables(connection: duckdb.DuckDBPyConnection) -> None:
     _replace(connection, "samples", SCHEMAS["samples"].empty_table())
 
 
-def load_commits(connection: duckdb.DuckDBPyConnection, commits: Iterable[CommitRows]) -> None:
+def load_commits(
+    connection: duckdb.DuckDBPyConnection,
+    commits: Iterable[CommitRows],
+    folded: Iterable[tuple[str, pa.Table]] = (),
+) -> None:
     """Add the rows of commits.
+
+    Args:
+        folded: (kind, rows) of a checkpoint, in its order; those of the commits that it covers are of kind `commits`.
 
     Raises:
         FormatError: rows that are not those of `format.tables`, or user columns that do not fit together.
     """
     loading = {kind: _Loading(connection, kind) for kind in STORED}
-    heads, samples = [], []
+    samples: list[pa.Table] = []
+    covered = 0
+    for kind, table in folded:
+        if kind == "samples":
+            samples.append(table)
+        elif kind == "commits":
+            _insert(connection, kind, _numbered_heads(table, covered))
+            covered += table.num_rows
+        elif kind in loading:
+            loading[kind].add(table, "a checkpoint")
+    heads = []
     for commit in commits:
         heads.append({name: getattr(commit, name) for name in _COMMITS.names if name != "commit"})
         heads[-1]["commit"] = commit.number
+        where = f"commit {commit.seq} of writer {commit.writer}"
         for kind, table in commit.tables.items():
             if kind == "samples":
                 samples.append(table)
             elif kind in loading:
-                loading[kind].add(commit, table)
+                loading[kind].add(_numbered(table, kind, commit.number), where)
     for one in loading.values():
         one.insert()
     _insert(connection, "commits", pa.Table.from_pylist(heads, _COMMITS))
@@ -118,23 +136,21 @@ class _Loading:
     def __init__(self, connection: duckdb.DuckDBPyConnection, kind: str) -> None:
         self._connection = connection
         self._kind = kind
+        self._schema = _numbered(SCHEMAS[kind].empty_table(), kind, 0).schema
         self._waiting: list[pa.Table] = []
         self._rows = 0
 
-    def add(self, commit: CommitRows, table: pa.Table) -> None:
-        schema = SCHEMAS[self._kind]
+    def add(self, table: pa.Table, where: str) -> None:
+        """Add rows that say which commit they are of."""
+        schema = self._schema
         try:
             for name in ADDED.get(self._kind, ()):
                 if name not in table.column_names:
                     table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-            table = table.select(schema.names).cast(schema)
+            table = _cast(table.select(schema.names), schema)
         except (KeyError, pa.ArrowException) as error:
-            raise FormatError(
-                f"commit {commit.seq} of writer {commit.writer}: its {self._kind} are no rows of this version: {error}",
-                writer=commit.writer,
-                seq=commit.seq,
-            ) from error
-        self._waiting.append(_numbered(table, self._kind, commit.number))
+            raise FormatError(f"{where}: its {self._kind} are no rows of this version: {error}") from error
+        self._waiting.append(table)
         self._rows += table.num_rows
         if self._rows >= _INSERT_ROWS:
             self.insert()
@@ -155,11 +171,26 @@ def _numbered(table: pa.Table, kind: str, commit: int) -> pa.Table:
     return table.add_column(0, "commit", pa.repeat(pa.scalar(commit, pa.int64()), table.num_rows))
 
 
+def _numbered_heads(table: pa.Table, first: int) -> pa.Table:
+    """Return rows of a checkpoint's commits, the first of them number `first`, as those of `_COMMITS`."""
+    numbers = pa.array(np.arange(first, first + table.num_rows))
+    return table.add_column(0, "commit", numbers).select(_COMMITS.names)
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Cast to a schema, but leave words that are held as a dictionary so: DuckDB takes them as they are, and sooner."""
+    for number, (field, column) in enumerate(zip(schema, table.columns, strict=True)):
+        words = pa.types.is_dictionary(column.type) and column.type.value_type == field.type
+        if column.type != field.type and not words:
+            table = table.set_column(number, field, column.cast(field.type))
+    return table
+
+
 def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Table]) -> None:
     """Merge the user's columns: of each sample and column the last value written that is not NULL."""
     before = connection.sql("FROM stored.samples").to_arrow_table()
     try:
-        table = pa.concat_tables(_alike([before, *tables]), promote_options="permissive")
+        table = pa.concat_tables(alike([before, *tables]), promote_options="permissive")
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
         table = table.rename_columns([str(number) for number in range(len(names))])
@@ -174,20 +205,6 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
         connection.unregister("given")
     except (pa.ArrowException, duckdb.Error) as error:
         raise FormatError(f"the columns attached to samples do not fit together: {error}") from error
-
-
-def _alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
-    """Spell columns alike, since SQL does not tell Owner from owner, and hold words as plain text."""
-    spelled: dict[str, str] = {}
-    alike = []
-    for table in tables:
-        names = [spelled.setdefault(name.lower(), name) for name in table.column_names]
-        plain = [
-            column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-            for column in table.columns
-        ]
-        alike.append(pa.table(plain, names=names))
-    return alike
 
 
 def _replace(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:

@@ -1,6 +1,6 @@
 """What the records of a store say: commits, the objects they name, and attempts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from timstore.format.settings import Settings
 Moment = tuple[int, int]
 Scope = tuple[int, ...] | Literal["all"] | None
 
-_KINDS = ("commit", "close", "fence")
+KINDS = ("commit", "close", "fence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Commit:
     attempt: int
     rank: int
     steps: tuple[Moment, Moment] | None
-    objects: tuple[ObjectInfo, ...]
+    objects: Sequence[ObjectInfo]
     records: int
     digest: str
 
@@ -105,14 +105,14 @@ def parse_record(
         raise CorruptionError(f"{path} does not follow the record before it: one of the two was replaced", path=path)
     if previous is not None and previous.kind != "commit":
         raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", path=path)
-    kind, at = take(fields, "kind", str, path), take(fields, "at", str, path)
-    if kind not in _KINDS:
-        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
+    kind = take(fields, "kind", str, path)
+    if kind not in KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(KINDS)}", path=path)
     return Commit(
         writer=writer,
         seq=seq,
         kind=kind,
-        at=_time(at, path),
+        at=take_time(fields, path),
         attempt=take(fields, "attempt", int, path),
         rank=take(fields, "rank", int, path),
         steps=_steps(fields.get("steps"), path),
@@ -144,11 +144,13 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         from_step=take(start, "step", int, path),
         scope=scope,
         ranks=take(fields, "ranks", int, path),
-        at=_time(take(fields, "at", str, path), path),
+        at=take_time(fields, path),
     )
 
 
-def _time(at: str, path: str) -> str:
+def take_time(fields: Mapping[str, Any], path: str) -> str:
+    """Return the field `at`, an ISO 8601 time."""
+    at = take(fields, "at", str, path)
     try:
         datetime.fromisoformat(at)
     except ValueError as error:
@@ -170,25 +172,26 @@ def _steps(value: Any, path: str) -> tuple[Moment, Moment] | None:
     return steps
 
 
+def parse_info(entry: Any, path: str) -> ObjectInfo:
+    """Return one object as the record at `path` describes it."""
+    if type(entry) is not dict:
+        raise CorruptionError(f"{path}: an object is {entry!r:.80}, not a description", path=path)
+    return ObjectInfo(
+        path=take(entry, "path", str, path),
+        bytes=take(entry, "bytes", int, path),
+        crc32=take(entry, "crc32", int, path),
+        kind=take(entry, "kind", str, path),
+        logical_bytes=take(entry, "logical_bytes", int, path),
+        rows=take(entry, "rows", int, path),
+    )
+
+
 def _infos(entries: list[Any], owner: tuple[str, int], path: str) -> tuple[ObjectInfo, ...]:
-    infos = []
-    for entry in entries:
-        if type(entry) is not dict:
-            raise CorruptionError(f"{path}: an object is {entry!r:.80}, not a description", path=path)
-        infos.append(
-            ObjectInfo(
-                path=take(entry, "path", str, path),
-                bytes=take(entry, "bytes", int, path),
-                crc32=take(entry, "crc32", int, path),
-                kind=take(entry, "kind", str, path),
-                logical_bytes=take(entry, "logical_bytes", int, path),
-                rows=take(entry, "rows", int, path),
-            )
-        )
+    infos = tuple(parse_info(entry, path) for entry in entries)
     folders = {layout.parse_data_path(info.path) for info in infos}
     names = {info.path for info in infos}
     if len(folders) > 1 or not all(folder is not None and folder[:2] == owner for folder in folders):
         raise CorruptionError(f"{path} names objects that are not of its own commit: {sorted(names)!r:.200}", path=path)
     if len(names) != len(infos):
         raise CorruptionError(f"{path} names an object twice", path=path)
-    return tuple(infos)
+    return infos

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from timstore.errors import CorruptionError, FormatError
 
-FORMAT = (1, 1)
+FORMAT = (1, 2)
 """Major and minor version. A larger major is refused; a larger minor only adds what a reader may ignore."""
 
 READER_FEATURES: frozenset[str] = frozenset()
@@ -34,6 +34,10 @@ _DATA = re.compile(
     r"data/([0-9a-f]{16})/([0-9]{12})-([0-9a-f]{8})/"
     r"(?:[a-z_]+\.[a-z0-9]+|z/zarr\.json|z/[a-z0-9]+(?:-[a-z0-9]+)*/(?:zarr\.json|c(?:/[0-9]+)*))"
 )
+
+_CHECKPOINT = re.compile(r"ckpt/([0-9]{12})\.json")
+_FOLDED = re.compile(r"data/m-([0-9]{12})-([0-9a-f]{8})/[a-z_]+-[0-9]{4}\.parquet")
+_FOLD = re.compile(r"data/m-([0-9]{12})-([0-9a-f]{8})")
 
 T = TypeVar("T")
 
@@ -74,6 +78,34 @@ def parse_data_path(path: str) -> tuple[str, int, str] | None:
     """Return (writer, seq, nonce) of a data object's path, or None for any other path."""
     match = _DATA.fullmatch(path)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+def checkpoint_path(number: int) -> str:
+    """Return where checkpoint `number` (from 1) is described."""
+    return f"{CHECKPOINTS}{number:012d}.json"
+
+
+def parse_checkpoint_path(path: str) -> int | None:
+    """Return the checkpoint that a path describes, or None for any other path."""
+    match = _CHECKPOINT.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def fold_prefix(number: int, nonce: str) -> str:
+    """Return the folder, with its slash, of the row files that one try at one checkpoint writes."""
+    return f"{DATA}m-{number:012d}-{nonce}/"
+
+
+def parse_fold_prefix(folder: str) -> int | None:
+    """Return the checkpoint that a folder of row files was written for, or None for any other folder."""
+    match = _FOLD.fullmatch(folder.rstrip("/"))
+    return int(match[1]) if match else None
+
+
+def parse_folded_path(path: str) -> int | None:
+    """Return the checkpoint that a row file was written for, or None for any other path."""
+    match = _FOLDED.fullmatch(path)
+    return int(match[1]) if match else None
 
 
 def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:

@@ -150,7 +150,7 @@ class LogWriter:
         """Create this writer's next record and return it, or None when a fence is in its place."""
         path = layout.record_path(self._writer, self._seq)
         # A clock set back must not turn the order of a writer's commits around.
-        self._at = max(self._at, _now())
+        self._at = max(self._at, now())
         fields = {
             **layout.header(self._settings.reader_features, self._settings.writer_features),
             "store": self._settings.store_id,
@@ -169,7 +169,7 @@ class LogWriter:
         record = self._parse(data, path)  # before anyone else can: a record that readers refuse must not appear
         self._unsettled = path  # and so it stays when an interrupt leaves here
         try:
-            found = _create(self._objects, path, data)
+            found = create_settled(self._objects, path, data)
         except Exception as error:
             if getattr(error, "kind", None) != "outcome-unknown":
                 self._unsettled = None
@@ -218,19 +218,19 @@ def claim_attempt(
             "from": {"epoch": from_epoch, "step": from_step},
             "scope": scope,
             "ranks": ranks,
-            "at": _now(),
+            "at": now(),
             "claim": secrets.token_hex(8),  # tells our file from that of a caller who asks for the same
         }
         data, _ = layout.seal(fields)
         attempt = parse_attempt(data, path)
-        found = _create(objects, path, data)
+        found = create_settled(objects, path, data)
         if found == data:
             return attempt
         if first:
             return parse_attempt(found, path)
 
 
-def _create(objects: Objects, path: str, data: bytes) -> bytes:
+def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
     """Create an object and return what its name then holds: `data`, or what another made first.
 
     An error of `create` does not say what happened (the reply may be lost, not the request): only the name does.
@@ -274,5 +274,5 @@ def _unknown(path: str, why: str) -> StorageError:
     return StorageError(f"whether {path} is committed for good is unknown: {why}", kind="outcome-unknown", path=path)
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")

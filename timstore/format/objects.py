@@ -52,6 +52,12 @@ class Objects(Protocol):
     def exists(self, path: str) -> bool:
         """Say whether an object of that name exists."""
 
+    def folders(self, prefix: str) -> Paths:
+        """Return the sorted paths of the folders right below a folder, without their slash."""
+
+    def delete(self, path: str) -> None:
+        """Delete one object, or raise `NotFoundError`."""
+
     def delete_prefix(self, prefix: str) -> None:
         """Delete a folder and all objects below it; nothing happens when there is none."""
 
@@ -70,6 +76,10 @@ class LocalObjects:
     def __init__(self, root: str | Path, *, durable: bool) -> None:
         self.root = Path(root).absolute()
         self.durable = durable
+
+    def synced(self) -> "LocalObjects":
+        """Return the same objects, every write of them fsynced: for what copies before it deletes."""
+        return LocalObjects(self.root, durable=True)
 
     def put(self, path: str, data: bytes) -> None:
         """Write a new file, and fsync it; its name is durable after `sync`.
@@ -158,6 +168,29 @@ class LocalObjects:
             os.stat(name, dir_fd=folder, follow_symlinks=False)
             return True
         return False
+
+    def folders(self, prefix: str) -> Paths:
+        """Return the sorted paths of the folders right below a folder, hidden ones and links left out."""
+        folders = self._parts(prefix.rstrip("/"))
+        with suppress(NotFoundError), self._reporting("list", prefix), self._folder(folders) as folder:
+            with os.scandir(folder) as entries:
+                names = [one.name for one in entries if one.is_dir(follow_symlinks=False)]
+            return sorted("/".join((*folders, name)) for name in names if not name.startswith("."))
+        return []
+
+    def delete(self, path: str) -> None:
+        """Delete one file, and its folder if that is empty then.
+
+        Raises:
+            NotFoundError: there is none.
+            StorageError, ReadOnlyError: the file system refused.
+        """
+        *folders, name = self._parts(path)
+        with self._reporting("delete", path), self._folder(folders) as folder:
+            self._call(os.unlink, name, dir_fd=folder)
+        if folders[0] == "data":  # the folder of one commit or checkpoint; others are shared with records to come
+            with suppress(OSError, TimstoreError), self._folder(folders[:-1]) as above:
+                self._call(os.rmdir, folders[-1], dir_fd=above)
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete a folder with all that is below it; links in it are deleted, never followed.

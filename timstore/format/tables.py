@@ -4,7 +4,10 @@ The row number in a commit's gradients file is that gradient's `owner` number in
 states file, whose roles are others.
 """
 
+from collections.abc import Sequence
+
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 _INT, _SMALL, _FLOAT, _TEXT, _BOOL = pa.int64(), pa.int32(), pa.float64(), pa.string(), pa.bool_()
 _MOMENT = [("attempt", _INT), ("epoch", _INT), ("step", _INT)]
@@ -115,3 +118,35 @@ ADDED = {
     ),
     "states": ("name",),
 }
+
+# What roll-up folds and SQL shows. Slices are read with their arrays, and stay beside them.
+ROLLED = tuple(kind for kind in SCHEMAS if kind != "slices")
+
+# Few distinct words in many rows: held as numbers into a dictionary.
+_WORDS = ["parameter", "encoding", "precision", "optimizer", "role"]
+
+
+def write_rows(table: pa.Table) -> bytes:
+    """Return a row table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def read_words(data: bytes) -> pa.Table:
+    """Return the rows of a Parquet file, repeating words as dictionaries."""
+    return pq.read_table(pa.BufferReader(data), read_dictionary=_WORDS)
+
+
+def alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
+    """Spell columns alike, since SQL does not tell Owner from owner, and hold words as plain text."""
+    spelled: dict[str, str] = {}
+    tables_alike = []
+    for table in tables:
+        names = [spelled.setdefault(name.lower(), name) for name in table.column_names]
+        plain = [
+            column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+            for column in table.columns
+        ]
+        tables_alike.append(pa.table(plain, names=names))
+    return tables_alike

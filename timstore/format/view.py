@@ -1,15 +1,18 @@
 """What a reader sees: attempts and the verified, contiguous commits of every writer."""
 
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError, TimstoreWarning
 from timstore.format import layout
+from timstore.format.checkpoint import Checkpoint, CoveredObjects, parse_checkpoint, read_commits
 from timstore.format.commits import Attempt, Commit, ObjectInfo, parse_attempt, parse_record
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
+
+# What was listed may be gone when it is read: a newer checkpoint took its place. Not often while one looks.
+_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +20,39 @@ class View:
     """A steady snapshot of a store.
 
     Attributes:
-        commits: of kind commit only; those of an earlier view come first, in the same places.
+        commits: of kind commit only. Those of the checkpoint come first; of a view with the same checkpoint, those of
+            the earlier view, in the same places.
         attempts: number n at position n.
         newest: each writer's newest record, of any kind.
+        checkpoint: the one that counts, None before the first.
+        covered: the data objects of the commits that it covers.
     """
 
     commits: tuple[Commit, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     newest: Mapping[str, Commit] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    covered: CoveredObjects | None = None
+
+    @property
+    def since_checkpoint(self) -> tuple[Commit, ...]:
+        """The commits that no checkpoint covers."""
+        return self.commits[self.checkpoint.commits :] if self.checkpoint else self.commits
+
+    def largest_object(self) -> int:
+        """Return the size of the largest data object, in bytes."""
+        sizes = [info.bytes for commit in self.since_checkpoint for info in commit.objects]
+        return max([self.covered.largest() if self.covered else 0, *sizes])
+
+    def newest_object(self, kind: str) -> tuple[ObjectInfo, Commit] | None:
+        """Return the newest data object of that kind and its commit."""
+        numbers = range(len(self.commits) - 1, len(self.commits) - len(self.since_checkpoint) - 1, -1)
+        covered = self.covered.newest_of(kind) if self.covered else None
+        for number in (*numbers, *([] if covered is None else [covered])):
+            found = [info for info in self.commits[number].objects if info.kind == kind]
+            if found:
+                return found[-1], self.commits[number]
+        return None
 
 
 def read_view(objects: Objects, settings: Settings, previous: View | None = None) -> View:
@@ -37,79 +65,76 @@ def read_view(objects: Objects, settings: Settings, previous: View | None = None
         CorruptionError: a record is altered or missing, or says what no writer says.
         FormatError: a newer version is needed.
     """
-    try:
-        return _scan(objects, settings, previous or View())
-    except CorruptionError as error:
-        if error.kind != "missing":
-            raise
-    # A listing is not atomic: it may miss a name and show a later one. A second look settles it.
+    for _ in range(_LOOKS - 1):
+        try:
+            return _scan(objects, settings, previous or View())
+        except CorruptionError as error:
+            if error.kind != "missing":
+                raise
+        # A listing is not atomic either: it may miss a name and show a later one. Another look settles it.
     return _scan(objects, settings, previous or View())
 
 
-def read_verified(objects: Objects, info: ObjectInfo, commit: Commit) -> bytes:
-    """Return a data object once its size and crc32 are those of its commit. One pass over the bytes.
-
-    Raises:
-        CorruptionError: naming the object and its commit, when it is missing or is not what was written.
-    """
-    problem = None
-    try:
-        data = objects.read(info.path)
-    except NotFoundError:
-        problem = "is missing"
-    else:
-        if len(data) != info.bytes:
-            problem = f"has {len(data)} bytes instead of {info.bytes}"
-        elif zlib.crc32(data) != info.crc32:
-            problem = "was altered: its crc32 does not match"
-    if problem is not None:
-        raise CorruptionError(
-            f"{info.path} {problem}. It holds {info.kind} of {commit}. Restore this file from a copy",
-            path=info.path,
-            writer=commit.writer,
-            seq=commit.seq,
-            steps=commit.steps,
-        )
-    return data
-
-
 def _scan(objects: Objects, settings: Settings, previous: View) -> View:
-    # The log first: what its records name (a later checkpoint, their attempt) then exists when it is looked for.
-    listed: dict[str, set[int]] = {writer: set() for writer in previous.newest}
-    for path in objects.list(layout.LOG):
+    # The log first: what its records name (a later checkpoint, their attempt) then exists when it is looked for, and a
+    # record that is gone is covered by a checkpoint that is there.
+    paths = objects.list(layout.LOG)
+    known = _at_checkpoint(objects, settings, previous)
+    base = known.checkpoint.newest if known.checkpoint else {}
+    listed: dict[str, set[int]] = {writer: set() for writer in known.newest}
+    for path in paths:
         name = layout.parse_record_path(path)
         if name is not None:
             listed.setdefault(name[0], set()).add(name[1])
-    checkpoints = objects.list(layout.CHECKPOINTS)
-    if checkpoints:
-        raise FormatError(
-            f"a newer timstore maintained this store ({checkpoints[-1]}). Install a newer one to read it",
-            path=checkpoints[-1],
-        )
-    newest = dict(previous.newest)
+    newest = dict(known.newest)
     fresh: list[Commit] = []
     for writer, seqs in sorted(listed.items()):
-        for record in _new_records(objects, settings, writer, seqs, newest.get(writer)):
+        covered = base[writer].seq if writer in base else -1
+        for record in _new_records(objects, settings, writer, seqs, newest.get(writer), covered):
             newest[writer] = record
             if record.kind == "commit":
                 fresh.append(record)
-    attempts = _attempts(objects, previous.attempts)
+    for writer, record in previous.newest.items():
+        if writer not in newest or newest[writer].seq < record.seq:
+            raise _missing(layout.record_path(writer, record.seq), "it was seen")
+    attempts = _attempts(objects, known.attempts)
     for commit in fresh:
         if commit.attempt >= len(attempts):
             raise _missing(layout.attempt_path(commit.attempt), f"{commit} names it")
-    if newest == previous.newest and attempts == previous.attempts:
+    if known is previous and newest == previous.newest and attempts == previous.attempts:
         return previous
     fresh.sort(key=lambda commit: (commit.at, commit.writer, commit.seq))
-    return View(previous.commits + tuple(fresh), attempts, newest)
+    return View(known.commits + tuple(fresh), attempts, newest, known.checkpoint, known.covered)
+
+
+def _at_checkpoint(objects: Objects, settings: Settings, previous: View) -> View:
+    """Return what is known without the log: `previous`, or what a newer checkpoint covers."""
+    number = 0
+    for path in objects.list(layout.CHECKPOINTS):
+        found = layout.parse_checkpoint_path(path)
+        if found is None:
+            raise FormatError(
+                f"a newer timstore maintained this store ({path}). Install a newer one to read it", path=path
+            )
+        number = max(number, found)
+    seen = previous.checkpoint.number if previous.checkpoint else 0
+    if number < seen:
+        raise _missing(layout.checkpoint_path(seen), "it was seen")
+    if number == seen:
+        return previous
+    path = layout.checkpoint_path(number)
+    checkpoint = parse_checkpoint(_read(objects, path), path, settings)
+    commits, covered = read_commits(objects, checkpoint)
+    return View(commits, previous.attempts, dict(checkpoint.newest), checkpoint, covered)
 
 
 def _new_records(
-    objects: Objects, settings: Settings, writer: str, seqs: set[int], known: Commit | None
+    objects: Objects, settings: Settings, writer: str, seqs: set[int], known: Commit | None, covered: int
 ) -> list[Commit]:
-    """Return a writer's records after the known one."""
+    """Return a writer's records after the known one; those up to `covered` may be gone."""
     first = known.seq + 1 if known else 0
     last = max(seqs, default=-1)
-    for seq in range(max(first, last)):
+    for seq in range(covered + 1, max(first, last)):
         if seq not in seqs:
             raise _missing(layout.record_path(writer, seq), "a later record of its writer exists or was seen")
     records: list[Commit] = []

@@ -1,0 +1,240 @@
+"""A checkpoint: the commits up to some point, their small row files folded into few; tensors stay where they are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from timstore.errors import CorruptionError
+from timstore.format import layout
+from timstore.format.commits import KINDS, Commit, Moment, ObjectInfo, parse_info, take_time
+from timstore.format.layout import take
+from timstore.format.objects import Objects
+from timstore.format.settings import Settings
+from timstore.format.tables import read_words
+from timstore.format.verified import read_verified
+
+# What a checkpoint says of the commits that it covers, beside their rows.
+COMMITS = pa.schema(
+    [
+        ("writer", pa.string()),
+        ("seq", pa.int64()),
+        ("at", pa.string()),
+        ("attempt", pa.int64()),
+        ("rank", pa.int64()),
+        *((name, pa.int64()) for name in ("first_epoch", "first_step", "last_epoch", "last_step")),
+        ("records", pa.int64()),
+        ("bytes", pa.int64()),
+        ("digest", pa.string()),
+    ]
+)
+OBJECTS = pa.schema(
+    [
+        ("commit", pa.int32()),
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("crc32", pa.int64()),
+        ("kind", pa.string()),
+        ("logical_bytes", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One record of `ckpt/`.
+
+    Attributes:
+        number: from 1; the highest is the one that counts.
+        commits: how many it covers. They are numbered from 0, in an order that later checkpoints go on with.
+        newest: each writer's newest record that it covers, of any kind, without objects.
+        files: the row files, in order: `commits`, `objects` and the row tables, each with the number of the commit.
+    """
+
+    number: int
+    at: str
+    commits: int
+    newest: Mapping[str, Commit]
+    files: tuple[ObjectInfo, ...]
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.number} ({self.commits} commits)"
+
+    def covers(self, writer: str, seq: int) -> bool:
+        """Say whether it covers a writer's record."""
+        return writer in self.newest and seq <= self.newest[writer].seq
+
+
+def seal_checkpoint(checkpoint: Checkpoint, settings: Settings) -> bytes:
+    """Return the bytes of a checkpoint's record."""
+    writers = {
+        writer: {name: getattr(newest, name) for name in ("seq", "kind", "at", "attempt", "rank", "digest")}
+        for writer, newest in checkpoint.newest.items()
+    }
+    fields = {
+        **layout.header(settings.reader_features, settings.writer_features),
+        "store": settings.store_id,
+        "checkpoint": checkpoint.number,
+        "at": checkpoint.at,
+        "commits": checkpoint.commits,
+        "writers": writers,
+        "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in checkpoint.files],
+    }
+    return layout.seal(fields)[0]
+
+
+def parse_checkpoint(data: bytes, path: str, settings: Settings) -> Checkpoint:
+    """Return the checkpoint that the bytes at `path` describe.
+
+    Raises:
+        CorruptionError: naming the file and the field.
+        FormatError: a newer version is needed.
+    """
+    fields, _ = layout.unseal(data, path)
+    number = take(fields, "checkpoint", int, path)
+    if layout.checkpoint_path(number) != path:
+        raise CorruptionError(f"{path} describes checkpoint {number}: files were renamed or swapped", path=path)
+    if fields.get("store") != settings.store_id:
+        raise CorruptionError(f"{path} belongs to store {fields.get('store')!r:.80}, not to this one", path=path)
+    newest = {writer: _newest(writer, head, path) for writer, head in take(fields, "writers", dict, path).items()}
+    files = tuple(parse_info(entry, path) for entry in take(fields, "objects", list, path))
+    written_for = [layout.parse_folded_path(info.path) for info in files]
+    if not all(one is not None and one <= number for one in written_for):
+        raise CorruptionError(f"{path} names objects that are no row files of a checkpoint", path=path)
+    return Checkpoint(number, take_time(fields, path), take(fields, "commits", int, path), newest, files)
+
+
+def _newest(writer: str, head: Any, path: str) -> Commit:
+    if type(head) is not dict:
+        raise CorruptionError(f"{path}: the newest record of a writer is {head!r:.80}, not a description", path=path)
+    kind = take(head, "kind", str, path)
+    if kind not in KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(KINDS)}", path=path)
+    return Commit(
+        writer=writer,
+        seq=take(head, "seq", int, path),
+        kind=kind,
+        at=take_time(head, path),
+        attempt=take(head, "attempt", int, path),
+        rank=take(head, "rank", int, path),
+        steps=None,
+        objects=(),
+        records=0,
+        digest=take(head, "digest", str, path),
+    )
+
+
+def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
+    """Return the rows of a row file once it is verified, repeating words as dictionaries."""
+    return read_words(read_verified(objects, info, owner))
+
+
+def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:
+    """Return the rows of one kind, file by file."""
+    return [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
+
+
+class CoveredObjects:
+    """The data objects of the commits that a checkpoint covers, described only when they are asked for."""
+
+    def __init__(self, table: pa.Table, commits: int) -> None:
+        self._columns = [table[name].combine_chunks() for name in OBJECTS.names[1:]]
+        self._starts = np.searchsorted(table["commit"].to_numpy(), np.arange(commits + 1))
+
+    def of(self, number: int) -> "_Described":
+        """Return those of one commit."""
+        return _Described(self._columns, int(self._starts[number]), int(self._starts[number + 1]))
+
+    def largest(self) -> int:
+        """Return the size of the largest, in bytes."""
+        sizes = self._columns[1].to_numpy()
+        return int(sizes.max()) if len(sizes) else 0
+
+    def newest_of(self, kind: str) -> int | None:
+        """Return the number of the newest commit that has an object of that kind."""
+        found = np.flatnonzero(self._columns[3].to_numpy(zero_copy_only=False) == kind)
+        return int(np.searchsorted(self._starts, found[-1], side="right")) - 1 if len(found) else None
+
+
+class _Described(Sequence[ObjectInfo]):
+    def __init__(self, columns: Sequence[pa.Array], start: int, stop: int) -> None:
+        self._columns = columns
+        self._start = start
+        self._stop = stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @overload
+    def __getitem__(self, index: int) -> ObjectInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ObjectInfo]: ...
+    def __getitem__(self, index: int | slice) -> ObjectInfo | Sequence[ObjectInfo]:
+        return tuple(self)[index]
+
+    def __iter__(self) -> Iterator[ObjectInfo]:
+        size = self._stop - self._start
+        return map(ObjectInfo, *(column.slice(self._start, size).to_pylist() for column in self._columns))
+
+
+def read_commits(objects: Objects, checkpoint: Checkpoint) -> tuple[tuple[Commit, ...], CoveredObjects]:
+    """Return the commits that a checkpoint covers, and their data objects.
+
+    Raises:
+        CorruptionError: a row file is missing (kind `missing`: perhaps a newer checkpoint took its place) or altered.
+    """
+    table = pa.concat_tables(read_tables(objects, checkpoint, "commits"))
+    covered = CoveredObjects(pa.concat_tables(read_tables(objects, checkpoint, "objects")), table.num_rows)
+    if table.num_rows != checkpoint.commits:
+        path = layout.checkpoint_path(checkpoint.number)
+        raise CorruptionError(f"{path} covers {checkpoint.commits} commits, its row files {table.num_rows}", path=path)
+    commits = tuple(
+        Commit(
+            writer=row["writer"],
+            seq=row["seq"],
+            kind="commit",
+            at=row["at"],
+            attempt=row["attempt"],
+            rank=row["rank"],
+            steps=_steps(row),
+            objects=covered.of(number),
+            records=row["records"],
+            digest=row["digest"],
+        )
+        for number, row in enumerate(table.to_pylist())
+    )
+    return commits, covered
+
+
+def _steps(row: Mapping[str, Any]) -> tuple[Moment, Moment] | None:
+    if row["first_epoch"] is None:
+        return None
+    return (row["first_epoch"], row["first_step"]), (row["last_epoch"], row["last_step"])
+
+
+def commit_rows(commits: Sequence[Commit]) -> pa.Table:
+    """Return one row of `COMMITS` each."""
+    rows = []
+    for commit in commits:
+        first, last = commit.steps or ((None, None), (None, None))
+        rows.append(
+            {
+                **{name: getattr(commit, name) for name in ("writer", "seq", "at", "attempt", "rank", "records")},
+                "first_epoch": first[0],
+                "first_step": first[1],
+                "last_epoch": last[0],
+                "last_step": last[1],
+                "bytes": sum(info.bytes for info in commit.objects),
+                "digest": commit.digest,
+            }
+        )
+    return pa.Table.from_pylist(rows, COMMITS)
+
+
+def object_rows(number: int, infos: Sequence[ObjectInfo]) -> pa.Table:
+    """Return one row of `OBJECTS` for each data object of commit `number`."""
+    columns = {name: [getattr(info, name) for info in infos] for name in OBJECTS.names[1:]}
+    return pa.Table.from_pydict({"commit": [number] * len(infos), **columns}, OBJECTS)

@@ -1,0 +1,220 @@
+"""Roll-up: a new checkpoint that covers every commit there is, and what it makes superfluous deleted. Tensors stay.
+
+A reader or writer that is at work meanwhile loses nothing:
+
+* Each checkpoint is created exclusively, under the number after the one it goes on from, and once it is there
+  `ckpt/` is listed again: if there is a higher number, it was made from an outdated look, and deletes nothing.
+* The newest record of every writer stays in the log: a writer that has lost the reply to its last record must find it
+  there, and a writer that was fenced must find the fence.
+* Row files go first, then the log records that name them, then older checkpoints: what a roll-up that died left behind
+  is found by the next.
+"""
+
+import secrets
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from timstore.errors import CorruptionError, FormatError, NotFoundError
+from timstore.format import layout
+from timstore.format.checkpoint import (
+    Checkpoint,
+    commit_rows,
+    object_rows,
+    parse_checkpoint,
+    read_rows,
+    seal_checkpoint,
+)
+from timstore.format.commits import Commit, ObjectInfo, parse_info
+from timstore.format.log import create_settled, now
+from timstore.format.objects import Objects
+from timstore.format.settings import Settings
+from timstore.format.tables import ROLLED, alike, write_rows
+from timstore.format.view import View, read_view
+
+# A row file with so many rows is left as it is by later roll-ups: each of them then costs what is new and little more.
+FILE_ROWS = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class RollUp:
+    """What a roll-up did.
+
+    Attributes:
+        checkpoint: its number; None when there was nothing to do, or another process did it at the same time.
+        commits: how many it added to those that earlier checkpoints covered.
+        rows: their rows.
+        deleted: files that it made superfluous.
+        bytes_before, bytes_after: of the row files of those commits, and of the row files written.
+    """
+
+    checkpoint: int | None = None
+    commits: int = 0
+    rows: int = 0
+    deleted: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int], None] | None = None) -> RollUp:
+    """Fold the row files of all commits since the last checkpoint into few, under a new one.
+
+    Durability: the checkpoint is durable before anything is deleted, if `objects` is; make it so whatever the store's
+    own durability is. Memory: about `FILE_ROWS` rows of each table.
+
+    Args:
+        progress: called with (commits folded, commits to fold).
+
+    Raises:
+        CorruptionError: a row file is missing or altered. Nothing was changed, as after any error but one:
+        StorageError: kind `outcome-unknown` when the checkpoint may or may not last; nothing was deleted.
+    """
+    view = read_view(objects, settings)
+    if not view.since_checkpoint:
+        return RollUp()
+    number = (view.checkpoint.number if view.checkpoint else 0) + 1
+    folder = layout.fold_prefix(number, secrets.token_hex(layout.NONCE_BYTES))
+    fold = _Fold(objects, folder, view)
+    try:
+        for done, commit in enumerate(view.since_checkpoint, 1):
+            fold.add(commit)
+            if progress is not None:
+                progress(done, len(view.since_checkpoint))
+        files = fold.finish()
+        checkpoint = Checkpoint(number, now(), len(view.commits), view.newest, files)
+        data = seal_checkpoint(checkpoint, settings)
+        parse_checkpoint(data, layout.checkpoint_path(number), settings)  # a record that readers refuse never appears
+        ours = create_settled(objects, layout.checkpoint_path(number), data) == data
+    except Exception as error:
+        if getattr(error, "kind", None) != "outcome-unknown":
+            _drop(objects, folder)
+        raise
+    if not ours:
+        _drop(objects, folder)
+        return RollUp()
+    deleted = _vacuum(objects, settings, checkpoint, view)
+    sizes = [info.bytes for commit in view.since_checkpoint for info in commit.objects if info.kind in ROLLED]
+    written = sum(info.bytes for info in files if info.path.startswith(folder))
+    return RollUp(number, len(view.since_checkpoint), fold.rows, deleted, sum(sizes), written)
+
+
+class _Fold:
+    """Gathers rows kind by kind, and writes a file when there are enough."""
+
+    def __init__(self, objects: Objects, folder: str, view: View) -> None:
+        self._objects = objects
+        self._folder = folder
+        self._waiting: dict[str, list[pa.Table]] = {}
+        self._counts: dict[str, int] = {}
+        self._files: list[ObjectInfo] = []
+        self._made = 0
+        self._number = len(view.commits) - len(view.since_checkpoint)
+        self.rows = 0
+        for info in view.checkpoint.files if view.checkpoint else ():
+            if info.rows >= FILE_ROWS:
+                self._files.append(info)
+            else:
+                self._gather(info.kind, read_rows(objects, info, view.checkpoint))  # type: ignore[arg-type]
+
+    def add(self, commit: Commit) -> None:
+        self._gather("commits", commit_rows([commit]))
+        kept = [info for info in commit.objects if info.kind not in ROLLED]
+        self._gather("objects", object_rows(self._number, kept))
+        for info in commit.objects:
+            if info.kind in ROLLED:
+                table = read_rows(self._objects, info, commit)
+                self.rows += table.num_rows
+                self._gather(info.kind, _numbered(table, info.kind, self._number))
+        self._number += 1
+
+    def finish(self) -> tuple[ObjectInfo, ...]:
+        """Write what is left, make it durable, and return all files in order."""
+        for kind in list(self._waiting):
+            self._write(kind)
+        self._objects.sync([info.path for info in self._files if info.path.startswith(self._folder)])
+        return tuple(self._files)
+
+    def _gather(self, kind: str, table: pa.Table) -> None:
+        self._waiting.setdefault(kind, []).append(table)
+        self._counts[kind] = self._counts.get(kind, 0) + table.num_rows
+        if self._counts[kind] >= FILE_ROWS:
+            self._write(kind)
+
+    def _write(self, kind: str) -> None:
+        tables = self._waiting.pop(kind)
+        self._counts[kind] = 0
+        try:
+            table = pa.concat_tables(alike(tables) if kind == "samples" else tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise FormatError(f"the {kind} of different commits do not fit together: {error}") from error
+        path = f"{self._folder}{kind}-{self._made:04d}.parquet"
+        self._made += 1
+        data = write_rows(table.unify_dictionaries())
+        self._objects.put(path, data)
+        self._files.append(ObjectInfo(path, len(data), zlib.crc32(data), kind, table.nbytes, table.num_rows))
+
+
+def _numbered(table: pa.Table, kind: str, number: int) -> pa.Table:
+    """Say which commit the rows are of, and which rows of it, where slices name them by number."""
+    if kind == "samples":  # their order says all, and their other columns are the user's
+        return table
+    if kind in ("gradients", "states"):
+        table = table.add_column(0, "owner", pa.array(np.arange(table.num_rows, dtype=np.int32)))
+    return table.add_column(0, "commit", pa.array(np.full(table.num_rows, number, np.int32)))
+
+
+def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: View) -> int:
+    """Delete what the checkpoint made superfluous, unless it is outdated itself; return how many files."""
+    numbers = [layout.parse_checkpoint_path(path) or 0 for path in objects.list(layout.CHECKPOINTS)]
+    if max(numbers, default=0) > checkpoint.number:
+        return 0
+    known = {(commit.writer, commit.seq): commit for commit in view.since_checkpoint}
+    deleted = 0
+    for path in objects.list(layout.LOG):
+        name = layout.parse_record_path(path)
+        if name is None or not checkpoint.covers(*name):
+            continue
+        infos = known[name].objects if name in known else _named(objects, path)
+        deleted += _delete(objects, [info.path for info in infos if info.kind in ROLLED])
+        if name[1] < checkpoint.newest[name[0]].seq:
+            deleted += _delete(objects, [path])
+    kept = {info.path for info in checkpoint.files}
+    for number in sorted(set(numbers) - {checkpoint.number}):
+        path = layout.checkpoint_path(number)
+        deleted += _delete(objects, [info.path for info in _named(objects, path) if info.path not in kept])
+        deleted += _delete(objects, [path])
+    # Folders of roll-ups that died before their checkpoint. One that is still at work on so low a number will not
+    # count any more.
+    folders = {path.rpartition("/")[0] for path in kept}
+    for folder in objects.folders(layout.DATA):
+        number_of = layout.parse_fold_prefix(folder)
+        if number_of is not None and number_of <= checkpoint.number and folder not in folders:
+            _drop(objects, folder)
+    return deleted
+
+
+def _named(objects: Objects, path: str) -> Sequence[ObjectInfo]:
+    """Return the objects that a record left behind by an earlier roll-up names; none if it cannot be read."""
+    try:
+        fields, _ = layout.unseal(objects.read(path), path)
+        return [parse_info(entry, path) for entry in fields.get("objects", ())]
+    except (NotFoundError, CorruptionError):
+        return []
+
+
+def _delete(objects: Objects, paths: Iterable[str]) -> int:
+    deleted = 0
+    for path in paths:
+        with suppress(NotFoundError):  # another roll-up was here
+            objects.delete(path)
+            deleted += 1
+    return deleted
+
+
+def _drop(objects: Objects, folder: str) -> None:
+    with suppress(Exception):  # what stays is named by no record, so no reader sees it
+        objects.delete_prefix(folder)

@@ -1,0 +1,47 @@
+"""The stores that are open in this process: what becomes of them in a forked child, and when the interpreter ends."""
+
+import atexit
+import ctypes
+import os
+import warnings
+import weakref
+from typing import Any
+
+from timstore import errors
+
+_open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def begun(store: Any) -> None:
+    """Watch over a `Store` from now on."""
+    _open.add(store)
+
+
+def ended(store: Any) -> None:
+    """Watch over it no longer."""
+    _open.discard(store)
+
+
+def open_stores() -> list[Any]:
+    """Return the `Store`s that are open in this process."""
+    return [store for store in _open if not store._closed and store._pid == os.getpid()]
+
+
+def _keep_inherited() -> None:
+    """Hold the stores of the parent in a forked child: DuckDB crashes where a connection is freed after a fork."""
+    for store in _open:
+        # One reference that nothing gives back, the end of the interpreter included: it clears every module.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Commit what an interpreter that ends without `close()` still holds."""
+    for store in open_stores():
+        try:
+            store.close()
+        except errors.TimstoreError as error:
+            warnings.warn(f"{store.path}: records were lost at exit: {error}", errors.TimstoreWarning, stacklevel=1)
