@@ -25,11 +25,15 @@ class Samples:
                 with an integer column `sample`.
 
         Raises:
-            InvalidInputError: no `sample` column, ids that are no integers, or missing ids.
+            InvalidInputError: no `sample` column, ids that are no integers, missing ids, or columns named alike.
         """
         table = _as_table(rows)
         if "sample" not in table.column_names:
             raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
+        spelled = [name.lower() for name in table.column_names]
+        twice = sorted(name for name in table.column_names if spelled.count(name.lower()) > 1)
+        if twice:
+            raise InvalidInputError(f"SQL does not tell the columns {', '.join(twice)} apart: keep one of them")
         ids = table["sample"]
         if not pa.types.is_integer(ids.type) or ids.null_count:
             raise InvalidInputError(f"the column `sample` holds integers without gaps, not {ids.type}")

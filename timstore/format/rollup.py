@@ -78,8 +78,8 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
         return RollUp()
     number = (view.checkpoint.number if view.checkpoint else 0) + 1
     folder = layout.fold_prefix(number, secrets.token_hex(layout.NONCE_BYTES))
-    fold = _Fold(objects, folder, view)
     try:
+        fold = _Fold(objects, folder, view)
         for done, commit in enumerate(view.since_checkpoint, 1):
             fold.add(commit)
             if progress is not None:
@@ -92,6 +92,8 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
     except Exception as error:
         if getattr(error, "kind", None) != "outcome-unknown":
             _drop(objects, folder)
+        if isinstance(error, CorruptionError) and error.kind == "missing" and _newest(objects) >= number:
+            return RollUp()  # another roll-up was faster, and deleted what this one was reading
         raise
     if not ours:
         _drop(objects, folder)
@@ -169,8 +171,7 @@ def _numbered(table: pa.Table, kind: str, number: int) -> pa.Table:
 
 def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: View) -> int:
     """Delete what the checkpoint made superfluous, unless it is outdated itself; return how many files."""
-    numbers = [layout.parse_checkpoint_path(path) or 0 for path in objects.list(layout.CHECKPOINTS)]
-    if max(numbers, default=0) > checkpoint.number:
+    if _newest(objects) > checkpoint.number:
         return 0
     known = {(commit.writer, commit.seq): commit for commit in view.since_checkpoint}
     deleted = 0
@@ -183,8 +184,9 @@ def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: 
         if name[1] < checkpoint.newest[name[0]].seq:
             deleted += _delete(objects, [path])
     kept = {info.path for info in checkpoint.files}
-    for number in sorted(set(numbers) - {checkpoint.number}):
-        path = layout.checkpoint_path(number)
+    for path in objects.list(layout.CHECKPOINTS):
+        if (layout.parse_checkpoint_path(path) or checkpoint.number) >= checkpoint.number:
+            continue
         deleted += _delete(objects, [info.path for info in _named(objects, path) if info.path not in kept])
         deleted += _delete(objects, [path])
     # Folders of roll-ups that died before their checkpoint. One that is still at work on so low a number will not
@@ -195,6 +197,10 @@ def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: 
         if number_of is not None and number_of <= checkpoint.number and folder not in folders:
             _drop(objects, folder)
     return deleted
+
+
+def _newest(objects: Objects) -> int:
+    return max((layout.parse_checkpoint_path(path) or 0 for path in objects.list(layout.CHECKPOINTS)), default=0)
 
 
 def _named(objects: Objects, path: str) -> Sequence[ObjectInfo]:
