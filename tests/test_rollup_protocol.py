@@ -9,6 +9,7 @@ import pytest
 from stores import forged
 
 from timstore.errors import StorageError
+from timstore.format import rollup
 from timstore.format.checkpoint import read_rows, read_tables
 from timstore.format.log import LogWriter, claim_attempt
 from timstore.format.objects import LocalObjects
@@ -123,7 +124,10 @@ def test_commits_at_any_moment_of_a_roll_up_are_all_there(tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_other_roll_ups_at_any_moment_of_a_roll_up_lose_nothing(tmp_path, times):
+@pytest.mark.parametrize("file_rows", [2, 1000])
+def test_other_roll_ups_at_any_moment_of_a_roll_up_lose_nothing(tmp_path, monkeypatch, times, file_rows):
+    monkeypatch.setattr(rollup, "FILE_ROWS", file_rows)  # two: row files are carried from one to the next
+
     def disturb(add, objects, settings):
         for _ in range(times):
             add(0)
