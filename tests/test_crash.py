@@ -12,7 +12,7 @@ import pytest
 
 import timstore
 
-KILLS = 50
+KILLS = 100
 SEED = int.from_bytes(os.urandom(4), "little")
 
 # Forked from one interpreter: starting another for each kill would take most of the time.
@@ -20,6 +20,7 @@ WRITER = """
 import os, sys
 import numpy, timstore
 
+timstore.writing.ROLL_UP_COMMITS = int(sys.argv[2])
 print("ready", flush=True)
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -38,9 +39,9 @@ for line in sys.stdin:
 """
 
 
-def run(script, path, **options):
+def run(script, path, *arguments, **options):
     """Start a script with its output open, warnings as errors."""
-    command = [sys.executable, "-W", "error", "-c", script, str(path)]
+    command = [sys.executable, "-W", "error", "-c", script, str(path), *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
 
@@ -60,13 +61,15 @@ def assert_whole(path, acknowledged):
         return len(counts)
 
 
-def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(tmp_path):
+@pytest.mark.parametrize("roll_up_commits", [1000, 2])
+def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(tmp_path, roll_up_commits):
+    """Commits alone, and with a roll-up after every second one, which takes longer than they do."""
     draw = random.Random(SEED)
     print(f"seed {SEED}")
     path = tmp_path / "run"
     timstore.open(path, "x").close()  # a kill while it is made: the next test
     next_step = 0
-    with run(WRITER, path) as writer:
+    with run(WRITER, path, roll_up_commits) as writer:
         assert writer.stdout.readline() == "ready\n"
         for _ in range(KILLS):
             print(next_step, file=writer.stdin, flush=True)
@@ -88,9 +91,14 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(t
         total = 3 * next_step + 1
         assert store.sql("SELECT count(*) FROM records").fetchall() == [(total,)]
         assert sum(len(record.gradients) for record in store.read()) == 2 * (total - 1) + 1
-    unfinished = len(list(path.glob("data/*/*"))) - len(list(path.glob("log/*/*.json")))
-    print(f"{unfinished} kills left a commit unfinished")
+    with timstore.open(path, "r") as store:
+        view = store.snapshot().view
+    rolled_up = view.checkpoint.number if view.checkpoint else 0
+    named = {info.path.rpartition("/z/")[0] for commit in view.commits for info in commit.objects if "/z/" in info.path}
+    unfinished = len(list(path.glob("data/*/*/z"))) - len(named)
+    print(f"{unfinished} kills left a commit unfinished, {rolled_up} checkpoints")
     assert unfinished > 0
+    assert rolled_up > KILLS / 4 if roll_up_commits == 2 else rolled_up == 0
 
 
 def test_a_killed_store_is_never_seen_half_made(tmp_path):
