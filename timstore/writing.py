@@ -107,6 +107,7 @@ class BackgroundWriter:
     ) -> None:
         self._roll_up = roll_up
         self._unfolded = unfolded
+        self._unfoldable: Exception | None = None
         self.attempt = attempt
         self._log = log
         self._precision = precision
@@ -134,6 +135,7 @@ class BackgroundWriter:
         size_bytes = sum(item.size_bytes for item in items)
         with self._condition:
             self._raise_error()
+            self._tell()
             while self._queued_bytes and self._queued_bytes + size_bytes > QUEUE_BYTES:
                 self._condition.wait()
                 self._raise_error()
@@ -157,12 +159,14 @@ class BackgroundWriter:
             while self._answered < ticket and self._error is None:
                 self._condition.wait()
             self._raise_error()
+            self._tell()
 
     def close(self) -> None:
         """Commit, write the closing record, and end the thread."""
         self.commit()
         self._log.close()
         self.stop()
+        self._tell()
 
     def stop(self) -> None:
         """End the thread without another commit."""
@@ -177,6 +181,12 @@ class BackgroundWriter:
             if not self._broken:
                 self._error = None
             raise error
+
+    def _tell(self) -> None:
+        """Warn in the training thread: where warnings are errors, one would end the writer's."""
+        error, self._unfoldable = self._unfoldable, None
+        if error is not None:
+            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=4)
 
     def _run(self) -> None:
         while True:
@@ -276,7 +286,8 @@ class BackgroundWriter:
         try:
             self._roll_up()
         except Exception as error:
-            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=1)
+            with self._condition:
+                self._unfoldable = error
 
     def _break(self, error: Exception) -> None:
         """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""

@@ -8,12 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from timstore.errors import CorruptionError
-from timstore.format import layout
+from timstore.format import layout, tables
 from timstore.format.commits import KINDS, Commit, Moment, ObjectInfo, parse_info, take_time
 from timstore.format.layout import take
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
-from timstore.format.tables import read_words
 from timstore.format.verified import read_verified
 
 # What a checkpoint says of the commits that it covers, beside their rows.
@@ -129,7 +128,7 @@ def _newest(writer: str, head: Any, path: str) -> Commit:
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
-    return read_words(read_verified(objects, info, owner))
+    return tables.hold_words(tables.read_rows(read_verified(objects, info, owner)))
 
 
 def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:

@@ -122,7 +122,8 @@ ADDED = {
 # What roll-up folds and SQL shows. Slices are read with their arrays, and stay beside them.
 ROLLED = tuple(kind for kind in SCHEMAS if kind != "slices")
 
-# Few distinct words in many rows: held as numbers into a dictionary.
+_LARGE_BYTES = 1_000_000
+# Few distinct words in many rows.
 _WORDS = ["parameter", "encoding", "precision", "optimizer", "role"]
 
 
@@ -133,9 +134,18 @@ def write_rows(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_words(data: bytes) -> pa.Table:
-    """Return the rows of a Parquet file, repeating words as dictionaries."""
-    return pq.read_table(pa.BufferReader(data), read_dictionary=_WORDS)
+def read_rows(data: bytes) -> pa.Table:
+    """Return the row table that a Parquet file holds."""
+    # The dataset reader behind `read_table` takes three times as long for the few rows of one commit.
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=len(data) > _LARGE_BYTES)
+
+
+def hold_words(table: pa.Table) -> pa.Table:
+    """Hold repeating words as numbers into a dictionary: smaller in memory, and sooner in DuckDB."""
+    for number, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if name in _WORDS and column.type == pa.string():
+            table = table.set_column(number, name, column.combine_chunks().dictionary_encode())
+    return table
 
 
 def alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
