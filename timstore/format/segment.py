@@ -126,7 +126,7 @@ def build_segment(
     rows = {"records": _record_rows(records), "gradients": gradients, "slices": slices, **tables}
     for kind, table in rows.items():
         if table.num_rows:
-            yield f"{kind}.parquet", _parquet(table), kind, table.nbytes, table.num_rows
+            yield f"{kind}.parquet", _parquet(table, kind), kind, table.nbytes, table.num_rows
     for name, data in blobs.items():
         yield name, data, "probe", len(data), 0
     if layout.arrays:
@@ -222,9 +222,21 @@ def _record_rows(records: Sequence[EncodedRecord]) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMAS["records"])
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _parquet(table: pa.Table, kind: str) -> bytes:
+    """Return a row table as Parquet, without what no reader of a store asks for: of a small commit that is most bytes.
+
+    Only a user's own columns may have a type that Parquet alone does not tell (a time zone, a dictionary).
+    """
+    texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=texts,
+        write_statistics=False,
+        store_schema=kind not in SCHEMAS or kind == "samples",
+    )
     return bytes(sink.getvalue())
 
 
