@@ -17,7 +17,7 @@ LIMITS = {"exact": (7.5, 0), "bfloat16": (18, 0.004), "int8": (28, 0.01)}
 
 
 def text(samples: int, tokens: int) -> torch.Tensor:
-    """Return words of a source file, numbered by how common they are: ids drawn at random repeat less than text does."""
+    """Return words of a source file, numbered by how common they are: random ids would repeat less than text."""
     words = re.findall(r"\w+|\s+|.", inspect.getsource(argparse))
     numbers = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}
     return torch.tensor([numbers[word] for word in words[: samples * tokens]]).view(samples, tokens)
