@@ -6,10 +6,10 @@ store. timstore holds all the records; the others are linear in them and written
 
 import json
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Setting:
     net: Net
     tokens: int
     masked: str = ""
-    others: bool = False
+    others: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.net.name}, {self.tokens} tokens" + (f", {self.masked}" if self.masked else "")
@@ -51,7 +51,7 @@ class Setting:
 
 # The one whose bytes per number the arithmetic of larger nets takes.
 MEASURED = Setting(TIED, 64, others=True)
-QUICK = [MEASURED, Setting(BLOCKS, 64)]
+QUICK = [Setting(TIED, 64), Setting(BLOCKS, 64, others=True)]
 FULL = [
     MEASURED,
     Setting(UNTIED, 64),
@@ -61,6 +61,15 @@ FULL = [
     Setting(TIED, 64, "prompt"),
     Setting(BLOCKS, 64, others=True),
 ]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and recorded, and where the stores lie."""
+
+    steps: int
+    records: int
+    folder: Path
 
 
 def raw(records: Dense, path: Path) -> None:
@@ -115,30 +124,31 @@ def overhead(path: Path) -> int:
     return disk_bytes(path) - sum(disk_bytes(shard) for shard in path.glob("data/*/*/z/*/c"))
 
 
-@cache
-def recorded(setting: Setting, precision: str, steps: int, records: int) -> tuple[Path, tempfile.TemporaryDirectory]:
-    """Return a store of the setting's records, and the folder that goes with it."""
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name, "run.tim")
-    options = {"precision": precision, "tokens": setting.tokens, "masked": setting.masked}
-    record(setting.net, path, records=records, steps=steps, **options)
-    return path, folder
+def recorded(setting: Setting, precision: str, scale: Scale) -> Path:
+    """Return a store of the setting's records; the same one when asked again."""
+    path = scale.folder / f"{setting}, {precision}.tim"
+    if not path.exists():
+        options = {"precision": precision, "tokens": setting.tokens, "masked": setting.masked}
+        record(setting.net, path, records=scale.records, steps=scale.steps, **options)
+    return path
 
 
-def weigh(setting: Setting, steps: int, records: int) -> Iterator[dict[str, Any]]:
+def weigh(setting: Setting, scale: Scale) -> Iterator[dict[str, Any]]:
     """Yield a row for each layout of a setting's records."""
     for precision in PRECISIONS:
-        path, _ = recorded(setting, precision, steps, records)
+        path = recorded(setting, precision, scale)
         with timstore.open(path, "r") as store:
-            raw_bytes = 4 * int(store.sql("SELECT sum(numel) FROM parameters").fetchone()[0])
-            errors = store.sql("SELECT median(rel_error), max(rel_error) FROM gradients").fetchone()
+            raw_bytes = 4 * int(store.sql("SELECT sum(numel) FROM parameters").fetchall()[0][0])
+            errors = store.sql("SELECT median(rel_error), max(rel_error) FROM gradients").fetchall()[0]
             if setting.others and precision == "exact":
                 dense = [{n: one.dense(n) for n in one.gradients} for one in islice(store.read(), OTHERS)]
         written = disk_bytes(path)
-        found = row(setting, f"timstore, {precision}", records, written / records, raw_bytes, errors)
+        found = row(setting, f"timstore, {precision}", scale.records, written / scale.records, raw_bytes, errors)
         yield found | {"not arrays": f"{overhead(path) / written:.2%}"}
+        if setting != MEASURED:
+            shutil.rmtree(path)
     for name, (count, write) in LAYOUTS.items() if setting.others else ():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scale.folder) as folder:
             path = Path(folder, "records.npz")
             write(dense[:count], path)
             yield row(setting, name, count, disk_bytes(path) / count, raw_bytes, (0.0, 0.0))
@@ -182,7 +192,7 @@ def bytes_per_number(path: Path, net: Net) -> dict[str, float]:
     return {base: stored[base] / numbers[base] for base in stored}
 
 
-def of_a_billion(steps: int, records: int, tokens: int) -> Iterator[dict[str, Any]]:
+def of_a_billion(scale: Scale, tokens: int) -> Iterator[dict[str, Any]]:
     """Yield rows for a record of a Llama of 1.2 billion parameters: its shapes, times what numbers of each kind took in
     the net of width 512. Every token counts as a row, also those that the embedding or a mask would leave out.
     """
@@ -195,26 +205,28 @@ def of_a_billion(steps: int, records: int, tokens: int) -> Iterator[dict[str, An
         "values": tokens * width + (2 * depth + 1) * width,
     }
     for precision in PRECISIONS:
-        path, _ = recorded(MEASURED, precision, steps, records)
-        each = bytes_per_number(path, MEASURED.net)
+        each = bytes_per_number(recorded(MEASURED, precision, scale), MEASURED.net)
         total = sum(count * each[kind] for kind, count in counts.items())
         raw_bytes = 4 * (weights + (2 * depth + 1) * width)
-        name = f"1.2 B (arithmetic), {tokens} tokens"
+        name = f"1.2 B*, {tokens} tokens"
         found = row(name, f"timstore, {precision}", "", total, raw_bytes, (0.0, 0.0))
         yield found | {"median err": None, "largest err": None}
 
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    steps, records = (5, 8) if options.quick else (60, 16)
+    settings, (steps, records) = (QUICK, (4, 8)) if options.quick else (FULL, (60, 16))
     rows: list[dict[str, Any]] = []
-    for setting in track(QUICK if options.quick else FULL, "settings", transient=True, console=Console(stderr=True)):
-        found = list(weigh(setting, steps, records))
-        json_bytes = {one["layout"]: one["KB/record"] for one in found}.get(JSON)
-        rows += [one | {"JSON/this": json_bytes and json_bytes / one["KB/record"]} for one in found]
-    for tokens in (64, 256, 512):
-        rows += of_a_billion(steps, records, tokens)
-    show(f"Bytes per record, {steps} steps of training before", rows, as_json=options.json)
+    with tempfile.TemporaryDirectory() as folder:
+        scale = Scale(steps, records, Path(folder))
+        for setting in track(settings, "settings", transient=True, console=Console(stderr=True)):
+            found = list(weigh(setting, scale))
+            json_bytes = {one["layout"]: one["KB/record"] for one in found}.get(JSON)
+            rows += [one | {"JSON/this": json_bytes and json_bytes / one["KB/record"]} for one in found]
+        for tokens in (64, 256, 512):
+            rows += of_a_billion(scale, tokens)
+    title = f"Bytes per record after {steps} steps of training; * by arithmetic, from the bytes per number of 512 tied"
+    show(title, rows, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,10 @@ class Net:
         return model
 
 
-TIED = Net("width 512, tied", 512, 1408, 6, 8, 8192, tied=True)
-UNTIED = Net("width 512, untied", 512, 1408, 6, 8, 8192, tied=False)
+TIED = Net("512 tied", 512, 1408, 6, 8, 8192, tied=True)
+UNTIED = Net("512 untied", 512, 1408, 6, 8, 8192, tied=False)
 # 655,360 weights: where gradients as factors save least.
-BLOCKS = Net("width 128, blocks", 128, 256, 4, 4, 2048, tied=True, blocks_only=True)
+BLOCKS = Net("128 blocks", 128, 256, 4, 4, 2048, tied=True, blocks_only=True)
 
 
 @cache
@@ -88,10 +88,8 @@ def trained(net: Net, steps: int) -> LlamaForCausalLM:
     return model
 
 
-def record(
-    net: Net, path: Path, *, precision: str, tokens: int, records: int, steps: int, masked: str = ""
-) -> tuple[timstore.Store, float]:
-    """Record the next steps of a training, BATCH samples each, and return the closed store and seconds per sample.
+def record(net: Net, path: Path, *, precision: str, tokens: int, records: int, steps: int, masked: str = "") -> None:
+    """Record the next steps of a training, BATCH samples each.
 
     Args:
         tokens: of a sequence.
@@ -105,11 +103,9 @@ def record(
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=RATE, momentum=0.9)
     corpus, draw = text(net.vocabulary, tokens), torch.Generator().manual_seed(1)
     chosen = torch.randperm(len(corpus), generator=draw)[:records]
-    begun = time.perf_counter()
     with timstore.open(path, precision=precision) as store, store.record(model, optimizer):
         for ids in chosen.split(BATCH):
             _step(model, optimizer, corpus[ids], masked=masked, draw=draw, sample_ids=ids)
-    return store, (time.perf_counter() - begun) / records
 
 
 def seconds_per_sample(net: Net, tokens: int, steps: int) -> float:

@@ -63,9 +63,13 @@ class ArrayLayout:
 
     @classmethod
     def plan(cls, rows: int, width: int, dtype: np.dtype[Any]) -> "ArrayLayout":
-        """Choose chunks of about 512 KB (float64: 1 MB) in shards of at most 8 MB, no larger than the rows at hand."""
+        """Choose chunks of a block, or little more, in shards of at most 8 MB, no larger than the rows at hand."""
         row_bytes = width * dtype.itemsize
-        chunk_rows = min(rows, max(1, _block_bytes(dtype) // row_bytes))
+        block = _block_bytes(dtype)
+        fitting, missing = divmod(block, row_bytes)
+        # In a block that is not full, planes straddle what Zstd codes with one table; so they do in a second, short one.
+        another = missing and (row_bytes - missing <= block // 8 or missing > block // 8)
+        chunk_rows = min(rows, fitting + 1 if another else fitting)
         needed = -(-rows // chunk_rows)
         most = max(1, SHARD_BYTES // (chunk_rows * row_bytes))
         # Shards of even size: the last one is then nearly full too.
