@@ -67,7 +67,7 @@ class ArrayLayout:
         row_bytes = width * dtype.itemsize
         block = _block_bytes(dtype)
         fitting, missing = divmod(block, row_bytes)
-        # In a block that is not full, planes straddle what Zstd codes with one table; so they do in a second, short one.
+        # In a block that is not full, planes straddle what Zstd codes with one table; likewise in a second, short one.
         another = missing and (row_bytes - missing <= block // 8 or missing > block // 8)
         chunk_rows = min(rows, fitting + 1 if another else fitting)
         needed = -(-rows // chunk_rows)
