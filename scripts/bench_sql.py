@@ -86,7 +86,7 @@ class Filler:
 
         def build() -> Iterator[tuple[str, bytes, str, int, int]]:
             for kind, table in tables.items():
-                yield f"{kind}.parquet", write_rows(table), kind, table.nbytes, table.num_rows
+                yield f"{kind}.parquet", write_rows(table, kind), kind, table.nbytes, table.num_rows
 
         at = (self.step // 500, self.step)
         self._log.commit(0, 0, (at, at), SAMPLES, build)

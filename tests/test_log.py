@@ -52,7 +52,7 @@ def test_the_bytes_of_a_record_follow_the_specification(objects, settings):
     assert first["previous"] is None
     assert last["previous"] == hashlib.sha256(bodies[0]).hexdigest()
     assert second.digest == hashlib.sha256(bodies[1]).hexdigest()
-    assert (last["format"], last["reader_features"], last["writer_features"]) == ([1, 2], [], [])
+    assert (last["format"], last["reader_features"], last["writer_features"]) == ([1, 2], ["blosc-zstd"], [])
     assert (last["writer"], last["seq"], last["kind"], last["steps"]) == (writer.writer, 1, "commit", None)
     (described,) = last["objects"]
     assert (objects.root / described["path"]).read_bytes() == b"b"

@@ -58,7 +58,7 @@ def put_sample(writer, sample):
     table = pa.Table.from_pylist([row], SCHEMAS["records"])
 
     def build():
-        yield "records.parquet", write_rows(table), "records", table.nbytes, 1
+        yield "records.parquet", write_rows(table, "records"), "records", table.nbytes, 1
         yield "z/w8-float32/c/0/0", b"%d" % sample, "shard", 8, 1
 
     writer.commit(0, 0, ((0, sample), (0, sample)), 1, build)

@@ -37,7 +37,11 @@ def written_by_zarr(folder: Path, rows: np.ndarray, layout: ArrayLayout) -> dict
     group = zarr.open_group(folder, mode="w", zarr_format=3)
     bits = rows.dtype == BFLOAT16
     plain = rows.view("<u2") if bits else rows
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=rows.itemsize)
+    if layout.compressor == "lz4":
+        blosc = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=rows.itemsize)
+    else:
+        shuffle, block = "noshuffle" if rows.itemsize == 1 else "shuffle", max(512 * 1024, rows.itemsize * 128 * 1024)
+        blosc = BloscCodec(cname="zstd", clevel=1, shuffle=shuffle, typesize=rows.itemsize, blocksize=block)
     array = group.create_array(
         "a",
         shape=plain.shape,
@@ -55,11 +59,12 @@ def written_by_zarr(folder: Path, rows: np.ndarray, layout: ArrayLayout) -> dict
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 12, 37])
-def test_every_byte_is_the_one_that_zarr_python_writes(tmp_path: Path, dtype: str, rows: int) -> None:
+@pytest.mark.parametrize("compressor", ["zstd", "lz4"])
+def test_every_byte_is_the_one_that_zarr_python_writes(tmp_path: Path, dtype: str, rows: int, compressor: str) -> None:
     random = np.random.default_rng(rows)
     values = (random.standard_normal((rows, 7)) * 50).astype(dtype)
     values[rows // 2 :] = 0
-    layout = ArrayLayout(rows, 7, dtype, min(4, rows), 3)
+    layout = ArrayLayout(rows, 7, dtype, min(4, rows), 3, compressor)
     assert write(tmp_path / "ours", values, layout) == written_by_zarr(tmp_path / "theirs", values, layout)
 
 
@@ -70,6 +75,25 @@ def test_bfloat16_is_stored_as_uint16_with_an_attribute(tmp_path: Path) -> None:
     array = zarr.open_group(tmp_path / "ours", mode="r")["a"]
     assert array.attrs["dtype"] == "bfloat16"
     assert np.array_equal(array[:], values.view("<u2"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
+def test_chunks_of_full_size_are_the_bytes_that_zarr_python_writes(tmp_path: Path, dtype: str) -> None:
+    values = np.random.default_rng(4).standard_normal((3000, 512)).astype(np.float32)
+    rows = narrow(values) if dtype == "bfloat16" else (values * 40).astype(dtype)
+    layout = ArrayLayout.plan(*rows.shape, rows.dtype)
+    assert layout.chunk_bytes >= 512 * 1024
+    assert write(tmp_path / "ours", rows, layout) == written_by_zarr(tmp_path / "theirs", rows, layout)
+
+
+def test_floats_take_little_more_than_the_entropy_of_sign_and_exponent() -> None:
+    values = np.random.default_rng(5).standard_normal((1024, 512)).astype(np.float32)
+    layout = ArrayLayout.plan(*values.shape, values.dtype)
+    stored = sum(len(data) for data in encode(values, layout).values())
+    counts = np.bincount((values.view(np.uint32) >> 23).ravel())
+    chances = counts[counts > 0] / values.size
+    bits = 23 - float((chances * np.log2(chances)).sum())
+    assert values.size * bits / 8 <= stored <= values.size * bits / 8 * 1.02
 
 
 def test_planned_arrays_of_several_shards_read_back_with_plain_zarr(tmp_path: Path) -> None:
@@ -88,13 +112,14 @@ def test_planned_arrays_of_several_shards_read_back_with_plain_zarr(tmp_path: Pa
     chunk_rows=st.integers(1, 50),
     chunks=st.integers(1, 5),
     dtype=st.sampled_from(DTYPES),
+    compressor=st.sampled_from(["zstd", "lz4"]),
 )
 def test_chunks_decode_to_the_bits_that_were_encoded(
-    rows: int, width: int, chunk_rows: int, chunks: int, dtype: str
+    rows: int, width: int, chunk_rows: int, chunks: int, dtype: str, compressor: str
 ) -> None:
     raw = np.random.default_rng(rows * width).integers(0, 256, rows * width * np.dtype(dtype).itemsize, np.uint8)
     values = raw.view(dtype).reshape(rows, width)
-    layout = ArrayLayout(rows, width, dtype, min(chunk_rows, rows), chunks)
+    layout = ArrayLayout(rows, width, dtype, min(chunk_rows, rows), chunks, compressor)
     shards = encode(values, layout)
     decoded = [
         decode_chunk(layout, shards[f"c/{chunk // chunks}/0"], chunk % chunks, "here")
@@ -131,6 +156,9 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
 
 def test_metadata_of_another_kind_of_array_is_refused() -> None:
     document = ArrayLayout(10, 4, "float32", 5, 2).to_json()
-    for broken in (document.replace(b'"lz4"', b'"zstd"'), document.replace(b"10,", b"1e9,"), b"{}", b"[]", b"nonsense"):
+    of_1_1 = ArrayLayout(10, 4, "float32", 5, 2, "lz4").to_json()
+    others = [document.replace(b'"zstd"', name) for name in (b'"lz4"', b'"blosclz"', b'"zlib"', b'["zstd"]', b"1")]
+    others += [of_1_1.replace(b'"lz4"', b'"zstd"'), of_1_1.replace(b'"bitshuffle"', b'"shuffle"')]
+    for broken in (*others, document.replace(b"10,", b"1e9,"), b"{}", b"[]", b"nonsense"):
         with pytest.raises(FormatError):
             ArrayLayout.from_json(broken, "here")

@@ -11,8 +11,9 @@ from timstore.errors import CorruptionError, FormatError
 FORMAT = (1, 2)
 """Major and minor version. A larger major is refused; a larger minor only adds what a reader may ignore."""
 
-READER_FEATURES: frozenset[str] = frozenset()
-"""What a store may ask of its readers beyond `FORMAT` and this version can do."""
+READER_FEATURES: frozenset[str] = frozenset({"blosc-zstd"})
+"""What a store may ask of its readers beyond `FORMAT` and this version can do. What this version writes asks for all
+of it."""
 
 WRITER_FEATURES: frozenset[str] = frozenset()
 """What a store may ask of its writers beyond `FORMAT` and this version can do."""
@@ -141,10 +142,10 @@ def unseal(data: bytes, path: str) -> tuple[dict[str, Any], str]:
 
 
 def header(reader_features: tuple[str, ...] = (), writer_features: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the fields with which every record begins."""
+    """Return the fields with which every record begins, also in a store that an earlier version made."""
     return {
         "format": list(FORMAT),
-        "reader_features": list(reader_features),
+        "reader_features": sorted(READER_FEATURES.union(reader_features)),
         "writer_features": list(writer_features),
     }
 

@@ -155,7 +155,7 @@ class _Fold:
             raise FormatError(f"the {kind} of different commits do not fit together: {error}") from error
         path = f"{self._folder}{kind}-{self._made:04d}.parquet"
         self._made += 1
-        data = write_rows(table.unify_dictionaries())
+        data = write_rows(table.unify_dictionaries(), kind)
         self._objects.put(path, data)
         self._files.append(ObjectInfo(path, len(data), zlib.crc32(data), kind, table.nbytes, table.num_rows))
 

@@ -7,11 +7,10 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timstore.encoding import Encoded, Matrix
 from timstore.format.shard import GROUP_JSON, ROW_BYTES, ArrayLayout, encode_shards, stored_name
-from timstore.format.tables import SCHEMAS
+from timstore.format.tables import SCHEMAS, write_rows
 from timstore.records import Record
 
 # The order in which a parameter's rows are laid down: all records' inputs, then all their output gradients, ...
@@ -126,7 +125,7 @@ def build_segment(
     rows = {"records": _record_rows(records), "gradients": gradients, "slices": slices, **tables}
     for kind, table in rows.items():
         if table.num_rows:
-            yield f"{kind}.parquet", _parquet(table), kind, table.nbytes, table.num_rows
+            yield f"{kind}.parquet", write_rows(table, kind), kind, table.nbytes, table.num_rows
     for name, data in blobs.items():
         yield name, data, "probe", len(data), 0
     if layout.arrays:
@@ -220,12 +219,6 @@ def _record_rows(records: Sequence[EncodedRecord]) -> pa.Table:
         for encoded in records
     ]
     return pa.Table.from_pylist(rows, SCHEMAS["records"])
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 BuildSegment = Callable[[], Iterator[tuple[str, bytes, str, int, int]]]

@@ -28,7 +28,7 @@ class Settings:
     precision: str
     max_rel_error: float
     format: tuple[int, int] = layout.FORMAT
-    reader_features: tuple[str, ...] = ()
+    reader_features: tuple[str, ...] = tuple(sorted(layout.READER_FEATURES))
     writer_features: tuple[str, ...] = ()
 
     @property
@@ -68,7 +68,7 @@ def create_settings(
             path=layout.SETTINGS,
         )
     fields = {
-        **layout.header(),
+        **layout.header(settings.reader_features, settings.writer_features),
         "store": settings.store_id,
         "durability": settings.durability,
         "precision": settings.precision,

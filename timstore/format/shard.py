@@ -17,6 +17,9 @@ from timstore.errors import CorruptionError, FormatError
 from timstore.records import BFLOAT16
 
 CHUNK_BYTES = 512 * 1024
+# Zstd codes every 128 KB with symbol statistics of their own. Blosc blocks in which a plane of the byte shuffle is at
+# least that long keep the bytes that hold sign and exponent apart from the mantissa's, which are noise.
+PLANE_BYTES = 128 * 1024
 SHARD_BYTES = 8 * 1024 * 1024
 # Widest row in bytes; a wider matrix is split by columns (`block` in slices), so that a chunk stays small.
 ROW_BYTES = 1024 * 1024
@@ -33,7 +36,9 @@ _STORED: dict[str, np.dtype[Any]] = {
     "int64": np.dtype("<i8"),
 }
 _MISSING = 2**64 - 1
-_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
+# What is written, and what format 1.1 wrote and is read for ever.
+WRITTEN, EARLIER = "zstd", "lz4"
+_SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
 
 def stored_name(dtype: np.dtype[Any]) -> str:
@@ -43,19 +48,28 @@ def stored_name(dtype: np.dtype[Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """Shape and chunking of one array: (rows, width), `chunk_rows` to a chunk, `chunks` to a shard."""
+    """Shape and chunking of one array: (rows, width), `chunk_rows` to a chunk, `chunks` to a shard.
+
+    Attributes:
+        compressor: Blosc's, `zstd`; `lz4` in arrays of format 1.1.
+    """
 
     rows: int
     width: int
     dtype: str
     chunk_rows: int
     chunks: int
+    compressor: str = WRITTEN
 
     @classmethod
     def plan(cls, rows: int, width: int, dtype: np.dtype[Any]) -> "ArrayLayout":
-        """Choose chunks of about 512 KB in shards of at most 8 MB, no larger than the rows at hand."""
+        """Choose chunks of a block, or little more, in shards of at most 8 MB, no larger than the rows at hand."""
         row_bytes = width * dtype.itemsize
-        chunk_rows = min(rows, max(1, CHUNK_BYTES // row_bytes))
+        block = _block_bytes(dtype)
+        fitting, missing = divmod(block, row_bytes)
+        # In a block that is not full, planes straddle what Zstd codes with one table; likewise in a second, short one.
+        another = missing and (row_bytes - missing <= block // 8 or missing > block // 8)
+        chunk_rows = min(rows, fitting + 1 if another else fitting)
         needed = -(-rows // chunk_rows)
         most = max(1, SHARD_BYTES // (chunk_rows * row_bytes))
         # Shards of even size: the last one is then nearly full too.
@@ -64,10 +78,10 @@ class ArrayLayout:
 
     @classmethod
     def from_json(cls, document: bytes, where: str) -> "ArrayLayout":
-        """Read back what `to_json` wrote.
+        """Read back what `to_json` wrote, in this version or in format 1.1.
 
         Raises:
-            FormatError: if the array is anything but what `to_json` writes, or absurdly large.
+            FormatError: if the array is anything else, or absurdly large.
         """
         try:
             meta = json.loads(document)
@@ -75,8 +89,14 @@ class ArrayLayout:
             inner = meta["codecs"][0]["configuration"]["chunk_shape"][0]
             outer = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
             dtype = meta["attributes"].get("dtype", meta["data_type"])
-            layout = cls(rows, width, dtype, inner, outer // inner)
-            sound = layout.to_json() == document and layout.chunk_bytes <= 2 * ROW_BYTES and rows >= 1
+            compressor = meta["codecs"][0]["configuration"]["codecs"][1]["configuration"]["cname"]
+            layout = cls(rows, width, dtype, inner, outer // inner, compressor)
+            sound = (
+                compressor in (WRITTEN, EARLIER)
+                and layout.to_json() == document
+                and layout.chunk_bytes <= 2 * ROW_BYTES
+                and rows >= 1
+            )
         except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError):
             sound = False
         if not sound:
@@ -105,17 +125,10 @@ class ArrayLayout:
         floating = self.dtype.startswith("float")
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         flat = {"name": "bytes"} if self.dtype == "int8" else little
-        blosc = {
-            "typesize": self.numpy_dtype.itemsize,
-            "cname": "lz4",
-            "clevel": 5,
-            "shuffle": "bitshuffle",
-            "blocksize": 0,
-        }
         crc32c = {"name": "crc32c"}
         sharding = {
             "chunk_shape": [self.chunk_rows, self.width],
-            "codecs": [flat, {"name": "blosc", "configuration": blosc}, crc32c],
+            "codecs": [flat, {"name": "blosc", "configuration": self._blosc}, crc32c],
             "index_codecs": [little, crc32c],
             "index_location": "end",
         }
@@ -133,6 +146,21 @@ class ArrayLayout:
         }
         return json.dumps(document, indent=2).encode()
 
+    def encoder(self) -> Blosc:
+        """Return the compressor of chunks."""
+        options = self._blosc
+        shuffle = _SHUFFLES[options["shuffle"]]
+        return Blosc(options["cname"], options["clevel"], shuffle, options["blocksize"])
+
+    @property
+    def _blosc(self) -> dict[str, Any]:
+        itemsize = self.numpy_dtype.itemsize
+        if self.compressor == EARLIER:
+            level, shuffle, block = 5, "bitshuffle", 0
+        else:
+            level, shuffle, block = 1, "noshuffle" if itemsize == 1 else "shuffle", _block_bytes(self.numpy_dtype)
+        return {"typesize": itemsize, "cname": self.compressor, "clevel": level, "shuffle": shuffle, "blocksize": block}
+
 
 def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) -> Iterator[tuple[str, bytes, int]]:
     """Yield (key, bytes, rows) of each shard, one at a time.
@@ -142,6 +170,7 @@ def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) 
     """
     # Chunks are always whole: the rows past the end are zeros, as the Zarr specification has it.
     chunk = np.zeros((layout.chunk_rows, layout.width), layout.numpy_dtype)
+    blosc = layout.encoder()
     for shard in range(layout.shards):
         index = np.full((layout.chunks, 2), _MISSING, "<u8")
         pieces: list[bytes] = []
@@ -155,7 +184,7 @@ def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) 
             if count < layout.chunk_rows:
                 chunk.view("u1")[:] = 0
             fill(start, chunk[:count])
-            encoded = _with_checksum(_BLOSC.encode(_plain(chunk)))
+            encoded = _with_checksum(blosc.encode(_plain(chunk)))
             index[number] = offset, len(encoded)
             pieces.append(encoded)
             offset += len(encoded)
@@ -178,8 +207,12 @@ def decode_chunk(layout: ArrayLayout, shard: bytes, number: int, where: str) -> 
     # Blosc's header declares the decoded size; a bomb is refused before it is unpacked.
     if len(encoded) < 16 or int.from_bytes(encoded[4:8], "little") != layout.chunk_bytes:
         raise CorruptionError(f"{where}: chunk {number} does not hold {layout.chunk_bytes} bytes", path=where)
-    decoded = np.frombuffer(_BLOSC.decode(encoded), layout.numpy_dtype)
+    decoded = np.frombuffer(layout.encoder().decode(encoded), layout.numpy_dtype)
     return decoded.reshape(layout.chunk_rows, layout.width)
+
+
+def _block_bytes(dtype: np.dtype[Any]) -> int:
+    return max(CHUNK_BYTES, PLANE_BYTES * dtype.itemsize)
 
 
 def _plain(chunk: np.ndarray) -> np.ndarray:

@@ -127,10 +127,20 @@ _LARGE_BYTES = 1_000_000
 _WORDS = ["parameter", "encoding", "precision", "optimizer", "role"]
 
 
-def write_rows(table: pa.Table) -> bytes:
-    """Return a row table as the bytes of a Parquet file."""
+def write_rows(table: pa.Table, kind: str) -> bytes:
+    """Return a row table as Parquet, without what no reader of a store asks for: most bytes of a small commit."""
+    words = [column.name for column in table.schema if pa.types.is_dictionary(column.type)]
+    texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=words + texts,
+        write_statistics=False,
+        # Only these have types that Parquet alone does not tell: dictionaries, and what users attach to samples.
+        store_schema=bool(words) or kind == "samples" or kind not in SCHEMAS,
+    )
     return bytes(sink.getvalue())
 
 
