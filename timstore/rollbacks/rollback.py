@@ -11,7 +11,7 @@ import torch
 
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
 from timstore.fingerprints import digest_of_blocks, digests
-from timstore.format.reader import ByteCache
+from timstore.format.cache import ByteCache
 from timstore.intake import byte_count
 from timstore.records import Parameter
 from timstore.rollbacks.apply import apply, foresee, new_values
