@@ -23,7 +23,7 @@ from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024
 # Records read together, in bytes of the numbers handed out and in their number.
-_BLOCK_BYTES = 64 * 1024 * 1024
+_BLOCK_BYTES = 128 * 1024 * 1024
 _WIDENED = {"exact": 1, "bfloat16": 2, "int8": 4}
 _BLOCK_RECORDS = 256
 _RECORD = "attempt, epoch, step, rank, sample"
@@ -98,7 +98,7 @@ class Snapshot:
     def read(self, where: str | None = None) -> Iterator[StoredRecord]:
         """Iterate live records in order of (epoch, step, rank, sample).
 
-        Cost: records are read 64 MB at a time, beside a cache of that size; a segment is read once for each such
+        Cost: records are read 128 MB at a time, beside a cache of 64 MB; a segment is read once for each such
         block that has records in it.
         """
         parameters = self.parameters()
