@@ -3,11 +3,11 @@
 Dense-equivalent bytes per second: what the chosen gradients would take as dense float32, over the seconds. The first
 read finds nothing in the page cache; a warm one finds everything there. Every figure is measured in a process of its
 own, in rounds over all of them, and is the median of the rounds; "/ mapped" and "/ JSON" are ratios of first reads.
-`rollback` is the whole call, on a handle whose tables
-are loaded: finding the records, summing, writing the rollback down and changing the model. Peak memory is what the
-process holds beyond the model and the open store. JSON and npz hold a few records only, the others all of them.
+A rollback is timed as called, on a handle whose tables are loaded: finding the records, summing, writing the rollback
+down and changing the model. Peak memory is what the process holds beyond the model and the open store; pages of a
+mapped file count. JSON and npz hold a few records only, the others all of them.
 
-Run: python scripts/bench_rollback.py (about 8 minutes on two cores, 16 GB of disk; --quick for a small one, --sweep for
+Run: python scripts/bench_rollback.py (about 4 minutes on two cores, 11 GB of disk; --quick for a small one, --sweep for
 seconds and memory against the records asked for and the records in the store)
 """
 
@@ -110,8 +110,8 @@ def medians(rounds: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, Answer]
     }
 
 
-def compare(folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
-    layers, records, rounds = (1, 16, 1) if quick else (4, 64, 3)
+def compare(folder: Path, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    layers, records = (1, 16) if quick else (2, 64)
     elements = Shapes(layers, 64).elements
     dense_bytes = elements * 4
     calls: dict[str, tuple[Any, ...]] = {}
@@ -138,11 +138,13 @@ def compare(folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
         one.write(path, map(Shapes(layers, 64).dense, range(held[name])), held[name], elements)
         bytes_of[name] = disk_bytes(path) / held[name]
         calls[name] = "add up", path, name, elements, 1 if name == "JSON" else 3
-    large = folder / "tokens-256"
+    # Twenty times the smallest limit.
+    large, many = folder / "large", 16 if quick else 132
+    Shapes(layers, 256).fill(large, many)
     for limit in LIMITS:
         name = f"timstore, 256 tokens, limit {limit}"
-        calls[name] = "roll back", large, layers, 256, limit, list(range(records)), 1
-        bytes_of[name], held[name] = disk_bytes(large) / records, records
+        calls[name] = "roll back", large, layers, 256, limit, list(range(many)), 1
+        bytes_of[name], held[name] = disk_bytes(large) / many, many
     found = medians(rounds, calls)
     mapped = "memory-mapped float32"
     for name, answer in found.items():
@@ -162,12 +164,12 @@ def compare(folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def sweep(folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
+def sweep(folder: Path, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield seconds and memory against the records asked for, and against those of others in the same store.
 
     Others' records lie beside the asked ones in every step, or in steps of their own after them.
     """
-    most, rounds = (32, 1) if quick else (128, 3)
+    most = 32 if quick else 128
     shapes = Shapes(1, 64)
     cases: list[tuple[Path, str, int, int]] = []
     for others in OTHERS:
@@ -203,6 +205,7 @@ def _sample(others: int, total: int, before: int | None, number: int) -> int:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sweep", action="store_true", help="seconds against records asked for and records stored")
+    parser.add_argument("--rounds", type=int, help="of which medians are taken: 3, and 1 with --quick")
     parser.add_argument("--apart", help="one measurement, as JSON; for the benchmark itself")
     given = parser.parse_args()
     if given.apart:
@@ -210,7 +213,9 @@ def main() -> None:
         print(json.dumps(CALLS[name](Path(first) if isinstance(first, str) else first, *rest)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows = list((sweep if given.sweep else compare)(Path(folder), given.quick))
+        rows = list(
+            (sweep if given.sweep else compare)(Path(folder), given.quick, given.rounds or (1 if given.quick else 3))
+        )
     if given.sweep:
         title = "Rollback against the records asked for, 1 layer of width 512, 64 tokens"
     else:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -147,19 +149,22 @@ class Snapshot:
         """
         table = pa.table(list(zip(*keys, strict=True)), names=_RECORD.split(", "))
         table = table.append_column("number", pa.array(range(len(keys)), pa.int64()))
-        columns = ", ".join(f"unnest(?::BIGINT[]) AS {name}" for name in table.column_names)
+        unnested = ", ".join(f"unnest(?::BIGINT[]) AS {name}" for name in table.column_names)
         rows = self.catalog.rows(
-            f"SELECT number, commit, owner, parameter, encoding::VARCHAR AS encoding FROM (SELECT {columns}) "
+            f"SELECT number, commit, owner, parameter, encoding::VARCHAR AS encoding FROM (SELECT {unnested}) "
             f"JOIN stored.gradients USING ({_RECORD}) ORDER BY commit, owner",
             [column.to_pylist() for column in table.columns],
         )
         found: list[dict[str, list[Gradient]]] = [{} for _ in keys]
+        columns = [column.to_pylist() for column in rows.columns]
         # In the order that they lie in, so that each chunk is decoded once for all records.
-        for number, commit, owner, name, encoding in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+        for (commit, name, encoding), run in groupby(zip(*columns, strict=True), key=itemgetter(1, 3, 4)):
+            numbers, _, owners, _, _ = zip(*run, strict=True)
             if commit not in readers:
                 readers[commit] = self.reader(commit, cache)
-            gradient = readers[commit].part(owner, encoding, parameters[name].matrix_shape)
-            found[number].setdefault(name, []).append(gradient)
+            parts = readers[commit].parts(owners, encoding, parameters[name].matrix_shape)
+            for number, part in zip(numbers, parts, strict=True):
+                found[number].setdefault(name, []).append(part)
         for commit in readers.keys() - set(rows["commit"].unique().to_pylist()):
             del readers[commit]
         found.reverse()

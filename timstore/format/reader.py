@@ -155,17 +155,37 @@ class SegmentReader:
         columns = [self._gather(at + piece, first, last) for piece in range(int(stop[0] - at[0]))]
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
-    def part(self, owner: int, encoding: str, shape: tuple[int, int]) -> Gradient:
-        """Return one gradient part as it was recorded, numbers widened to float32 or float64."""
-        if encoding == "factors":
-            if not self.has(owner, "output_gradients"):
-                return np.zeros(shape, np.float32)
-            inputs, row_map = self.rows([owner], "inputs"), self.row_map(owner)
-            return Factors(inputs if row_map is None else inputs[row_map], self.rows([owner], "output_gradients"))
-        if not self.has(owner, "values"):
-            return np.zeros(shape, np.float32)
-        values = self.rows([owner], "values")
-        return Rows(self.rows([owner], "indices"), values, shape) if encoding == "rows" else values.reshape(shape)
+    def parts(self, owners: Numbers, encoding: str, shape: tuple[int, int]) -> list[Gradient]:
+        """Return gradient parts of one encoding as they were recorded, numbers widened to float32 or float64."""
+        owners = np.asarray(owners, np.int64)
+        role = "output_gradients" if encoding == "factors" else "values"
+        at, stop = self._found(owners, role)
+        held = np.flatnonzero(stop > at)
+        found: list[Gradient] = [np.zeros(0, np.float32)] * len(owners)
+        for run in self._alike(at[held], stop[held]):
+            chosen = owners[held[run]]
+            values = self._split(chosen, role)
+            if encoding == "dense":
+                whole: list[Gradient] = [one.reshape(shape) for one in values]
+            elif encoding == "rows":
+                indices = self._split(chosen, "indices")
+                whole = [Rows(which, one, shape) for which, one in zip(indices, values, strict=True)]
+            else:
+                inputs, maps = self._split(chosen, "inputs"), self.row_maps(chosen)
+                mapped = (one if row_map is None else one[row_map] for one, row_map in zip(inputs, maps, strict=True))
+                whole = [Factors(one, outputs) for one, outputs in zip(mapped, values, strict=True)]
+            for number, one in zip(held[run].tolist(), whole, strict=True):
+                found[number] = one
+        for number in np.flatnonzero(stop == at).tolist():
+            found[number] = np.zeros(shape, np.float32)
+        return found
+
+    def _split(self, owners: np.ndarray, role: str) -> list[np.ndarray]:
+        """Return the rows of each gradient, an array of its own each: one that is held holds no other."""
+        rows = self.rows(owners, role)
+        if len(owners) == 1:
+            return [rows]
+        return [one.copy() for one in np.split(rows, np.cumsum(self.counts(owners, role))[:-1])]
 
     def _found(self, owners: Numbers, role: str) -> tuple[np.ndarray, np.ndarray]:
         """Return where each gradient's slices of a role begin and end."""

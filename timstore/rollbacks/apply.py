@@ -73,7 +73,7 @@ class _Foreseen:
         for new in new_values(parameter, delta, name, block_numel):
             old = flat[start : start + len(new)].double()
             wanted = delta.read(name, start, start + len(new)).to(old.device).double()
-            lost = new.double().sub_(old).sub_(wanted)
+            lost = (new.double() - old).sub_(wanted)
             squares = torch.stack([one.dot(one) for one in (wanted, old, lost)]).cpu()
             self.squares += squares
             # A new value that is not finite is a loss that is not; large losses may overflow as well.
