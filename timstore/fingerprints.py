@@ -1,11 +1,14 @@
 """A digest per parameter, so that a model is known again by its bits."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 _BLOCK_BYTES = 16 * 1024 * 1024
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -20,7 +23,7 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
         if block.numel():
             # A single element counts as contiguous whatever its stride is, and then has no view as bytes.
             packed = block.contiguous().as_strided((block.numel(),), (1,))
-            state.update(packed.view(torch.uint8).cpu().numpy().tobytes())
+            state.update(packed.view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
 
 
@@ -32,7 +35,10 @@ def row_hash(row: torch.Tensor) -> str:
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
     """Return the digest of every named parameter."""
-    return {name: digest(parameter) for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
+    # Hashing lets other threads run.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(named, pool.map(digest, named.values()), strict=True))
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

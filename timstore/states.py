@@ -10,7 +10,8 @@ from timstore.encoding import Matrix, restore
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
 from timstore.errors import CorruptionError
-from timstore.format.reader import ByteCache, SegmentReader
+from timstore.format.cache import ByteCache
+from timstore.format.reader import SegmentReader
 from timstore.ledger import table
 from timstore.records import Parameter, as_array, widen
 from timstore.snapshot import Snapshot

@@ -1,8 +1,7 @@
 """Rows out of a segment: every object checked whole before its first use, memory bounded by one cache."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from timstore.encoding import restore
 from timstore.errors import CorruptionError
+from timstore.format.cache import ByteCache
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.segment import ROLES, STATE_ROLES
 from timstore.format.shard import ArrayLayout, decode_chunk
@@ -18,35 +18,14 @@ from timstore.records import Factors, Gradient, Rows
 
 _CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
 
-
-class ByteCache:
-    """The least recently used objects and chunks, up to a number of bytes; the newest one always stays."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: Hashable, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
-        """Return the entry, made by `make` when it is not here."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        entry = make()
-        self._entries[key] = entry
-        self._bytes += size(entry)
-        while self._bytes > self.limit_bytes and len(self._entries) > 1:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= size(oldest)
-        return entry
-
-
-def _size(entry: Any) -> int:
-    return entry.nbytes if isinstance(entry, np.ndarray) else len(entry)
+# Owners or bounds of rows: one for all, or one for each gradient.
+Numbers = Sequence[int] | np.ndarray
 
 
 class SegmentReader:
     """The arrays of one commit, by gradient (`owner`, its row number in the gradients table) and role.
+
+    May be used by several threads. Memory: the cache, and about 60 bytes for each slice.
 
     Args:
         read: returns an object's bytes after checking its size and checksum.
@@ -62,88 +41,162 @@ class SegmentReader:
         self._load_slices()
 
     def _load_slices(self) -> None:
+        """Sort the slices by owner and role; those of one matrix keep their order, that of its columns."""
         info = self._infos.get("slices.parquet")
+        columns = ["owner", "role", "array", "start", "rows", "row_map"]
         if info is None:
-            self._index: dict[tuple[int, int], list[int]] = {}
+            self._keys = np.zeros(0, np.int64)
             return
-        table = pq.read_table(pa.BufferReader(self._read(info, self._commit)))
-        self._start = table["start"].to_numpy()
-        self._rows = table["rows"].to_numpy()
-        self._array = table["array"].to_pylist()
-        self._row_map = table["row_map"]
-        self._index = {}
-        for number, (owner, role) in enumerate(zip(table["owner"].to_pylist(), table["role"].to_pylist(), strict=True)):
-            if role in _CODES:  # others are of a later minor version, and not for this one to read
-                self._index.setdefault((owner, _CODES[role]), []).append(number)
+        table = pq.read_table(pa.BufferReader(self._read(info, self._commit)), columns=columns)
+        owner, start, rows = (table[name].to_numpy() for name in ("owner", "start", "rows"))
+        role, roles = _words(table["role"])
+        array, self._arrays = _words(table["array"])
+        # Roles that are not known are of a later minor version, and not for this one to read.
+        codes = np.array([_CODES.get(word, -1) for word in roles], np.int64)[role]
+        keys = owner * len(_CODES) + codes
+        order = np.argsort(keys, kind="stable")
+        order = order[codes[order] >= 0]
+        self._keys, self._start, self._rows, self._array = keys[order], start[order], rows[order], array[order]
+        maps = table["row_map"].combine_chunks()
+        ends = maps.offsets.to_numpy()
+        self._map_values = maps.values.to_numpy(zero_copy_only=False)
+        self._mapped = maps.is_valid().to_numpy(zero_copy_only=False)[order]
+        self._map_start, self._map_stop = ends[:-1][order], ends[1:][order]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the slices take."""
+        return len(self._keys) * 60 + (self._map_values.nbytes if len(self._keys) else 0)
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
-        return role in _CODES and (owner, _CODES[role]) in self._index
+        return role in _CODES and bool(self.holds([owner], role)[0])
+
+    def holds(self, owners: Numbers, role: str) -> np.ndarray:
+        """Say of each gradient whether it has rows of that role."""
+        first, stop = self._found(owners, role)
+        return stop > first
 
     def count(self, owner: int, role: str) -> int:
         """Return how many rows the gradient has in that role."""
-        found = self._index.get((owner, _CODES[role]))
-        return int(self._rows[found[0]]) if found else 0
+        return int(self.counts([owner], role)[0])
+
+    def counts(self, owners: Numbers, role: str) -> np.ndarray:
+        """Return how many rows each gradient has in that role."""
+        first, stop = self._found(owners, role)
+        counts = np.zeros(len(first), np.int64)
+        held = stop > first
+        counts[held] = self._rows[first[held]]
+        return counts
 
     def row_map(self, owner: int) -> np.ndarray | None:
         """Return which rows of the inputs the output gradients belong to, or None for all of them in order."""
-        value = self._row_map[self._index[owner, _CODES["output_gradients"]][0]]
-        return value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
+        return next(iter(self.row_maps([owner])))
+
+    def row_maps(self, owners: Numbers) -> list[np.ndarray | None]:
+        """Return the `row_map` of each gradient, all of which have output gradients."""
+        first, _ = self._found(owners, "output_gradients")
+        if not self._mapped[first].any():
+            return [None] * len(first)
+        spans = zip(self._map_start[first].tolist(), self._map_stop[first].tolist(), strict=True)
+        found = [self._map_values[start:stop] for start, stop in spans]
+        return [one if mapped else None for one, mapped in zip(found, self._mapped[first].tolist(), strict=True)]
 
     def dtype(self, owner: int, role: str) -> str:
         """Return the name of the dtype that the gradient's rows are stored in."""
-        array: str = self._array[self._index[owner, _CODES[role]][0]]
+        first, _ = self._found([owner], role)
+        array: str = self._arrays[self._array[first[0]]]
         return array.rpartition("-")[2]
 
     def width(self, owner: int, role: str) -> int:
         """Return the number of columns of the gradient's rows in that role."""
-        return sum(self._layout(self._array[number]).width for number in self._index[owner, _CODES[role]])
+        first, stop = self._found([owner], role)
+        return sum(self._layout(self._arrays[number]).width for number in self._array[first[0] : stop[0]])
 
-    def rows(self, owners: list[int], role: str, first: int = 0, last: int | None = None) -> np.ndarray:
+    def rows(self, owners: Numbers, role: str, first: Any = 0, last: Any = None) -> np.ndarray:
         """Return the rows of several gradients in one role, one below the other, in float32 or float64.
 
+        The array is new, and the caller's to change.
+
         Args:
-            first, last: only rows [first, last) of each gradient.
+            first, last: only rows [first, last) of each gradient: a number for all of them, or one for each.
 
         Cost: one pass over the chunks that hold them, decoded at most once while they are next to each other.
         """
-        code = _CODES[role]
+        at, stop = self._found(owners, role)
+        if not (stop > at).all():
+            raise CorruptionError(f"the slices of {self._where} lack the {role} of a gradient", path=self._where)
+        bounds = _each(first, len(at)), _each(np.iinfo(np.int64).max if last is None else last, len(at))
         # One parameter may be stored in several dtypes: a part that was too coarse as int8 is bfloat16.
-        runs = groupby(owners, key=lambda owner: [self._array[number] for number in self._index[owner, code]])
-        span = first, last
-        restored = [self._restored(list(run), role, span) for _, run in runs]
+        owners = np.asarray(owners)
+        runs = self._alike(at, stop)
+        restored = [self._restored(owners[run], role, bounds[0][run], bounds[1][run]) for run in runs]
         return restored[0] if len(restored) == 1 else np.concatenate(restored)
 
-    def _restored(self, owners: list[int], role: str, span: tuple[int, int | None]) -> np.ndarray:
-        values = self._stored(owners, role, span)
+    def _alike(self, at: np.ndarray, stop: np.ndarray) -> Iterator[slice]:
+        """Cut gradients into runs of neighbours whose columns lie in the same arrays."""
+        pieces = stop - at
+        edge = pieces[1:] != pieces[:-1]
+        for piece in range(int(pieces.max(initial=0))):
+            array = self._array[at + np.minimum(piece, pieces - 1)]
+            edge = edge | (array[1:] != array[:-1])
+        edges = [0, *(np.flatnonzero(edge) + 1).tolist(), len(at)]
+        return (slice(start, end) for start, end in pairwise(edges))
+
+    def _restored(self, owners: np.ndarray, role: str, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        values = self._stored(owners, role, first, last)
         if role == "indices":
             return values[:, 0]
-        scaled = self.has(owners[0], f"{role}_scales")
-        return restore(values, self._stored(owners, f"{role}_scales", span) if scaled else None)
+        scales = f"{role}_scales"
+        return restore(values, self._stored(owners, scales, first, last) if self.has(int(owners[0]), scales) else None)
 
-    def part(self, owner: int, encoding: str, shape: tuple[int, int]) -> Gradient:
-        """Return one gradient part as it was recorded, numbers widened to float32 or float64."""
-        if encoding == "factors":
-            if not self.has(owner, "output_gradients"):
-                return np.zeros(shape, np.float32)
-            inputs, row_map = self.rows([owner], "inputs"), self.row_map(owner)
-            return Factors(inputs if row_map is None else inputs[row_map], self.rows([owner], "output_gradients"))
-        if not self.has(owner, "values"):
-            return np.zeros(shape, np.float32)
-        values = self.rows([owner], "values")
-        return Rows(self.rows([owner], "indices"), values, shape) if encoding == "rows" else values.reshape(shape)
-
-    def _stored(self, owners: list[int], role: str, span: tuple[int, int | None]) -> np.ndarray:
-        code = _CODES[role]
-        found = [self._index[owner, code] for owner in owners]
-        columns = [self._gather([numbers[piece] for numbers in found], span) for piece in range(len(found[0]))]
+    def _stored(self, owners: np.ndarray, role: str, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        at, stop = self._found(owners, role)
+        columns = [self._gather(at + piece, first, last) for piece in range(int(stop[0] - at[0]))]
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
-    def _gather(self, numbers: list[int], span: tuple[int, int | None]) -> np.ndarray:
-        array = self._array[numbers[0]]
+    def parts(self, owners: Numbers, encoding: str, shape: tuple[int, int]) -> list[Gradient]:
+        """Return gradient parts of one encoding as they were recorded, numbers widened to float32 or float64."""
+        owners = np.asarray(owners, np.int64)
+        role = "output_gradients" if encoding == "factors" else "values"
+        at, stop = self._found(owners, role)
+        held = np.flatnonzero(stop > at)
+        found: list[Gradient] = [np.zeros(0, np.float32)] * len(owners)
+        for run in self._alike(at[held], stop[held]):
+            chosen = owners[held[run]]
+            values = self._split(chosen, role)
+            if encoding == "dense":
+                whole: list[Gradient] = [one.reshape(shape) for one in values]
+            elif encoding == "rows":
+                indices = self._split(chosen, "indices")
+                whole = [Rows(which, one, shape) for which, one in zip(indices, values, strict=True)]
+            else:
+                inputs, maps = self._split(chosen, "inputs"), self.row_maps(chosen)
+                mapped = (one if row_map is None else one[row_map] for one, row_map in zip(inputs, maps, strict=True))
+                whole = [Factors(one, outputs) for one, outputs in zip(mapped, values, strict=True)]
+            for number, one in zip(held[run].tolist(), whole, strict=True):
+                found[number] = one
+        for number in np.flatnonzero(stop == at).tolist():
+            found[number] = np.zeros(shape, np.float32)
+        return found
+
+    def _split(self, owners: np.ndarray, role: str) -> list[np.ndarray]:
+        """Return the rows of each gradient, an array of its own each: one that is held holds no other."""
+        rows = self.rows(owners, role)
+        if len(owners) == 1:
+            return [rows]
+        return [one.copy() for one in np.split(rows, np.cumsum(self.counts(owners, role))[:-1])]
+
+    def _found(self, owners: Numbers, role: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each gradient's slices of a role begin and end."""
+        wanted = np.asarray(owners, np.int64) * len(_CODES) + _CODES[role]
+        return np.searchsorted(self._keys, wanted, "left"), np.searchsorted(self._keys, wanted, "right")
+
+    def _gather(self, numbers: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Return rows [first, last) of each of these slices of one array, one below the other."""
+        array = self._arrays[self._array[numbers[0]]]
         layout = self._layout(array)
-        first, last = span
-        counts = np.minimum(self._rows[numbers], np.inf if last is None else last).astype(np.int64) - first
+        counts = np.minimum(self._rows[numbers], last) - first
         out = np.empty((int(counts.sum()), layout.width), layout.numpy_dtype)
         done = 0
         for start, count in _ranges(self._start[numbers] + first, counts):
@@ -162,10 +215,12 @@ class SegmentReader:
         path = f"z/{array}/c/{shard}/0"
 
         def decode() -> np.ndarray:
-            data = self._cache.get((self._where, path), lambda: self._object(path), _size)
-            return decode_chunk(layout, data, number, self._infos[path].path)
+            data = self._cache.get((self._commit.digest, path), lambda: self._object(path), len)
+            # As an array, so that what is cut out of it is not copied.
+            shard: Any = np.frombuffer(data, np.uint8)
+            return decode_chunk(layout, shard, number, self._infos[path].path)
 
-        entry: np.ndarray = self._cache.get((self._where, path, number), decode, _size)
+        entry: np.ndarray = self._cache.get((self._commit.digest, path, number), decode, lambda made: made.nbytes)
         return entry
 
     def _layout(self, array: str) -> ArrayLayout:
@@ -185,12 +240,17 @@ class SegmentReader:
         return f"log/{self._commit.writer}/{self._commit.seq:012d}.json"
 
 
+def _words(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Return a column of text as numbers, and the words that they stand for."""
+    coded = column.combine_chunks().dictionary_encode()
+    return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
+
+
+def _each(bound: Any, count: int) -> np.ndarray:
+    return np.broadcast_to(np.asarray(bound, np.int64), (count,))
+
+
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
     """Join ranges that follow each other: (start, count) pairs in reading order."""
-    joined: list[tuple[int, int]] = []
-    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-        if joined and joined[-1][0] + joined[-1][1] == start:
-            joined[-1] = joined[-1][0], joined[-1][1] + count
-        else:
-            joined.append((start, count))
-    return joined
+    heads = np.flatnonzero(np.concatenate([[True], starts[1:] != starts[:-1] + counts[:-1]]))
+    return list(zip(starts[heads].tolist(), np.add.reduceat(counts, heads).tolist(), strict=True))

@@ -1,11 +1,14 @@
 """The last step: add the deltas to the model, once per parameter, in the parameter's own precision."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from timstore.fingerprints import digest_of_blocks
 from timstore.rollbacks.vectors import Vector, Workspace
+from timstore.rollbacks.workers import side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +20,14 @@ class Change:
         before_norm: of the changed parameters.
         lost_norm: of what their precision cannot take up.
         finite: whether every new value is.
+        digests: of the new values.
     """
 
     norm: float
     before_norm: float
     lost_norm: float
     finite: bool
+    digests: dict[str, str]
 
 
 def new_values(parameter: torch.Tensor, delta: Vector, name: str, block_numel: int) -> Iterator[torch.Tensor]:
@@ -34,34 +39,72 @@ def new_values(parameter: torch.Tensor, delta: Vector, name: str, block_numel: i
         yield (block.to(change.dtype) + change).to(block.dtype)
 
 
-def foresee(parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace) -> Change:
-    """Return what `apply` will do. Cost: one pass over the delta, memory of a block."""
-    squares = torch.zeros(3, dtype=torch.float64)
-    finite = True
-    for name, parameter in parameters.items():
+def foresee(
+    parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace, workers: int = 1
+) -> Change:
+    """Return what `apply` will do. Cost: one pass over the delta, memory of a block for each worker."""
+    found: dict[str, _Foreseen] = {}
+
+    def look(name: str, parameter: torch.nn.Parameter) -> Iterator[int]:
+        found[name] = _Foreseen()
+        blocks = found[name].seen(parameter, delta, name, workspace.block_numel)
+        found[name].digest = digest_of_blocks(parameter.dtype, tuple(parameter.shape), blocks)
+        yield 0
+
+    _each(parameters, look, workers)
+    ordered = [found[name] for name in parameters]
+    norm, before_norm, lost_norm = torch.stack([one.squares for one in ordered]).sum(0).sqrt().tolist()
+    finite = all(one.finite for one in ordered)
+    return Change(norm, before_norm, lost_norm, finite, {name: found[name].digest for name in parameters})
+
+
+class _Foreseen:
+    """One parameter's share in a `Change`."""
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros(3, dtype=torch.float64)
+        self.finite = True
+        self.digest = ""
+
+    def seen(self, parameter: torch.Tensor, delta: Vector, name: str, block_numel: int) -> Iterator[torch.Tensor]:
+        """Yield the new values, block by block, and take what is to be known of each."""
         flat = parameter.detach().reshape(-1)
         start = 0
-        for new in new_values(parameter, delta, name, workspace.block_numel):
+        for new in new_values(parameter, delta, name, block_numel):
             old = flat[start : start + len(new)].double()
             wanted = delta.read(name, start, start + len(new)).to(old.device).double()
-            finite = finite and bool(torch.isfinite(new).all())
-            lost = (new.double() - old) - wanted
-            squares += torch.stack([wanted.square().sum(), old.square().sum(), lost.square().sum()]).cpu()
+            lost = (new.double() - old).sub_(wanted)
+            squares = torch.stack([one.dot(one) for one in (wanted, old, lost)]).cpu()
+            self.squares += squares
+            # A new value that is not finite is a loss that is not; large losses may overflow as well.
+            self.finite = self.finite and (bool(squares[2].isfinite()) or bool(new.isfinite().all()))
             start += len(new)
-    norm, before_norm, lost_norm = squares.sqrt().tolist()
-    return Change(norm, before_norm, lost_norm, finite)
+            yield new
 
 
-def apply(parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace) -> None:
+def apply(parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace, workers: int = 1) -> None:
     """Add the delta to the parameters, in place."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            start = 0
-            flat = parameter.view(-1) if parameter.is_contiguous() else None
+
+    def add(name: str, parameter: torch.nn.Parameter) -> Iterator[int]:
+        with torch.no_grad():
             new_blocks = new_values(parameter, delta, name, workspace.block_numel)
-            if flat is None:
+            if parameter.is_contiguous():
+                start, flat = 0, parameter.view(-1)
+                for new in new_blocks:
+                    flat[start : start + len(new)] = new
+                    start += len(new)
+            else:
                 parameter.copy_(torch.cat(list(new_blocks)).view(parameter.shape))
-                continue
-            for new in new_blocks:
-                flat[start : start + len(new)] = new
-                start += len(new)
+        yield 0
+
+    _each(parameters, add, workers)
+
+
+def _each(
+    parameters: Mapping[str, torch.nn.Parameter],
+    run: Callable[[str, torch.nn.Parameter], Iterator[int]],
+    workers: int,
+) -> None:
+    """Run something for every parameter, several at a time."""
+    tasks = [(number, partial(run, *one)) for number, one in enumerate(parameters.items())]
+    side_by_side(tasks, max(1, min(workers, len(tasks))), lambda _: None)

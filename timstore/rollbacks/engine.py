@@ -1,23 +1,25 @@
 """The streaming sum: chunks in, one matrix product per parameter and segment, deltas out; memory bounded."""
 
-import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.format.reader import ByteCache, SegmentReader
-from timstore.rollbacks.loading import Addition, ParameterRows, Piece, additions, pieces_of
+from timstore.format.cache import ByteCache
+from timstore.format.reader import SegmentReader
+from timstore.rollbacks.loading import ParameterRows, Piece, additions, pieces_of
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector
+from timstore.rollbacks.workers import MOST, Task, side_by_side
 from timstore.snapshot import Snapshot
 
-_READERS = 8
+# So many readers are kept whatever their tables take.
+_READERS = MOST + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,14 @@ class Budget:
         sums_bytes: the rows of the deltas that are being summed.
         unit_bytes: numbers handed to one product; a few copies of them live at a time.
         cache_bytes: objects and decoded chunks.
+        workers: threads that load and add; each may hold one object and one chunk that the cache has let go.
     """
 
     deltas_bytes: int
     sums_bytes: int
     unit_bytes: int
     cache_bytes: int
+    workers: int
 
     @classmethod
     def divide(cls, limit_bytes: int, snapshot: Snapshot) -> "Budget":
@@ -47,32 +51,42 @@ class Budget:
         """
         largest = max((info.bytes for commit in snapshot.view.commits for info in commit.objects), default=0)
         # An eighth is the cache: one whole object, and the chunk that is decoded from it.
-        needed = 8 * (largest + 2 * 1024 * 1024)
+        held = largest + 2 * 1024 * 1024
+        needed = 8 * held
         if limit_bytes < needed:
             raise InvalidInputError(
                 f"memory_limit is {limit_bytes:,} bytes; the objects of this store need at least {needed:,}",
                 kind="memory-limit",
                 needed_bytes=needed,
             )
-        return cls(limit_bytes // 4, limit_bytes * 3 // 32, limit_bytes * 3 // 64, limit_bytes // 8)
+        cache_bytes = limit_bytes // 8
+        workers = min(MOST, torch.get_num_threads(), max(1, cache_bytes // held))
+        return cls(limit_bytes // 4, limit_bytes * 3 // 32, limit_bytes * 3 // 64, cache_bytes, workers)
 
 
 class Readers:
-    """The readers of a store's commits, the last few kept: their tables are a few bytes for each gradient."""
+    """The readers of a store's commits, the latest few kept, and more while their tables are small.
+
+    May be used by several threads.
+    """
 
     def __init__(self, snapshot: Snapshot, budget: Budget) -> None:
         self.snapshot = snapshot
         self.cache = ByteCache(budget.cache_bytes)
         self._kept: OrderedDict[int, SegmentReader] = OrderedDict()
+        self._tables_bytes = budget.cache_bytes // 4
+        self._lock = threading.Lock()
 
     def __getitem__(self, commit: int) -> SegmentReader:
-        if commit in self._kept:
-            self._kept.move_to_end(commit)
-        else:
-            self._kept[commit] = self.snapshot.reader(commit, self.cache)
-            if len(self._kept) > _READERS:
-                self._kept.popitem(last=False)
-        return self._kept[commit]
+        with self._lock:
+            if commit in self._kept:
+                self._kept.move_to_end(commit)
+            else:
+                self._kept[commit] = self.snapshot.reader(commit, self.cache)
+                total = sum(reader.nbytes for reader in self._kept.values())
+                while len(self._kept) > _READERS and total > self._tables_bytes:
+                    total -= self._kept.popitem(last=False)[1].nbytes
+            return self._kept[commit]
 
 
 def stream(
@@ -99,9 +113,8 @@ def stream(
     """
     for group in _groups(plan, budget, len(vectors), dtype.itemsize):
         sums = [torch.zeros(len(vectors), p.last - p.first, p.width, dtype=dtype, device=device) for p in group]
-        for piece_number, bin_number, one in _ahead(_units(plan, group, readers, budget.unit_bytes)):
-            one.add_to(sums[piece_number][bin_number])
-            advance(one.done)
+        tasks = _tasks(plan, group, sums, readers, budget.unit_bytes)
+        side_by_side(tasks, min(budget.workers, len(group)), advance)
         for piece, total in zip(group, sums, strict=True):
             for number, vector in enumerate(vectors):
                 vector.write(piece.parameter.name, piece.span[0], total[number].flatten())
@@ -120,10 +133,8 @@ def sums_by_bin(
     for members in np.split(order, edges) if len(order) else ():
         total = torch.zeros(piece.last - piece.first, piece.width, dtype=dtype, device=device)
         mine = rows.take(members)
-        for commit in np.unique(mine.commit).tolist():
-            for _, one in additions(
-                readers[commit], mine.take(np.flatnonzero(mine.commit == commit)), piece, unit_bytes
-            ):
+        for commit, here in mine.by_commit():
+            for _, one in additions(readers[commit], here, piece, unit_bytes):
                 one.add_to(total)
         yield int(mine.bin[0]), total
 
@@ -144,49 +155,22 @@ def _groups(plan: Plan, budget: Budget, bins: int, itemsize: int) -> Iterator[li
         yield group
 
 
-def _units(plan: Plan, group: list[Piece], readers: Readers, unit_bytes: int) -> Iterator[tuple[int, int, Addition]]:
-    """Yield (number of the piece, bin, addition) of one group, segment by segment."""
-    commits = np.unique(np.concatenate([plan.rows[piece.parameter.name].commit for piece in group]))
-    for commit in commits.tolist():
-        for number, piece in enumerate(group):
-            rows = plan.rows[piece.parameter.name]
-            mine = rows.take(np.flatnonzero(rows.commit == commit))
-            for bin_number, one in additions(readers[commit], mine, piece, unit_bytes):
-                yield number, bin_number, one
+def _tasks(
+    plan: Plan, group: list[Piece], sums: list[torch.Tensor], readers: Readers, unit_bytes: int
+) -> Iterator[Task]:
+    """Yield what is to be added to each piece of a group, segment by segment, in the order that a segment has."""
+    waiting: dict[int, list[tuple[int, ParameterRows]]] = {}
+    for number, piece in enumerate(group):
+        for commit, rows in plan.rows[piece.parameter.name].by_commit():
+            waiting.setdefault(commit, []).append((number, rows))
+    for commit in sorted(waiting):
+        for number, rows in waiting.pop(commit):
+            yield number, partial(_add, readers, commit, rows, group[number], sums[number], unit_bytes)
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Make the next item in a thread while this one is used: decoding beside multiplying."""
-    done = object()
-    made: queue.Queue[Any] = queue.Queue(maxsize=1)
-    stop = threading.Event()
-
-    def run() -> None:
-        try:
-            for item in items:
-                if not _offer(made, item, stop):
-                    return
-            _offer(made, done, stop)
-        except BaseException as error:
-            _offer(made, error, stop)
-
-    thread = threading.Thread(target=run, name="timstore-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := made.get()) is not done:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _offer(made: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            made.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False
+def _add(
+    readers: Readers, commit: int, rows: ParameterRows, piece: Piece, sums: torch.Tensor, unit_bytes: int
+) -> Iterator[int]:
+    for number, one in additions(readers[commit], rows, piece, unit_bytes):
+        one.add_to(sums[number])
+        yield one.done

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ ENCODINGS = ("factors", "dense", "rows", "whole")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ParameterRows:
-    """Chosen gradients of one parameter, in reading order; arrays of one length.
+    """Chosen gradients of one parameter, in reading order: by commit, then owner; arrays of one length.
 
     Attributes:
         encoding: index into `ENCODINGS`.
@@ -32,9 +31,16 @@ class ParameterRows:
     weight: np.ndarray
     bin: np.ndarray
 
-    def take(self, chosen: np.ndarray) -> "ParameterRows":
-        """Return some of them."""
+    def take(self, chosen: np.ndarray | slice) -> "ParameterRows":
+        """Return some of them; a slice of them without a copy."""
         return ParameterRows(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+    def by_commit(self) -> Iterator[tuple[int, "ParameterRows"]]:
+        """Yield (commit, its gradients), commits in order."""
+        commits, starts = np.unique(self.commit, return_index=True)
+        stops = [*starts[1:].tolist(), len(self.commit)]
+        for commit, start, stop in zip(commits.tolist(), starts.tolist(), stops, strict=True):
+            yield commit, self.take(slice(start, stop))
 
 
 def by_parameter(table: pa.Table) -> dict[str, pa.Table]:
@@ -52,7 +58,10 @@ def by_parameter(table: pa.Table) -> dict[str, pa.Table]:
 
 def encodings_of(table: pa.Table) -> np.ndarray:
     """Return the place in `ENCODINGS` of each row's encoding."""
-    return np.array([ENCODINGS.index(one) for one in table["encoding"].to_pylist()], np.int8)
+    words = table["encoding"].combine_chunks().cast(pa.string()).dictionary_encode()
+    places = np.array([ENCODINGS.index(one) for one in words.dictionary.to_pylist()], np.int8)
+    codes: np.ndarray = places[words.indices.to_numpy(zero_copy_only=False)]
+    return codes
 
 
 def rows_of(table: pa.Table, bins: np.ndarray) -> ParameterRows:
@@ -122,9 +131,7 @@ def additions(
         chosen = np.flatnonzero(kinds == kind)
         number, encoding = divmod(kind, len(ENCODINGS))
         load = _LOADERS[ENCODINGS[encoding]]
-        for left, right, indices, done in load(
-            reader, rows.owner[chosen].tolist(), rows.weight[chosen], piece, unit_bytes
-        ):
+        for left, right, indices, done in load(reader, rows.owner[chosen], rows.weight[chosen], piece, unit_bytes):
             yield number, Addition(left, right, indices, done)
 
 
@@ -132,38 +139,43 @@ Loaded = tuple[np.ndarray, np.ndarray, np.ndarray | None, int]
 
 
 def _load_factors(
-    reader: SegmentReader, owners: list[int], weights: np.ndarray, piece: Piece, unit_bytes: int
+    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, piece: Piece, unit_bytes: int
 ) -> Iterator[Loaded]:
     rows, width = piece.parameter.matrix_shape
-    for batch, first, last in _batches(reader, owners, "output_gradients", (rows + width) * 8, unit_bytes):
-        chosen = [owners[number] for number in batch]
+    owners, weights, counts = _held(reader, owners, weights, "output_gradients")
+    maps = reader.row_maps(owners)
+    # Of the inputs, everything between the first and the last row of a map is read.
+    spans = [0 if one is None or not len(one) else int(one.max() - one.min()) + 1 for one in maps]
+    for batch, first, last in _batches(np.maximum(counts, spans), counts, (rows + width) * 8, unit_bytes):
+        chosen = owners[batch]
         outputs = reader.rows(chosen, "output_gradients", first, last)[:, piece.first : piece.last]
-        counts = [min(reader.count(owner, "output_gradients"), last) - first for owner in chosen]
-        inputs = _inputs(reader, chosen, first, last)
-        scale = np.repeat(weights[batch], counts).astype(outputs.dtype)
-        yield outputs * scale[:, None], inputs, None, _finished(reader, chosen, "output_gradients", last)
+        taken = np.minimum(counts[batch], last) - first
+        _weigh(outputs, weights[batch], taken)
+        inputs = _inputs(reader, chosen, maps[batch], first, last)
+        yield outputs, inputs, None, int(np.sum(counts[batch] <= last))
 
 
-def _inputs(reader: SegmentReader, owners: list[int], first: int, last: int) -> np.ndarray:
+def _inputs(
+    reader: SegmentReader, owners: np.ndarray, maps: list[np.ndarray | None], first: int, last: int
+) -> np.ndarray:
     """Return the input rows that belong to rows [first, last) of the output gradients, each by its row map."""
-    found = []
-    # Neighbours without a row map are read as one range.
-    for mapped, run in groupby(owners, key=lambda owner: reader.row_map(owner) is not None):
-        if not mapped:
-            found.append(reader.rows(list(run), "inputs", first, last))
-            continue
-        for owner in run:
-            row_map = reader.row_map(owner)
-            assert row_map is not None
-            wanted = row_map[first:last]
-            low = int(wanted.min())
-            found.append(reader.rows([owner], "inputs", low, int(wanted.max()) + 1)[wanted - low])
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    if all(one is None for one in maps):
+        return reader.rows(owners, "inputs", first, last)
+    counts = np.minimum(reader.counts(owners, "inputs"), last).tolist()
+    wanted = [
+        np.arange(first, count) if one is None else one[first:last] for one, count in zip(maps, counts, strict=True)
+    ]
+    low = np.array([one.min() for one in wanted])
+    high = np.array([one.max() + 1 for one in wanted])
+    begins = np.concatenate([[0], np.cumsum(high - low)[:-1]])
+    places = np.concatenate([one + shift for one, shift in zip(wanted, begins - low, strict=True)])
+    found: np.ndarray = reader.rows(owners, "inputs", low, high)[places]
+    return found
 
 
 def _load_dense(
     reader: SegmentReader,
-    owners: list[int],
+    owners: np.ndarray,
     weights: np.ndarray,
     piece: Piece,
     unit_bytes: int,
@@ -171,25 +183,24 @@ def _load_dense(
 ) -> Iterator[Loaded]:
     height = piece.last - piece.first
     at_once = max(1, unit_bytes // max(1, height * piece.width * 8))
-    held = [number for number, owner in enumerate(owners) if reader.has(owner, role)]
-    for start in range(0, len(held), at_once):
-        batch = held[start : start + at_once]
-        values = reader.rows([owners[number] for number in batch], role, piece.first, piece.last)
-        flat = values.reshape(len(batch), height * piece.width)
-        yield weights[batch].astype(flat.dtype)[:, None], flat, None, len(batch)
+    owners, weights, _ = _held(reader, owners, weights, role)
+    for start in range(0, len(owners), at_once):
+        batch = slice(start, start + at_once)
+        values = reader.rows(owners[batch], role, piece.first, piece.last)
+        flat = values.reshape(len(owners[batch]), height * piece.width)
+        yield weights[batch].astype(flat.dtype)[:, None], flat, None, len(flat)
 
 
 def _load_rows(
-    reader: SegmentReader, owners: list[int], weights: np.ndarray, piece: Piece, unit_bytes: int
+    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, piece: Piece, unit_bytes: int
 ) -> Iterator[Loaded]:
-    for batch, first, last in _batches(reader, owners, "values", piece.width * 8, unit_bytes):
-        chosen = [owners[number] for number in batch]
-        indices = reader.rows(chosen, "indices", first, last)
-        values = reader.rows(chosen, "values", first, last)
-        counts = [min(reader.count(owner, "values"), last) - first for owner in chosen]
-        scale = np.repeat(weights[batch], counts).astype(values.dtype)
+    owners, weights, counts = _held(reader, owners, weights, "values")
+    for batch, first, last in _batches(counts, counts, piece.width * 8, unit_bytes):
+        indices = reader.rows(owners[batch], "indices", first, last)
+        values = reader.rows(owners[batch], "values", first, last)
         inside = (indices >= piece.first) & (indices < piece.last)
-        done = _finished(reader, chosen, "values", last)
+        scale = np.repeat(weights[batch], np.minimum(counts[batch], last) - first).astype(values.dtype)
+        done = int(np.sum(counts[batch] <= last))
         yield scale[inside, None], values[inside], indices[inside].astype(np.int64) - piece.first, done
 
 
@@ -201,29 +212,41 @@ _LOADERS: dict[str, Callable[..., Iterator[Loaded]]] = {
 }
 
 
+def _held(
+    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, role: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (owners, weights, rows of each) of those gradients that are not zero."""
+    counts = reader.counts(owners, role)
+    held = counts > 0
+    return (owners, weights, counts) if held.all() else (owners[held], weights[held], counts[held])
+
+
+def _weigh(values: np.ndarray, weights: np.ndarray, counts: np.ndarray) -> None:
+    """Multiply each gradient's rows by its weight, in place."""
+    if not (weights == 1).all():
+        values *= np.repeat(weights, counts).astype(values.dtype)[:, None]
+
+
 def _batches(
-    reader: SegmentReader, owners: list[int], role: str, row_bytes: int, unit_bytes: int
-) -> Iterator[tuple[list[int], int, int]]:
-    """Yield (positions in owners, first, last): gradients read together, or a range of one that is too large."""
+    sizes: np.ndarray, counts: np.ndarray, row_bytes: int, unit_bytes: int
+) -> Iterator[tuple[slice, int, int]]:
+    """Yield (which gradients, first, last): those read together, or a range of rows of one that is too large.
+
+    Args:
+        sizes: rows that each takes in memory, no less than its counts.
+        counts: rows that each has.
+    """
     most = max(1, unit_bytes // row_bytes)
-    batch: list[int] = []
-    total = 0
-    for number, owner in enumerate(owners):
-        if not reader.has(owner, role):
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + most, "right"))
+        if stop > start:
+            yield slice(start, stop), 0, most
+            start = stop
             continue
-        count = reader.count(owner, role)
-        if batch and total + count > most:
-            yield batch, 0, most
-            batch, total = [], 0
-        if count > most:
-            for first in range(0, count, most):
-                yield [number], first, min(count, first + most)
-        else:
-            batch.append(number)
-            total += count
-    if batch:
-        yield batch, 0, most
-
-
-def _finished(reader: SegmentReader, owners: list[int], role: str, last: int) -> int:
-    return sum(reader.count(owner, role) <= last for owner in owners)
+        count = int(counts[start])
+        for first in range(0, count, most):
+            yield slice(start, start + 1), first, min(count, first + most)
+        start += 1

@@ -1,5 +1,6 @@
 """Which ways there are to take samples out, what each of them leaves out, and which one the records allow."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from timstore.errors import CoverageError, InvalidInputError
@@ -58,11 +59,11 @@ def approximated(method: Method, filtered: bool) -> str:
     return method.approximates + (FILTERED if filtered else UNFILTERED)
 
 
-def choose(asked: str, timelines: dict[int, Timeline], no_replay: str | None) -> Method:
+def choose(asked: str, timelines: dict[int, Timeline], why_no_replay: Callable[[], str | None]) -> Method:
     """Return the method that was asked for, or the best one that the records allow.
 
     Args:
-        no_replay: why the optimizer cannot be run again; None when it can.
+        why_no_replay: says why the optimizer cannot be run again, None when it can; asked only where that decides.
 
     Raises:
         CoverageError: the records do not allow it; says what would have had to be recorded.
@@ -71,6 +72,11 @@ def choose(asked: str, timelines: dict[int, Timeline], no_replay: str | None) ->
     by_value = any(not (bounds != bounds).all() for bounds in (one.clip_value for one in timelines.values()))
     linear = optimizers <= set(SGD_FAMILY) and not by_value
     adam = optimizers <= {*SGD_FAMILY, *ADAM_FAMILY} and not by_value
+    if linear and asked in (AUTO, CLOSED_FORM.name):
+        return CLOSED_FORM
+    if adam and not linear and asked == FINAL_MOMENT.name:
+        return FINAL_MOMENT
+    no_replay = why_no_replay()
     possible = [
         *([CLOSED_FORM] if linear else []),
         *([REPLAY] if no_replay is None else []),

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
-from timstore.fingerprints import digest_of_blocks, digests
-from timstore.format.reader import ByteCache
+from timstore.fingerprints import digests
+from timstore.format.cache import ByteCache
 from timstore.intake import byte_count
 from timstore.records import Parameter
-from timstore.rollbacks.apply import apply, foresee, new_values
+from timstore.rollbacks.apply import apply, foresee
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.engine import Budget
@@ -121,16 +121,13 @@ def rollback(
         delta, probed = _filtered(
             model, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
         )
-        change = foresee(changed, delta, workspace)
+        change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
             raise StateError(
                 "the change holds NaN or Inf, as records kept with allow_nonfinite do; leave them out by where=",
                 kind="not-finite",
             )
-        after = dict(before)
-        for name, parameter in changed.items():
-            blocks = new_values(parameter, delta, name, workspace.block_numel)
-            after[name] = digest_of_blocks(parameter.dtype, tuple(parameter.shape), blocks)
+        after = before | change.digests
         report = RollbackReport(
             samples=selection.samples,
             skipped=selection.skipped,
@@ -160,7 +157,7 @@ def rollback(
         if not dry_run:
             # The row comes first: digests decide what a model is, so a row whose change never came is harmless.
             store.append_rollback(_row(report, identity.digest), dict(changed) if keep_delta else None)
-            apply(changed, delta, workspace)
+            apply(changed, delta, workspace, budget.workers)
             if optimizer is not None:
                 correction.apply(optimizer, changed)
     report = replace(report, seconds=time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -68,14 +69,19 @@ class Run:
         check_steps(selection, timelines)
         readers = Readers(snapshot, budget)
         first = int(selection.leaving.keys[0])
-        tape = find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizer)
-        method = choose(request.method, timelines, tape if isinstance(tape, str) else None)
+
+        @cache
+        def tape() -> Tape | str:
+            return find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizer)
+
+        method = choose(request.method, timelines, lambda: why if isinstance(why := tape(), str) else None)
         changes = changes_of(selection, timelines, request.denominator, readers, budget, dtype)
         sources = None
         if method is not REPLAY:
             changes, sources = sources_of(snapshot, request, moment, selection.known, timelines, changes)
             _check_denominator(request, changes)
-        kept = tape if method is REPLAY and isinstance(tape, Tape) else None
+        found = tape() if method is REPLAY else None
+        kept = found if isinstance(found, Tape) else None
         return cls(snapshot, request, selection, timelines, changes, sources, method, kept, readers, budget, dtype)
 
     @property

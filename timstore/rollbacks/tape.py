@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from timstore.format.reader import ByteCache
+from timstore.format.cache import ByteCache
 from timstore.optimizers import class_of
 from timstore.records import Parameter
 from timstore.rollbacks.changes import complete_steps

@@ -6,7 +6,7 @@ import torch
 
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
-from timstore.format.reader import ByteCache
+from timstore.format.cache import ByteCache
 from timstore.records import Parameter
 from timstore.rollbacks.identity import combined_digest, recognise
 from timstore.states import State
