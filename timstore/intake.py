@@ -139,6 +139,10 @@ class Taken:
     new: list[Parameter]
 
 
+class Owned(dict[str, tuple[Gradient, ...]]):
+    """A record's gradients as the recorder made them: of declared parameters, finite, and in nobody else's hands."""
+
+
 def take_in(
     epoch: int,
     step: int,
@@ -168,6 +172,11 @@ def take_in(
     if not samples:
         raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
     where = f"epoch {epoch}, step {step}, sample {samples[0]}" + ("" if single else f" and {len(samples) - 1} more")
+    if isinstance(gradients, Owned) and single:
+        if not allow_zero and is_zero(gradients):
+            raise _all_zero(where, samples[0])
+        record = Record(epoch, step, samples[0], gradients, rank, loss, tokens, dot=dot)
+        return Taken([record], [True], {name: known[name] for name in gradients}, [])
     if not isinstance(gradients, Mapping) or not gradients:
         raise InvalidInputError(f"{where}: gradients maps parameter names to gradients, and is not empty")
     intake = _Intake(where, copy=copy)
@@ -193,14 +202,18 @@ def take_in(
                 sample=one,
             )
         if not allow_zero and is_zero(parts):
-            raise InvalidInputError(
-                f"{what}: every gradient is zero, as when backward never reached the model; pass allow_zero=True "
-                "if that is what happened",
-                kind="all-zero",
-                sample=one,
-            )
+            raise _all_zero(what, one)
         records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number], dot=dots[number]))
     return Taken(records, finite, parameters, [one for name, one in parameters.items() if name not in known])
+
+
+def _all_zero(where: str, sample: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"{where}: every gradient is zero, as when backward never reached the model; pass allow_zero=True "
+        "if that is what happened",
+        kind="all-zero",
+        sample=sample,
+    )
 
 
 def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
@@ -354,5 +367,7 @@ def is_zero(gradients: Mapping[str, Sequence[Gradient]]) -> bool:
 def _any(part: Gradient) -> bool:
     if isinstance(part, Factors):
         outputs, inputs = widen(part.output_gradients), widen(part.inputs)
+        if len(outputs) and outputs[0].any() and inputs[0].any():
+            return True
         return bool((outputs.any(axis=1) & inputs.any(axis=1)).any())
     return bool(widen(part.values if isinstance(part, Rows) else part).any())

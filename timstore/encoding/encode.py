@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from timstore.encoding.precision import LADDER, restore, store_as
-from timstore.encoding.products import factor_norm, norm, norm_of_sum
+from timstore.encoding.products import factor_norm, factor_norms, norm, norm_of_sum
 from timstore.records import Factors, Gradient, Parameter, Rows, widen
 
 _INDEX_BYTES = 4
@@ -121,8 +121,8 @@ def _worth_factors(layers: list[_Layer], keeps: list[np.ndarray]) -> list[bool]:
     savings = []
     for layer, keep in zip(layers, keeps, strict=True):
         output = layer.output_gradients
-        dense = layer.parameter.numel * np.result_type(widen(output[:0]), widen(inputs[:0])).itemsize
-        savings.append(dense - int(keep.sum()) * output.shape[1] * output.itemsize)
+        dense = layer.parameter.numel * max(_number_bytes(output), _number_bytes(inputs))
+        savings.append(dense - int(np.count_nonzero(keep)) * output.shape[1] * output.itemsize)
     saved = sum(saving for saving in savings if saving > 0)
     union = np.zeros(len(inputs), bool)
     for saving, keep in zip(savings, keeps, strict=True):
@@ -136,11 +136,21 @@ def _encode_shared(
     inputs: np.ndarray, chosen: list[tuple[_Layer, np.ndarray]], precision: str, max_rel_error: float
 ) -> list[Encoded]:
     union = np.logical_or.reduce([keep for _, keep in chosen])
-    positions = np.cumsum(union) - 1
-    rows = inputs[union]
-    outputs = [layer.output_gradients[keep] for layer, keep in chosen]
-    row_maps = [positions[keep].astype(np.int32) for _, keep in chosen]
-    norms = [_factor_norm_of(rows, output, row_map) for output, row_map in zip(outputs, row_maps, strict=True)]
+    rows = _only(inputs, union)
+    outputs = [_only(layer.output_gradients, keep) for layer, keep in chosen]
+    if all(len(output) == len(rows) for output in outputs):
+        row_maps: list[np.ndarray | None] = [None] * len(chosen)
+        norms = factor_norms([widen(output) for output in outputs], widen(rows))
+    else:
+        positions = np.cumsum(union) - 1
+        row_maps = [
+            None if len(output) == len(rows) else positions[keep].astype(np.int32)
+            for output, (_, keep) in zip(outputs, chosen, strict=True)
+        ]
+        norms = [
+            factor_norm(widen(output), widen(_mapped(rows, row_map)))
+            for output, row_map in zip(outputs, row_maps, strict=True)
+        ]
     for rung in LADDER[precision]:
         stored_inputs = store_as(rows, rung)
         stored_outputs = [store_as(output, rung) for output in outputs]
@@ -152,9 +162,7 @@ def _encode_shared(
             break
     shared = _matrices("inputs", *stored_inputs)
     encoded: list[Encoded] = []
-    for (layer, keep), stored, row_map, size, error in zip(
-        chosen, stored_outputs, row_maps, norms, errors, strict=True
-    ):
+    for (layer, _), stored, row_map, size, error in zip(chosen, stored_outputs, row_maps, norms, errors, strict=True):
         own = _matrices("output_gradients", *stored)
         counted = {**shared, **own} if not encoded else own
         encoded.append(
@@ -167,15 +175,25 @@ def _encode_shared(
                 rel_error=error,
                 bytes=_stored_bytes(counted),
                 dense_bytes=layer.parameter.numel * max(inputs.itemsize, outputs[0].itemsize),
-                matrices={**shared, **own} if keep.any() else {},
-                row_map=None if len(row_map) == len(rows) else row_map,
+                matrices={**shared, **own} if len(stored[0]) else {},
+                row_map=row_map,
             )
         )
     return encoded
 
 
-def _factor_norm_of(rows: np.ndarray, output: np.ndarray, row_map: np.ndarray) -> float:
-    return factor_norm(widen(output), widen(rows[row_map]))
+def _only(matrix: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Return the rows to be kept; where that is all of them, the matrix and no copy of it."""
+    return matrix if keep.all() else matrix[keep]
+
+
+def _mapped(rows: np.ndarray, row_map: np.ndarray | None) -> np.ndarray:
+    return rows if row_map is None else rows[row_map]
+
+
+def _number_bytes(array: np.ndarray) -> int:
+    """Return the size of the array's numbers once they can be calculated with."""
+    return max(array.itemsize, 4)
 
 
 def _factor_error(
@@ -183,11 +201,11 @@ def _factor_error(
     stored_rows: tuple[np.ndarray, np.ndarray | None],
     output: np.ndarray,
     stored_output: tuple[np.ndarray, np.ndarray | None],
-    row_map: np.ndarray,
+    row_map: np.ndarray | None,
 ) -> float:
     """Return the norm of (stored product - product), as one product of twice the tokens: nothing cancels."""
-    exact_in, exact_out = widen(rows[row_map]), widen(output)
-    lossy_in, lossy_out = restore(*stored_rows)[row_map], restore(*stored_output)
+    exact_in, exact_out = widen(_mapped(rows, row_map)), widen(output)
+    lossy_in, lossy_out = _mapped(restore(*stored_rows), row_map), restore(*stored_output)
     return factor_norm(
         np.concatenate([lossy_out, lossy_out - exact_out]), np.concatenate([lossy_in - exact_in, exact_in])
     )
@@ -244,7 +262,12 @@ def _nonzero_rows(matrix: np.ndarray) -> np.ndarray:
     if matrix.shape[1] == 0:
         return np.zeros(len(matrix), bool)
     bits = np.ascontiguousarray(matrix).view(f"u{matrix.itemsize}")
-    return np.asarray(bits.any(axis=1))
+    # Most rows show in their first number that they hold something; only the others are looked through.
+    found = bits[:, 0] != 0
+    if not found.all():
+        rest = np.flatnonzero(~found)
+        found[rest] = bits[rest].any(axis=1)
+    return np.asarray(found)
 
 
 def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:
