@@ -14,12 +14,17 @@ from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, S
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+_SCALARS = frozenset(field.name for field in fields(Step)) - {"epoch", "step", "groups", "rank"}
+
+
 def whole_number(value: Any, what: str) -> int:
     """Return a Python int from any integer of 64 bits, numpy's and 0-d tensors' too; never from a bool or a float.
 
     Raises:
         InvalidInputError: naming `what`.
     """
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, bool):
@@ -106,10 +111,9 @@ def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Ma
     """
     at = moment(epoch, number_)
     where = f"epoch {at[0]}, step {at[1]}"
-    known = sorted({field.name for field in fields(Step)} - {"epoch", "step", "groups", "rank"})
-    unknown = sorted(scalars.keys() - set(known))
+    unknown = sorted(scalars.keys() - _SCALARS)
     if unknown:
-        raise InvalidInputError(f"{where}: a step has the fields {', '.join(known)}; got {unknown[0]}")
+        raise InvalidInputError(f"{where}: a step has the fields {', '.join(sorted(_SCALARS))}; got {unknown[0]}")
     mean_unit(scalars.get("mean_over"), where)
     checked: dict[str, Any] = {}
     for name, value in scalars.items():

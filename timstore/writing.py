@@ -1,9 +1,12 @@
 """The background writer: records in at training speed, segments and commits out, nothing lost between."""
 
+import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,7 @@ from timstore.encoding import Matrix, encode
 from timstore.errors import ReadOnlyError, StateError, StorageError
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
-from timstore.ledger import table
+from timstore.ledger import check_rows, row_bytes, table
 from timstore.records import Parameter, Record
 
 QUEUE_BYTES = 256 * 1024 * 1024
@@ -28,6 +31,7 @@ class Item:
     Attributes:
         parameters: shapes of the record's parameters.
         finite: whether every number of the record is; if not, no row of it is left out.
+        rows: rows of tables by kind, to be made a table of when they are written.
         states: (role, numbers) of each row of its `states` table.
     """
 
@@ -36,17 +40,23 @@ class Item:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     finite: bool = True
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     moment: tuple[int, int] | None = None
     states: Sequence[tuple[str, Matrix]] = ()
 
 
 def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
-    """Return the item that writes these rows of one table; none for no rows."""
+    """Return the item that writes these rows of one table; none for no rows.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
     if not rows:
         return []
-    rows_of_kind = table(kind, rows)
-    return [Item(rows_of_kind.nbytes, tables={kind: rows_of_kind}, moment=moment)]
+    check_rows(kind, rows)
+    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit.
+    return [Item(sum(map(row_bytes, rows)), rows={kind: rows}, moment=moment)]
 
 
 class _Batch:
@@ -55,6 +65,7 @@ class _Batch:
     def __init__(self) -> None:
         self.records: list[EncodedRecord] = []
         self.tables: dict[str, list[pa.Table]] = {}
+        self.rows: dict[str, list[Mapping[str, Any]]] = {}
         self.blobs: dict[str, bytes] = {}
         self.states: list[tuple[str, Matrix]] = []
         self.moments: list[tuple[int, int]] = []
@@ -71,6 +82,7 @@ class _Batch:
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
         tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
+        tables.update((kind, table(kind, rows)) for kind, rows in self.rows.items())
         states = self.states
         if states:
             # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
@@ -162,6 +174,7 @@ class BackgroundWriter:
             raise error
 
     def _run(self) -> None:
+        _yield_to_training()
         while True:
             with self._condition:
                 while not (work := self._next_work()):
@@ -206,6 +219,8 @@ class BackgroundWriter:
             self._batch.records.append(encoded)
         for kind, rows in item.tables.items():
             self._batch.tables.setdefault(kind, []).append(rows)
+        for kind, listed in item.rows.items():
+            self._batch.rows.setdefault(kind, []).extend(listed)
         self._batch.blobs.update(item.blobs)
         self._batch.states.extend(item.states)
         self._batch.bytes += item.size_bytes if encoded is None else encoded.stored_bytes
@@ -261,3 +276,14 @@ class BackgroundWriter:
             )
             self._error.__cause__ = error
             self._condition.notify_all()
+
+
+def _yield_to_training() -> None:
+    """Give this thread the lowest priority, where threads have one of their own.
+
+    torch splits an operation among all cores and waits for the last: a core that is busy with writing would hold the
+    others up by a time slice, many times per step. A full queue makes the training thread wait, so nothing starves.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -183,8 +183,13 @@ def _encode_shared(
 
 
 def _only(matrix: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Return the rows to be kept; where that is all of them, the matrix and no copy of it."""
-    return matrix if keep.all() else matrix[keep]
+    """Return the rows to be kept; a view where they lie together."""
+    if keep.all():
+        return matrix
+    count = np.count_nonzero(keep)
+    first = int(keep.argmax())
+    # Padding is at an end, as is the last token, which predicts nothing: what is left is one piece.
+    return matrix[first : first + count] if keep[first : first + count].all() else matrix[keep]
 
 
 def _mapped(rows: np.ndarray, row_map: np.ndarray | None) -> np.ndarray:

@@ -9,6 +9,8 @@ from torch import nn
 
 from timstore.errors import StateError
 
+Values = np.ndarray | torch.Tensor
+
 _SAMPLED = 256
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -38,9 +40,9 @@ class Accumulation:
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
-        # Values of some elements of each parameter's gradient; `_positions` says which elements.
-        self._kept: dict[str, torch.Tensor] = {}
-        self._positions: dict[str, torch.Tensor] = {}
+        self._elements: dict[str, _Elements] = {}
+        # Of what was accumulated since the last step.
+        self._kept: dict[str, Values] = {}
         self.clip_value: float | None = None
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
         self._suspect = False
@@ -144,10 +146,9 @@ class Accumulation:
     def _sums(self, names: Sequence[str]) -> np.ndarray:
         """Return, of each parameter's kept elements, (now x then, then x then, now x now), (parameters, 3)."""
         sums = np.empty((len(names), 3))
-        # One transfer for all parameters of a device, and no operation of torch's per parameter beyond the look-up.
-        now = _on_host([_flat(self._parameters[name])[self._positions[name]] for name in names])
+        now = _on_host([self._elements[name].of(self._parameters[name]) for name in names])
         then = _on_host([self._kept[name] for name in names])
-        starts = np.cumsum([0, *(len(self._positions[name]) for name in names[:-1])])
+        starts = np.cumsum([0, *(len(self._kept[name]) for name in names[:-1])])
         with np.errstate(over="ignore", invalid="ignore"):
             for column, product in enumerate((now * then, then * then, now * now)):
                 sums[:, column] = np.add.reduceat(product, starts)
@@ -167,16 +168,11 @@ class Accumulation:
 
     def _after(self, name: str) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
-            flat = _flat(parameter)
-            if flat.numel() == 0:
+            if parameter.numel() == 0:
                 return
-            positions = self._positions.get(name)
-            if positions is None:
-                spread = torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)
-                positions = self._positions[name] = torch.cat([spread, spread[:1], spread[:1]])
-            # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
-            positions[-2], positions[-1] = _extremes(flat)
-            self._kept[name] = flat[positions]
+            if name not in self._elements:
+                self._elements[name] = _Elements(parameter)
+            self._kept[name] = self._elements[name].chosen(parameter)
             if self._whole is not None:
                 assert parameter.grad is not None
                 self._whole[name] = parameter.grad.detach().clone()
@@ -184,25 +180,51 @@ class Accumulation:
         return arrived
 
 
+class _Elements:
+    """Which elements of a parameter's gradient are kept: some of it, and its extremes.
+
+    On the host they are looked up by numpy, on one core: torch would split so small an operation among all, and mostly
+    wait for the last.
+    """
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        spread = torch.arange(0, parameter.numel(), max(1, parameter.numel() // _SAMPLED), device=parameter.device)
+        self._positions = torch.cat([spread, spread[:1], spread[:1]])
+        self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
+        self._host = self._positions.numpy() if self._by_numpy else np.empty(0)
+
+    def chosen(self, parameter: torch.Tensor) -> Values:
+        """Return a copy of the elements of a gradient, chosen by it."""
+        # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
+        if self._by_numpy:
+            numbers = _flat(parameter).numpy()
+            self._host[-2:] = numbers.argmax(), numbers.argmin()
+        else:
+            flat = _flat(parameter)
+            self._positions[-2:] = torch.stack([flat.argmax(), flat.argmin()])
+        return self.of(parameter)
+
+    def of(self, parameter: torch.Tensor) -> Values:
+        """Return a copy of the elements that were chosen last, as they are now."""
+        if self._by_numpy:
+            values: np.ndarray = _flat(parameter).numpy()[self._host]
+            return values
+        return _flat(parameter)[self._positions]
+
+
+def _on_host(pieces: Sequence[Values]) -> np.ndarray:
+    """Return the values of all pieces as one float64 array."""
+    tensors = [one for one in pieces if isinstance(one, torch.Tensor)]
+    if len(tensors) == len(pieces) and len({(one.device, one.dtype) for one in tensors}) == 1:
+        pieces = [torch.cat(tensors)]  # one transfer
+    return np.concatenate(
+        [one.cpu().double().numpy() if isinstance(one, torch.Tensor) else one for one in pieces]
+    ).astype(np.float64)
+
+
 def _flat(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach().reshape(-1)
-
-
-def _extremes(flat: torch.Tensor) -> tuple[Any, Any]:
-    """Return the positions of the largest and the smallest element."""
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        # Five times torch's speed, and on one core: a small reduction on all of them mostly waits for the last.
-        numbers = flat.numpy()
-        return int(numbers.argmax()), int(numbers.argmin())
-    return flat.argmax(), flat.argmin()
-
-
-def _on_host(pieces: Sequence[torch.Tensor]) -> np.ndarray:
-    """Return tensors of any devices and dtypes as one float64 array."""
-    if len({(one.device, one.dtype) for one in pieces}) == 1:
-        pieces = [torch.cat(list(pieces))]
-    return np.concatenate([one.cpu().double().numpy() for one in pieces])
 
 
 def _nonzero(parameter: torch.Tensor) -> bool:
