@@ -11,6 +11,9 @@ from timstore.records import Factors, Gradient, Parameter, Rows, widen
 
 _INDEX_BYTES = 4
 
+# Which rows are kept, (n,) bools; None for all of them, which is what nearly every matrix keeps.
+Keep = np.ndarray | None
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Matrix:
@@ -101,13 +104,13 @@ def _encode_all(
 def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, drop: bool) -> list[Encoded]:
     """Encode layers that share one input: its rows are stored once, for those whose factors are smaller."""
     inputs = layers[0].inputs
-    used = _nonzero_rows(inputs) if drop else np.ones(len(inputs), bool)
-    keeps = [used & _nonzero_rows(layer.output_gradients) if drop else used for layer in layers]
+    used = _nonzero_rows(inputs) if drop else None
+    keeps = [_both(used, _nonzero_rows(layer.output_gradients)) if drop else None for layer in layers]
     as_factors = _worth_factors(layers, keeps)
     encoded = []
     for layer, keep, worth in zip(layers, keeps, as_factors, strict=True):
         if not worth:
-            product = widen(layer.output_gradients[keep]).T @ widen(inputs[keep])
+            product = widen(_only(layer.output_gradients, keep)).T @ widen(_only(inputs, keep))
             encoded.append(_encode_rows(layer.parameter, layer.part, product, precision, max_rel_error))
     chosen = [(layer, keep) for layer, keep, worth in zip(layers, keeps, as_factors, strict=True) if worth]
     if chosen:
@@ -115,42 +118,37 @@ def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, 
     return encoded
 
 
-def _worth_factors(layers: list[_Layer], keeps: list[np.ndarray]) -> list[bool]:
+def _worth_factors(layers: list[_Layer], keeps: list[Keep]) -> list[bool]:
     """Say which layers are smaller as factors, the shared input's rows paid for by all of them together."""
     inputs = layers[0].inputs
     savings = []
     for layer, keep in zip(layers, keeps, strict=True):
         output = layer.output_gradients
         dense = layer.parameter.numel * max(_number_bytes(output), _number_bytes(inputs))
-        savings.append(dense - int(np.count_nonzero(keep)) * output.shape[1] * output.itemsize)
+        savings.append(dense - _count(keep, inputs) * output.shape[1] * output.itemsize)
     saved = sum(saving for saving in savings if saving > 0)
-    union = np.zeros(len(inputs), bool)
-    for saving, keep in zip(savings, keeps, strict=True):
-        if saving > 0:
-            union |= keep
-    worth = saved >= int(union.sum()) * inputs.shape[1] * inputs.itemsize
+    union = _union([keep for saving, keep in zip(savings, keeps, strict=True) if saving > 0])
+    worth = saved > 0 and saved >= _count(union, inputs) * inputs.shape[1] * inputs.itemsize
     return [worth and saving > 0 for saving in savings]
 
 
 def _encode_shared(
-    inputs: np.ndarray, chosen: list[tuple[_Layer, np.ndarray]], precision: str, max_rel_error: float
+    inputs: np.ndarray, chosen: list[tuple[_Layer, Keep]], precision: str, max_rel_error: float
 ) -> list[Encoded]:
-    union = np.logical_or.reduce([keep for _, keep in chosen])
+    union = _union([keep for _, keep in chosen])
     rows = _only(inputs, union)
     outputs = [_only(layer.output_gradients, keep) for layer, keep in chosen]
-    if all(len(output) == len(rows) for output in outputs):
-        row_maps: list[np.ndarray | None] = [None] * len(chosen)
-        norms = factor_norms([widen(output) for output in outputs], widen(rows))
-    else:
-        positions = np.cumsum(union) - 1
-        row_maps = [
-            None if len(output) == len(rows) else positions[keep].astype(np.int32)
-            for output, (_, keep) in zip(outputs, chosen, strict=True)
-        ]
+    row_maps = [
+        _row_map(union, keep) if len(output) < len(rows) else None
+        for output, (_, keep) in zip(outputs, chosen, strict=True)
+    ]
+    if any(row_map is not None for row_map in row_maps):
         norms = [
             factor_norm(widen(output), widen(_mapped(rows, row_map)))
             for output, row_map in zip(outputs, row_maps, strict=True)
         ]
+    else:
+        norms = factor_norms([widen(output) for output in outputs], widen(rows))
     for rung in LADDER[precision]:
         stored_inputs = store_as(rows, rung)
         stored_outputs = [store_as(output, rung) for output in outputs]
@@ -182,12 +180,33 @@ def _encode_shared(
     return encoded
 
 
-def _only(matrix: np.ndarray, keep: np.ndarray) -> np.ndarray:
+def _both(left: Keep, right: Keep) -> Keep:
+    return right if left is None else left if right is None else left & right
+
+
+def _union(keeps: Sequence[Keep]) -> Keep:
+    found = [keep for keep in keeps if keep is not None]
+    return np.logical_or.reduce(found) if found and len(found) == len(keeps) else None
+
+
+def _count(keep: Keep, rows: np.ndarray) -> int:
+    return len(rows) if keep is None else int(np.count_nonzero(keep))
+
+
+def _row_map(union: Keep, keep: Keep) -> np.ndarray | None:
+    """Return where the kept rows are among those of the union."""
+    if keep is None:
+        return None
+    positions = np.arange(len(keep)) if union is None else np.cumsum(union) - 1
+    found: np.ndarray = positions[keep].astype(np.int32)
+    return found
+
+
+def _only(matrix: np.ndarray, keep: Keep) -> np.ndarray:
     """Return the rows to be kept; a view where they lie together."""
-    if keep.all():
+    if keep is None:
         return matrix
-    count = np.count_nonzero(keep)
-    first = int(keep.argmax())
+    count, first = np.count_nonzero(keep), int(keep.argmax())
     # Padding is at an end, as is the last token, which predicts nothing: what is left is one piece.
     return matrix[first : first + count] if keep[first : first + count].all() else matrix[keep]
 
@@ -227,12 +246,12 @@ def _encode_rows(
         indices, values = np.arange(total), gradient.reshape(total, width)
     dense_bytes = parameter.numel * values.itemsize
     keep = _nonzero_rows(values)
-    count = int(keep.sum())
+    count = _count(keep, values)
     # Repeated indices are summed at reading; a dense copy could not hold them apart.
     repeated = isinstance(gradient, Rows) and len(np.unique(indices)) < len(indices)
     as_rows = repeated or count * (width * values.itemsize + _INDEX_BYTES) < dense_bytes
     if as_rows:
-        indices, values = indices[keep], values[keep]
+        indices, values = _only(indices, keep), _only(values, keep)
     elif isinstance(gradient, Rows):
         dense = np.zeros((total, width), values.dtype)
         dense[indices] = values
@@ -262,17 +281,18 @@ def _encode_rows(
     )
 
 
-def _nonzero_rows(matrix: np.ndarray) -> np.ndarray:
-    """Say which rows hold any set bit, so that -0.0 and denormals count as something."""
+def _nonzero_rows(matrix: np.ndarray) -> Keep:
+    """Say which rows hold any set bit, so that -0.0 and denormals count as something; None: all of them."""
     if matrix.shape[1] == 0:
         return np.zeros(len(matrix), bool)
     bits = np.ascontiguousarray(matrix).view(f"u{matrix.itemsize}")
     # Most rows show in their first number that they hold something; only the others are looked through.
-    found = bits[:, 0] != 0
-    if not found.all():
-        rest = np.flatnonzero(~found)
-        found[rest] = bits[rest].any(axis=1)
-    return np.asarray(found)
+    if bits[:, 0].all():
+        return None
+    found: np.ndarray = bits[:, 0] != 0
+    rest = np.flatnonzero(~found)
+    found[rest] = bits[rest].any(axis=1)
+    return None if found.all() else found
 
 
 def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:
