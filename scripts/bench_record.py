@@ -1,10 +1,11 @@
 """What recording costs a training loop, against the bare loop and against other ways to take per-sample gradients.
 
 Each figure is the median of interleaved repeats over the median of the bare loop in the same process; opening,
-`close()` and syncs included. Settings: the demo's Llama (AdamW, clipping, batches of 8 sequences of 64 tokens of the
-standard library), and a transformer of width 128 and depth 4 with 655,360 weights on the same text. Extra memory is
-the peak beyond the bare loop's. Opacus and dattri-LLM are installed into environments of their own (in the user's
-cache), and measured there against the bare loop there.
+`close()` and syncs included. CPU time is that of all threads, over the bare loop's. Settings: the demo's Llama (AdamW,
+clipping, batches of 8 sequences of 64 tokens of the standard library), and a transformer of depth 4 on the same text,
+of width 128 with 655,360 weights, and of width 512 with 10.5 million (a fifth of the steps, which take ten times as
+long). Extra memory is the peak beyond the bare loop's. Opacus and dattri-LLM are installed into environments of their
+own (in the user's cache), and measured there at width 128 against the bare loop there.
 
 Run: python scripts/bench_record.py (about 10 minutes on two cores; --quick for a look; --sweep for growth)
 """
@@ -58,8 +59,9 @@ def llama_work(tokens: torch.Tensor, steps: int) -> Work:
 
 
 SETTINGS: dict[str, Callable[[torch.Tensor, int], Work]] = {
-    "transformer of width 128": transformer_work,
+    "width 128": transformer_work,
     "demo's Llama": llama_work,
+    "width 512": lambda tokens, steps: transformer_work(tokens, max(2, steps // 5), 512),
 }
 
 
@@ -91,33 +93,27 @@ def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> l
         if name in failed:
             rows.append({"setting": setting, "case": f"{name} ({failed[name]})"})
             continue
-        plain = found["bare loop"]
-        rows.append(
-            row(
-                *(setting, name, steps),
-                [one.seconds for one, _ in runs],
-                [one.seconds for one, _ in plain],
-                statistics.median(one.peak_bytes for one, _ in runs)
-                - statistics.median(one.peak_bytes for one, _ in plain),
-                statistics.median(size for _, size in runs),
-            )
-        )
+        plain = [one for one, _ in found["bare loop"]]
+        sizes = [size for _, size in runs]
+        rows.append(row(setting, name, work.steps, [one for one, _ in runs], plain, sizes))
     return rows
 
 
-def row(
-    setting: str, case: str, steps: int, own: list[float], plain: list[float], extra_bytes: float, size: float
-) -> dict[str, Any]:
-    ratios = [one / other for one, other in zip(own, plain, strict=True)]
+def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], sizes: list[int]) -> dict[str, Any]:
+    def median(runs: list[Run], field: str) -> float:
+        return statistics.median(getattr(one, field) for one in runs)
+
+    ratios = [one.seconds / other.seconds for one, other in zip(own, plain, strict=True)]
     return {
         "setting": setting,
         "case": case,
-        "ms a step": statistics.median(own) / steps * 1e3,
-        "of the bare loop": statistics.median(own) / statistics.median(plain),
+        "ms a step": median(own, "seconds") / steps * 1e3,
+        "of the bare loop": median(own, "seconds") / median(plain, "seconds"),
         "lowest - highest": f"{min(ratios):.2f} - {max(ratios):.2f}",
         "goal": GOALS.get(case),
-        "extra MB": max(0.0, extra_bytes / 1e6),
-        "MB on disk": size / 1e6,
+        "CPU time": median(own, "cpu_seconds") / median(plain, "cpu_seconds"),
+        "extra MB": max(0.0, (median(own, "peak_bytes") - median(plain, "peak_bytes")) / 1e6),
+        "MB on disk": statistics.median(sizes) / 1e6,
     }
 
 
@@ -129,9 +125,8 @@ def peer_rows(steps: int, repeats: int) -> list[dict[str, Any]]:
         except (RuntimeError, OSError) as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
             continue
-        extra = statistics.median(found["peak_bytes"]) - statistics.median(found["bare_peak_bytes"])
-        size = statistics.median(found["bytes"])
-        rows.append(row(next(iter(SETTINGS)), name, steps, found["seconds"], found["bare"], extra, size))
+        own, plain = ([Run(**one) for one in found[kind]] for kind in ("own", "bare"))
+        rows.append(row(next(iter(SETTINGS)), name, steps, own, plain, found["bytes"]))
     return rows
 
 

@@ -155,11 +155,12 @@ def vmapped(work: Work, model: nn.Module, optimizer: torch.optim.Optimizer, fold
 @dataclass
 class Run:
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
 def timed(run: Callable[[], object]) -> Run:
-    """Return what a call costs: seconds, and peak resident memory beyond what was there before (Linux; else 0).
+    """Return what a call costs: seconds, those of all cores, peak memory beyond what was there before (Linux; else 0).
 
     The kernel keeps the peak, so that nothing has to watch beside what is measured.
     """
@@ -174,6 +175,6 @@ def timed(run: Callable[[], object]) -> Run:
     except OSError:
         status = Path("/nonexistent")
     before = memory("VmRSS")
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     run()
-    return Run(time.perf_counter() - begun, memory("VmHWM") - before)
+    return Run(time.perf_counter() - begun, time.process_time() - cpu, memory("VmHWM") - before)

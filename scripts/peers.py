@@ -40,7 +40,7 @@ def environment(peer: str) -> Path:
 
 
 def measure(peer: str, tokens: Any, steps: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Return `bare`, `seconds` and `peak_bytes` of each repeat, and `bytes` on disk.
+    """Return the costs of each repeat, `bare` and its `own` (the fields of `loops.Run`), and `bytes` on disk.
 
     Args:
         tokens: the tensor that the loop trains on, (sequences, T).
@@ -70,19 +70,16 @@ def main(peer: str, tokens: str, steps: int, repeats: int, threads: int) -> None
     recorded: dict[str, Callable[..., None]] = {"opacus": with_opacus, "dattri-llm": with_dattri}
     work = transformer_work(torch.load(tokens), steps)
     few = transformer_work(torch.load(tokens), 2)
-    figures: dict[str, list[float]] = {"bare": [], "bare_peak_bytes": [], "seconds": [], "peak_bytes": [], "bytes": []}
+    figures: dict[str, list[Any]] = {"bare": [], "own": [], "bytes": []}
     bare(few, *few.begin())
     for number in range(repeats + 1):
         now = work if number else few  # the first round warms up
-        model, optimizer = now.begin()
-        plain = timed(lambda now=now, model=model, optimizer=optimizer: bare(now, model, optimizer))
+        plain = timed(lambda now=now: bare(now, *now.begin()))
         with tempfile.TemporaryDirectory() as folder:
             own = timed(lambda now=now, folder=folder: recorded[peer](now, *now.begin(), Path(folder)))
             size = sum(one.stat().st_size for one in Path(folder).rglob("*") if one.is_file())
         if number:
-            for name, value in zip(
-                figures, (plain.seconds, plain.peak_bytes, own.seconds, own.peak_bytes, size), strict=True
-            ):
+            for name, value in zip(figures, (vars(plain), vars(own), size), strict=True):
                 figures[name].append(value)
     print(json.dumps(figures))
 

@@ -25,7 +25,9 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
         gradients: parameter to its whole gradient, in its shape.
     """
     order = {sample: number for number, sample in enumerate(records)}
-    totals = torch.zeros(len(order), dtype=torch.float64)
+    totals = np.zeros(len(order))
+    if not records:
+        return {}
     for name, gradient in gradients.items():
         if gradient.dtype in (torch.float16, torch.bfloat16):
             gradient = gradient.float()
@@ -34,25 +36,25 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
         factors = [(owner, part) for owner, part in parts if isinstance(part, Factors)]
         if factors:
             # All samples' token rows in one product.
-            outputs, counts = _joined([part.output_gradients for _, part in factors], matrix)
-            inputs, _ = _joined([part.inputs for _, part in factors], matrix)
-            sums = (outputs @ matrix).mul_(inputs).sum(1).double().cpu()
-            totals.index_add_(0, torch.tensor([owner for owner, _ in factors]).repeat_interleave(counts), sums)
+            outputs = _joined([part.output_gradients for _, part in factors], matrix)
+            inputs = _joined([part.inputs for _, part in factors], matrix)
+            sums = (outputs @ matrix).mul_(inputs).sum(1).double().cpu().numpy()
+            owners = np.repeat([owner for owner, _ in factors], [len(part.inputs) for _, part in factors])
+            totals += np.bincount(owners, sums, len(totals))
         for owner, part in parts:
             if isinstance(part, Rows):
                 rows = matrix[torch.from_numpy(part.indices).to(matrix.device)]
-                totals[owner] += float((rows * _joined([part.values], matrix)[0]).double().sum())
+                totals[owner] += float((rows * _joined([part.values], matrix)).double().sum())
             elif not isinstance(part, Factors):
-                totals[owner] += float((_joined([part.reshape(matrix.shape)], matrix)[0] * matrix).double().sum())
+                totals[owner] += float((_joined([part.reshape(matrix.shape)], matrix) * matrix).double().sum())
     return dict(zip(order, totals.tolist(), strict=True))
 
 
-def _joined(arrays: Sequence[np.ndarray], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of all arrays below each other, and how many each has."""
-    counts = torch.tensor([len(array) for array in arrays])
+def _joined(arrays: Sequence[np.ndarray], like: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all arrays below each other."""
     whole = _whole(arrays)
     found = [torch.from_numpy(widen(array)) for array in ([whole] if whole is not None else arrays)]
-    return (found[0] if len(found) == 1 else torch.cat(found)).to(like.device, like.dtype), counts
+    return (found[0] if len(found) == 1 else torch.cat(found)).to(like.device, like.dtype)
 
 
 def _whole(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
