@@ -1,12 +1,9 @@
 """The background writer: records in at training speed, segments and commits out, nothing lost between."""
 
-import os
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,7 +171,6 @@ class BackgroundWriter:
             raise error
 
     def _run(self) -> None:
-        _yield_to_training()
         while True:
             with self._condition:
                 while not (work := self._next_work()):
@@ -276,14 +272,3 @@ class BackgroundWriter:
             )
             self._error.__cause__ = error
             self._condition.notify_all()
-
-
-def _yield_to_training() -> None:
-    """Give this thread the lowest priority, where threads have one of their own.
-
-    torch splits an operation among all cores and waits for the last: a core that is busy with writing would hold the
-    others up by a time slice, many times per step. A full queue makes the training thread wait, so nothing starves.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
