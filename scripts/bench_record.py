@@ -22,6 +22,8 @@ from language import Text, new_model
 from loops import BATCH, Run, Work, backward_per_sample, bare, timed, transformer_work, vmapped
 from measuring import arguments, disk_bytes, show
 from peers import PEERS, measure
+from rich.console import Console
+from rich.progress import track
 
 import timstore
 
@@ -76,7 +78,7 @@ def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> l
     few = SETTINGS[setting](work.tokens, 2)
     found: dict[str, list[tuple[Run, int]]] = {name: [] for name in cases}
     failed: dict[str, str] = {}
-    for number in range(repeats + 1):
+    for number in track(range(repeats + 1), setting, console=Console(stderr=True), transient=True):
         for name, case in cases.items():
             if name in failed:
                 continue
@@ -161,8 +163,8 @@ def sweep(quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sweep", action="store_true", help="bytes and time against samples and tokens instead")
-    parser.add_argument("--steps", type=int, help="optimizer steps of every measurement (250; --quick: 30)")
-    parser.add_argument("--repeats", type=int, help="(5; --quick: 3)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every measurement (250; --quick: 10)")
+    parser.add_argument("--repeats", type=int, help="(5; --quick: 2)")
     parser.add_argument("--threads", type=int, help="that torch may use (all cores)")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
     parser.add_argument("--only", metavar="WORD", help="cases whose name holds it, beside the bare loop")
@@ -172,7 +174,7 @@ def main() -> None:
     if given.sweep:
         show("Growth of recording, all samples, transformer of width 128", sweep(given.quick), as_json=given.json)
         return
-    steps, repeats = given.steps or (30 if given.quick else 250), given.repeats or (3 if given.quick else 5)
+    steps, repeats = given.steps or (10 if given.quick else 250), given.repeats or (2 if given.quick else 5)
     cases = {name: case for name, case in CASES.items() if not given.only or given.only in name or name == "bare loop"}
     rows = [one for setting in given.settings for one in compare(setting, steps, repeats, cases)]
     if not given.only:
