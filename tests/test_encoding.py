@@ -183,3 +183,28 @@ def test_any_number_of_axes_is_stored_as_rows(shape: tuple[int, ...]) -> None:
     parts, _ = encode({"w": (values,)}, {"w": known})
     got = decoded(parts[0], known.matrix_shape)
     assert got.reshape(shape).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 400])
+def test_layers_that_share_an_input_have_their_own_norms(tokens: int) -> None:
+    inputs = normal(0, tokens, 48)
+    outputs = {"narrow": normal(1, tokens, 8), "wide": normal(2, tokens, 96)}
+    outputs["wide"][0] = 0  # a row that only this layer leaves out
+    gradients = {name: (Factors(inputs, output),) for name, output in outputs.items()}
+    known = {name: parameter(name, output.shape[1], 48) for name, output in outputs.items()}
+    parts, whole = encode(gradients, known)
+    dense = {name: output.astype(np.float64).T @ inputs.astype(np.float64) for name, output in outputs.items()}
+    for part in parts:
+        assert part.norm == pytest.approx(np.linalg.norm(dense[part.parameter]), rel=1e-5)
+        np.testing.assert_allclose(decoded(part, dense[part.parameter].shape), dense[part.parameter], atol=1e-4)
+    assert whole == pytest.approx(np.sqrt(sum(np.linalg.norm(one) ** 2 for one in dense.values())), rel=1e-5)
+
+
+def test_rows_that_begin_with_zero_are_kept_and_rows_of_zeros_are_not_wherever_they_are() -> None:
+    inputs, outputs = normal(0, 12, 64), normal(1, 12, 64)
+    outputs[:, 0] = 0  # as after a ReLU
+    outputs[[0, 5, 11]] = 0
+    outputs[3, 0] = -0.0
+    part = one(Factors(inputs, outputs), 64, 64)
+    assert len(part.matrices["output_gradients"].values) == 9
+    np.testing.assert_array_equal(decoded(part, (64, 64)), outputs[outputs.any(1)].T @ inputs[outputs.any(1)])

@@ -355,3 +355,14 @@ def test_the_error_of_the_training_loop_is_the_one_that_is_seen(tmp_path, disk):
     disk.fails = lambda call: False
     store.close()
     assert_holds(tmp_path, [0])
+
+
+@pytest.mark.parametrize("wrong", [{"options": 3}, {"idle": ("a", 5)}, {"nesterov": "yes"}, {"counter": 2**63}])
+def test_a_step_that_no_table_could_hold_is_refused_at_once(store, wrong):
+    field = next(iter(wrong))
+    with pytest.raises(timstore.errors.InvalidInputError, match=f"steps: {field}"):
+        store.append_step(0, 0, [{"lr": 0.1, **wrong}])
+    store.append_step(0, 0, [{"lr": np.float32(0.5)}])
+    store.append_step(0, 1, [{"lr": 1}])
+    store.commit()
+    assert store.sql("SELECT step, lr FROM steps ORDER BY step").fetchall() == [(0, 0.5), (1, 1.0)]

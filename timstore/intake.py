@@ -14,12 +14,17 @@ from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, S
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+_SCALARS = frozenset(field.name for field in fields(Step)) - {"epoch", "step", "groups", "rank"}
+
+
 def whole_number(value: Any, what: str) -> int:
     """Return a Python int from any integer of 64 bits, numpy's and 0-d tensors' too; never from a bool or a float.
 
     Raises:
         InvalidInputError: naming `what`.
     """
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, bool):
@@ -106,10 +111,9 @@ def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Ma
     """
     at = moment(epoch, number_)
     where = f"epoch {at[0]}, step {at[1]}"
-    known = sorted({field.name for field in fields(Step)} - {"epoch", "step", "groups", "rank"})
-    unknown = sorted(scalars.keys() - set(known))
+    unknown = sorted(scalars.keys() - _SCALARS)
     if unknown:
-        raise InvalidInputError(f"{where}: a step has the fields {', '.join(known)}; got {unknown[0]}")
+        raise InvalidInputError(f"{where}: a step has the fields {', '.join(sorted(_SCALARS))}; got {unknown[0]}")
     mean_unit(scalars.get("mean_over"), where)
     checked: dict[str, Any] = {}
     for name, value in scalars.items():
@@ -137,6 +141,10 @@ class Taken:
     finite: list[bool]
     parameters: dict[str, Parameter]
     new: list[Parameter]
+
+
+class Owned(dict[str, tuple[Gradient, ...]]):
+    """A record's gradients as the recorder made them: of declared parameters, finite, and in nobody else's hands."""
 
 
 def take_in(
@@ -168,6 +176,11 @@ def take_in(
     if not samples:
         raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
     where = f"epoch {epoch}, step {step}, sample {samples[0]}" + ("" if single else f" and {len(samples) - 1} more")
+    if isinstance(gradients, Owned) and single:
+        if not allow_zero and is_zero(gradients):
+            raise _all_zero(where, samples[0])
+        record = Record(epoch, step, samples[0], gradients, rank, loss, tokens, dot=dot)
+        return Taken([record], [True], {name: known[name] for name in gradients}, [])
     if not isinstance(gradients, Mapping) or not gradients:
         raise InvalidInputError(f"{where}: gradients maps parameter names to gradients, and is not empty")
     intake = _Intake(where, copy=copy)
@@ -193,14 +206,18 @@ def take_in(
                 sample=one,
             )
         if not allow_zero and is_zero(parts):
-            raise InvalidInputError(
-                f"{what}: every gradient is zero, as when backward never reached the model; pass allow_zero=True "
-                "if that is what happened",
-                kind="all-zero",
-                sample=one,
-            )
+            raise _all_zero(what, one)
         records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number], dot=dots[number]))
     return Taken(records, finite, parameters, [one for name, one in parameters.items() if name not in known])
+
+
+def _all_zero(where: str, sample: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"{where}: every gradient is zero, as when backward never reached the model; pass allow_zero=True "
+        "if that is what happened",
+        kind="all-zero",
+        sample=sample,
+    )
 
 
 def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
@@ -354,5 +371,7 @@ def is_zero(gradients: Mapping[str, Sequence[Gradient]]) -> bool:
 def _any(part: Gradient) -> bool:
     if isinstance(part, Factors):
         outputs, inputs = widen(part.output_gradients), widen(part.inputs)
+        if len(outputs) and outputs[0].any() and inputs[0].any():
+            return True
         return bool((outputs.any(axis=1) & inputs.any(axis=1)).any())
     return bool(widen(part.values if isinstance(part, Rows) else part).any())

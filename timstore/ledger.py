@@ -1,16 +1,19 @@
 """What one writing handle knows of its attempt: parameters, moments recorded before, the last step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
 from timstore.errors import InvalidInputError
 from timstore.format.tables import SCHEMAS
-from timstore.records import Parameter, Step
+from timstore.records import Parameter, Step, StepGroup
+from timstore.snapshot import Snapshot
 
-Query = Callable[[str, list[Any]], pa.Table]
+_GROUP_FIELDS = [field.name for field in fields(StepGroup)]
+
 Moment = tuple[int, int]
 
 
@@ -19,12 +22,12 @@ class Ledger:
 
     Args:
         attempt: the attempt that is written.
-        query: asks the committed tables.
+        snapshot: what is committed; its tables are loaded only where there is anything.
     """
 
-    def __init__(self, attempt: int, query: Query) -> None:
+    def __init__(self, attempt: int, snapshot: Snapshot) -> None:
         self.attempt = attempt
-        self._query = query
+        self._snapshot = snapshot
         self._parameters: dict[str, Parameter] | None = None
         self._recorded: dict[tuple[int, int, int], dict[int, frozenset[str]]] = {}
         self._steps: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
@@ -39,7 +42,7 @@ class Ledger:
     def parameters(self) -> dict[str, Parameter]:
         """Return what is known of every parameter."""
         if self._parameters is None:
-            rows = self._query("SELECT parameter, shape, dtype, group_id FROM parameters", []).to_pylist()
+            rows = self._query("SELECT parameter, shape, dtype, group_id FROM parameters", [])
             self._parameters = {
                 row["parameter"]: Parameter(row["parameter"], tuple(row["shape"]), row["dtype"], row["group_id"])
                 for row in rows
@@ -79,6 +82,7 @@ class Ledger:
             before = known.setdefault(row["group_id"], row)
             if before is row:
                 new.append(row)
+                continue
             for name in row:
                 if before[name] != row[name]:
                     raise InvalidInputError(
@@ -110,12 +114,16 @@ class Ledger:
         """Remember parameters that were accepted for writing."""
         self.parameters().update({parameter.name: parameter for parameter in parameters})
 
+    def _query(self, query: str, values: list[Any]) -> list[dict[str, Any]]:
+        """Ask the committed tables."""
+        return self._snapshot.catalog.rows(query, values).to_pylist() if self._snapshot.view.commits else []
+
     def _last_committed(self) -> Moment | None:
         rows = self._query(
             "SELECT epoch, step FROM (SELECT epoch, step FROM steps UNION ALL SELECT epoch, step FROM records) "
             "ORDER BY epoch DESC, step DESC LIMIT 1",
             [],
-        ).to_pylist()
+        )
         return (rows[0]["epoch"], rows[0]["step"]) if rows else None
 
     def _at(self, moment: Moment, rank: int) -> dict[int, frozenset[str]]:
@@ -128,7 +136,7 @@ class Ledger:
                     "SELECT sample, list(parameter) AS names FROM gradients WHERE attempt = ? AND epoch = ? "
                     "AND step = ? AND rank = ? GROUP BY sample",
                     [self.attempt, *key],
-                ).to_pylist()
+                )
                 self._recorded[key] = {row["sample"]: frozenset(row["names"]) for row in rows}
         return self._recorded[key]
 
@@ -137,7 +145,7 @@ class Ledger:
             self._steps[key] = []
             if self._committed is not None and key[:2] <= self._committed:
                 query = "SELECT * FROM steps WHERE attempt = ? AND epoch = ? AND step = ? AND rank = ?"
-                self._steps[key] = self._query(query, [self.attempt, *key]).to_pylist()
+                self._steps[key] = self._query(query, [self.attempt, *key])
         return self._steps[key]
 
 
@@ -159,7 +167,7 @@ def step_rows(step: Step, attempt: int) -> list[dict[str, Any]]:
         "skipped": step.skipped,
         "sample_ids": None if step.sample_ids is None else list(step.sample_ids),
     }
-    rows = [{**asdict(group), **shared} for group in step.groups]
+    rows = [{**{name: getattr(group, name) for name in _GROUP_FIELDS}, **shared} for group in step.groups]
     # As lists they compare with rows that were read back.
     return [{name: list(value) if isinstance(value, tuple) else value for name, value in row.items()} for row in rows]
 
@@ -192,6 +200,41 @@ def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
+
+
+def check_rows(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows that could not be written as that kind of table later.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
+    tests = _plain_tests(kind)
+    if all(row.get(name) is None or fits(row[name]) for row in rows for name, fits in tests):
+        return
+    # What is not of the very type is for Arrow to judge.
+    table(kind, rows)
+
+
+def row_bytes(row: Mapping[str, Any]) -> int:
+    """Return about what a row takes in a table."""
+    return sum(8 * len(value) if isinstance(value, list) else 8 for value in row.values())
+
+
+@cache
+def _plain_tests(kind: str) -> list[tuple[str, Callable[[Any], bool]]]:
+    """Return each column with a test for values that it surely holds."""
+    return [(column.name, _plain_test(column.type)) for column in SCHEMAS[kind]]
+
+
+def _plain_test(arrow: pa.DataType) -> Callable[[Any], bool]:
+    if pa.types.is_list(arrow):
+        fits = _plain_test(arrow.value_type)
+        return lambda value: type(value) is list and all(map(fits, value))
+    if pa.types.is_integer(arrow):
+        limit = 2 ** (arrow.bit_width - 1)
+        return lambda value: type(value) is int and -limit <= value < limit
+    plain = float if pa.types.is_floating(arrow) else bool if pa.types.is_boolean(arrow) else str
+    return lambda value: type(value) is plain
 
 
 def _some(names: Iterable[str]) -> str:

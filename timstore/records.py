@@ -1,5 +1,6 @@
 """The frozen nouns that every layer speaks: gradients, records, steps, parameters."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,14 +115,14 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The shape as stored: rows x the product of the trailing axes; 1-D and 0-d are a single row."""
         if len(self.shape) < 2:
             return 1, self.numel
-        return self.shape[0], int(np.prod(self.shape[1:], dtype=np.int64))
+        return self.shape[0], math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)

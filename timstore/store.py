@@ -366,7 +366,7 @@ class Store(Handle):
         """Return the ledger of the current attempt, begun if there is none."""
         attempt = self._writing_attempt()
         if self._ledger is None or self._ledger.attempt != attempt.attempt:
-            self._ledger = Ledger(attempt.attempt, self.snapshot().catalog.rows)
+            self._ledger = Ledger(attempt.attempt, self.snapshot())
         return self._ledger
 
     def _put(self, *items: Item) -> None:

@@ -14,7 +14,7 @@ from timstore.encoding import Matrix, encode
 from timstore.errors import ReadOnlyError, StateError, StorageError, TimstoreWarning
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
-from timstore.ledger import table
+from timstore.ledger import check_rows, row_bytes, table
 from timstore.records import Parameter, Record
 
 QUEUE_BYTES = 256 * 1024 * 1024
@@ -30,6 +30,7 @@ class Item:
     Attributes:
         parameters: shapes of the record's parameters.
         finite: whether every number of the record is; if not, no row of it is left out.
+        rows: rows of tables by kind, to be made a table of when they are written.
         states: (role, numbers) of each row of its `states` table.
     """
 
@@ -38,17 +39,23 @@ class Item:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     finite: bool = True
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     moment: tuple[int, int] | None = None
     states: Sequence[tuple[str, Matrix]] = ()
 
 
 def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
-    """Return the item that writes these rows of one table; none for no rows."""
+    """Return the item that writes these rows of one table; none for no rows.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
     if not rows:
         return []
-    rows_of_kind = table(kind, rows)
-    return [Item(rows_of_kind.nbytes, tables={kind: rows_of_kind}, moment=moment)]
+    check_rows(kind, rows)
+    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit.
+    return [Item(sum(map(row_bytes, rows)), rows={kind: rows}, moment=moment)]
 
 
 class _Batch:
@@ -57,6 +64,7 @@ class _Batch:
     def __init__(self) -> None:
         self.records: list[EncodedRecord] = []
         self.tables: dict[str, list[pa.Table]] = {}
+        self.rows: dict[str, list[Mapping[str, Any]]] = {}
         self.blobs: dict[str, bytes] = {}
         self.states: list[tuple[str, Matrix]] = []
         self.moments: list[tuple[int, int]] = []
@@ -73,6 +81,7 @@ class _Batch:
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
         tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
+        tables.update((kind, table(kind, rows)) for kind, rows in self.rows.items())
         states = self.states
         if states:
             # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
@@ -233,6 +242,8 @@ class BackgroundWriter:
             self._batch.records.append(encoded)
         for kind, rows in item.tables.items():
             self._batch.tables.setdefault(kind, []).append(rows)
+        for kind, listed in item.rows.items():
+            self._batch.rows.setdefault(kind, []).extend(listed)
         self._batch.blobs.update(item.blobs)
         self._batch.states.extend(item.states)
         self._batch.bytes += item.size_bytes if encoded is None else encoded.stored_bytes

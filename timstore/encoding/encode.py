@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from timstore.encoding.precision import LADDER, restore, store_as
-from timstore.encoding.products import factor_norm, norm, norm_of_sum
+from timstore.encoding.products import factor_norm, factor_norms, norm, norm_of_sum
 from timstore.records import Factors, Gradient, Parameter, Rows, widen
 
 _INDEX_BYTES = 4
+
+# Which rows are kept, (n,) bools; None for all of them, which is what nearly every matrix keeps.
+Keep = np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -101,13 +104,13 @@ def _encode_all(
 def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, drop: bool) -> list[Encoded]:
     """Encode layers that share one input: its rows are stored once, for those whose factors are smaller."""
     inputs = layers[0].inputs
-    used = _nonzero_rows(inputs) if drop else np.ones(len(inputs), bool)
-    keeps = [used & _nonzero_rows(layer.output_gradients) if drop else used for layer in layers]
+    used = _nonzero_rows(inputs) if drop else None
+    keeps = [_both(used, _nonzero_rows(layer.output_gradients)) if drop else None for layer in layers]
     as_factors = _worth_factors(layers, keeps)
     encoded = []
     for layer, keep, worth in zip(layers, keeps, as_factors, strict=True):
         if not worth:
-            product = widen(layer.output_gradients[keep]).T @ widen(inputs[keep])
+            product = widen(_only(layer.output_gradients, keep)).T @ widen(_only(inputs, keep))
             encoded.append(_encode_rows(layer.parameter, layer.part, product, precision, max_rel_error))
     chosen = [(layer, keep) for layer, keep, worth in zip(layers, keeps, as_factors, strict=True) if worth]
     if chosen:
@@ -115,32 +118,37 @@ def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, 
     return encoded
 
 
-def _worth_factors(layers: list[_Layer], keeps: list[np.ndarray]) -> list[bool]:
+def _worth_factors(layers: list[_Layer], keeps: list[Keep]) -> list[bool]:
     """Say which layers are smaller as factors, the shared input's rows paid for by all of them together."""
     inputs = layers[0].inputs
     savings = []
     for layer, keep in zip(layers, keeps, strict=True):
         output = layer.output_gradients
-        dense = layer.parameter.numel * np.result_type(widen(output[:0]), widen(inputs[:0])).itemsize
-        savings.append(dense - int(keep.sum()) * output.shape[1] * output.itemsize)
+        dense = layer.parameter.numel * max(_number_bytes(output), _number_bytes(inputs))
+        savings.append(dense - _count(keep, inputs) * output.shape[1] * output.itemsize)
     saved = sum(saving for saving in savings if saving > 0)
-    union = np.zeros(len(inputs), bool)
-    for saving, keep in zip(savings, keeps, strict=True):
-        if saving > 0:
-            union |= keep
-    worth = saved >= int(union.sum()) * inputs.shape[1] * inputs.itemsize
+    union = _union([keep for saving, keep in zip(savings, keeps, strict=True) if saving > 0])
+    worth = saved > 0 and saved >= _count(union, inputs) * inputs.shape[1] * inputs.itemsize
     return [worth and saving > 0 for saving in savings]
 
 
 def _encode_shared(
-    inputs: np.ndarray, chosen: list[tuple[_Layer, np.ndarray]], precision: str, max_rel_error: float
+    inputs: np.ndarray, chosen: list[tuple[_Layer, Keep]], precision: str, max_rel_error: float
 ) -> list[Encoded]:
-    union = np.logical_or.reduce([keep for _, keep in chosen])
-    positions = np.cumsum(union) - 1
-    rows = inputs[union]
-    outputs = [layer.output_gradients[keep] for layer, keep in chosen]
-    row_maps = [positions[keep].astype(np.int32) for _, keep in chosen]
-    norms = [_factor_norm_of(rows, output, row_map) for output, row_map in zip(outputs, row_maps, strict=True)]
+    union = _union([keep for _, keep in chosen])
+    rows = _only(inputs, union)
+    outputs = [_only(layer.output_gradients, keep) for layer, keep in chosen]
+    row_maps = [
+        _row_map(union, keep) if len(output) < len(rows) else None
+        for output, (_, keep) in zip(outputs, chosen, strict=True)
+    ]
+    if any(row_map is not None for row_map in row_maps):
+        norms = [
+            factor_norm(widen(output), widen(_mapped(rows, row_map)))
+            for output, row_map in zip(outputs, row_maps, strict=True)
+        ]
+    else:
+        norms = factor_norms([widen(output) for output in outputs], widen(rows))
     for rung in LADDER[precision]:
         stored_inputs = store_as(rows, rung)
         stored_outputs = [store_as(output, rung) for output in outputs]
@@ -152,9 +160,7 @@ def _encode_shared(
             break
     shared = _matrices("inputs", *stored_inputs)
     encoded: list[Encoded] = []
-    for (layer, keep), stored, row_map, size, error in zip(
-        chosen, stored_outputs, row_maps, norms, errors, strict=True
-    ):
+    for (layer, _), stored, row_map, size, error in zip(chosen, stored_outputs, row_maps, norms, errors, strict=True):
         own = _matrices("output_gradients", *stored)
         counted = {**shared, **own} if not encoded else own
         encoded.append(
@@ -167,15 +173,51 @@ def _encode_shared(
                 rel_error=error,
                 bytes=_stored_bytes(counted),
                 dense_bytes=layer.parameter.numel * max(inputs.itemsize, outputs[0].itemsize),
-                matrices={**shared, **own} if keep.any() else {},
-                row_map=None if len(row_map) == len(rows) else row_map,
+                matrices={**shared, **own} if len(stored[0]) else {},
+                row_map=row_map,
             )
         )
     return encoded
 
 
-def _factor_norm_of(rows: np.ndarray, output: np.ndarray, row_map: np.ndarray) -> float:
-    return factor_norm(widen(output), widen(rows[row_map]))
+def _both(left: Keep, right: Keep) -> Keep:
+    return right if left is None else left if right is None else left & right
+
+
+def _union(keeps: Sequence[Keep]) -> Keep:
+    found = [keep for keep in keeps if keep is not None]
+    return np.logical_or.reduce(found) if found and len(found) == len(keeps) else None
+
+
+def _count(keep: Keep, rows: np.ndarray) -> int:
+    return len(rows) if keep is None else int(np.count_nonzero(keep))
+
+
+def _row_map(union: Keep, keep: Keep) -> np.ndarray | None:
+    """Return where the kept rows are among those of the union."""
+    if keep is None:
+        return None
+    positions = np.arange(len(keep)) if union is None else np.cumsum(union) - 1
+    found: np.ndarray = positions[keep].astype(np.int32)
+    return found
+
+
+def _only(matrix: np.ndarray, keep: Keep) -> np.ndarray:
+    """Return the rows to be kept; a view where they lie together."""
+    if keep is None:
+        return matrix
+    count, first = np.count_nonzero(keep), int(keep.argmax())
+    # Padding is at an end, as is the last token, which predicts nothing: what is left is one piece.
+    return matrix[first : first + count] if keep[first : first + count].all() else matrix[keep]
+
+
+def _mapped(rows: np.ndarray, row_map: np.ndarray | None) -> np.ndarray:
+    return rows if row_map is None else rows[row_map]
+
+
+def _number_bytes(array: np.ndarray) -> int:
+    """Return the size of the array's numbers once they can be calculated with."""
+    return max(array.itemsize, 4)
 
 
 def _factor_error(
@@ -183,11 +225,11 @@ def _factor_error(
     stored_rows: tuple[np.ndarray, np.ndarray | None],
     output: np.ndarray,
     stored_output: tuple[np.ndarray, np.ndarray | None],
-    row_map: np.ndarray,
+    row_map: np.ndarray | None,
 ) -> float:
     """Return the norm of (stored product - product), as one product of twice the tokens: nothing cancels."""
-    exact_in, exact_out = widen(rows[row_map]), widen(output)
-    lossy_in, lossy_out = restore(*stored_rows)[row_map], restore(*stored_output)
+    exact_in, exact_out = widen(_mapped(rows, row_map)), widen(output)
+    lossy_in, lossy_out = _mapped(restore(*stored_rows), row_map), restore(*stored_output)
     return factor_norm(
         np.concatenate([lossy_out, lossy_out - exact_out]), np.concatenate([lossy_in - exact_in, exact_in])
     )
@@ -204,12 +246,12 @@ def _encode_rows(
         indices, values = np.arange(total), gradient.reshape(total, width)
     dense_bytes = parameter.numel * values.itemsize
     keep = _nonzero_rows(values)
-    count = int(keep.sum())
+    count = _count(keep, values)
     # Repeated indices are summed at reading; a dense copy could not hold them apart.
     repeated = isinstance(gradient, Rows) and len(np.unique(indices)) < len(indices)
     as_rows = repeated or count * (width * values.itemsize + _INDEX_BYTES) < dense_bytes
     if as_rows:
-        indices, values = indices[keep], values[keep]
+        indices, values = _only(indices, keep), _only(values, keep)
     elif isinstance(gradient, Rows):
         dense = np.zeros((total, width), values.dtype)
         dense[indices] = values
@@ -239,12 +281,18 @@ def _encode_rows(
     )
 
 
-def _nonzero_rows(matrix: np.ndarray) -> np.ndarray:
-    """Say which rows hold any set bit, so that -0.0 and denormals count as something."""
+def _nonzero_rows(matrix: np.ndarray) -> Keep:
+    """Say which rows hold any set bit, so that -0.0 and denormals count as something; None: all of them."""
     if matrix.shape[1] == 0:
         return np.zeros(len(matrix), bool)
     bits = np.ascontiguousarray(matrix).view(f"u{matrix.itemsize}")
-    return np.asarray(bits.any(axis=1))
+    # Most rows show in their first number that they hold something; only the others are looked through.
+    if bits[:, 0].all():
+        return None
+    found: np.ndarray = bits[:, 0] != 0
+    rest = np.flatnonzero(~found)
+    found[rest] = bits[rest].any(axis=1)
+    return None if found.all() else found
 
 
 def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:

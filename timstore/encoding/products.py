@@ -17,17 +17,29 @@ def densify(parts: Sequence[Gradient], matrix_shape: tuple[int, int]) -> np.ndar
 
 
 def factor_norm(output_gradients: np.ndarray, inputs: np.ndarray) -> float:
-    """Return the Frobenius norm of `output_gradients.T @ inputs`, shapes (T, d_out) and (T, d_in).
+    """Return the Frobenius norm of `output_gradients.T @ inputs`, shapes (T, d_out) and (T, d_in)."""
+    return factor_norms([output_gradients], inputs)[0]
 
-    The cheaper of two ways: by the T x T Gram matrices, or by forming the product.
+
+def factor_norms(outputs: Sequence[np.ndarray], inputs: np.ndarray) -> list[float]:
+    """Return the Frobenius norm of `output.T @ inputs` for every output, shapes (T, d_out) and (T, d_in).
+
+    Each by the cheaper of two ways: from the T x T Gram matrices, of which that of the inputs is one for all, or by
+    forming the product. A Gram matrix is symmetric, and takes half of what another product of its size does.
     """
-    tokens, d_out = output_gradients.shape
-    d_in = inputs.shape[1]
-    if tokens * (d_in + d_out) < d_in * d_out:
-        square = _total((inputs @ inputs.T) * (output_gradients @ output_gradients.T))
-    else:
-        square = _total(np.square(output_gradients.T @ inputs))
-    return float(np.sqrt(max(square, 0.0))) if np.isfinite(square) else float("nan")
+    tokens, d_in = inputs.shape
+    share = d_in / len(outputs)
+    gram: np.ndarray | None = None
+    norms = []
+    for output in outputs:
+        d_out = output.shape[1]
+        if tokens * (share + d_out) < 2 * d_in * d_out:
+            gram = inputs @ inputs.T if gram is None else gram
+            square = _total(gram * (output @ output.T))
+        else:
+            square = _total(np.square(output.T @ inputs))
+        norms.append(float(np.sqrt(max(square, 0.0))) if np.isfinite(square) else float("nan"))
+    return norms
 
 
 def norm(part: Gradient) -> float:

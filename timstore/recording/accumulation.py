@@ -1,12 +1,15 @@
 """What backward accumulated since the last step, and what the optimizer consumes of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from timstore.errors import StateError
+
+Values = np.ndarray | torch.Tensor
 
 _SAMPLED = 256
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
@@ -37,11 +40,11 @@ class Accumulation:
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
-        # Positions and values of some elements of each parameter's gradient.
-        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._elements: dict[str, _Elements] = {}
+        # Of what was accumulated since the last step.
+        self._kept: dict[str, Values] = {}
         self.clip_value: float | None = None
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
-        self._spread: dict[str, torch.Tensor] = {}
         self._suspect = False
         self._handles: list[Any] = []
         for name, parameter in parameters.items():
@@ -90,10 +93,10 @@ class Accumulation:
         names = [name for name in self._kept if self._parameters[name].grad is not None]
         if not names:
             return 1.0
-        sums = torch.stack([self._sums(name) for name in names]).cpu()
+        sums = self._sums(names)
         between, accumulated, consumed = sums.sum(0).tolist()
-        if not torch.isfinite(sums).all():
-            name = names[int((~torch.isfinite(sums)).any(1).nonzero()[0])]
+        if not np.isfinite(sums).all():
+            name = names[int((~np.isfinite(sums)).any(1).argmax())]
             raise StateError(
                 f"parameter {name}: its gradient is not finite, so nothing after this step could be recorded. Skip "
                 "such steps (do not call optimizer.step()), or find where the loss overflows",
@@ -110,8 +113,8 @@ class Accumulation:
             return 1.0
         ratio = float(between / accumulated)
         expected = ratio * ratio * sums[:, 1]
-        off = (sums[:, 2] - 2 * ratio * sums[:, 0] + expected).clamp(min=0).sqrt()
-        for name, error, size in zip(names, off.tolist(), expected.sqrt().tolist(), strict=True):
+        off = np.sqrt(np.maximum(sums[:, 2] - 2 * ratio * sums[:, 0] + expected, 0))
+        for name, error, size in zip(names, off.tolist(), np.sqrt(expected).tolist(), strict=True):
             if error > _TOLERANCE.get(self._parameters[name].dtype, _HALF_TOLERANCE) * max(size, 1e-30):
                 self.clip_value = self._bound()
                 if self.clip_value is not None:
@@ -140,17 +143,23 @@ class Accumulation:
         clamped = (grad is not None and torch.equal(grad, whole.clamp(-bound, bound)) for grad, whole in pairs)
         return bound if all(clamped) else None
 
-    def _sums(self, name: str) -> torch.Tensor:
-        positions, kept = self._kept[name]
-        left, right = _flat(self._parameters[name])[positions].double(), kept.double()
-        return torch.stack([left @ right, right @ right, left @ left])
+    def _sums(self, names: Sequence[str]) -> np.ndarray:
+        """Return, of each parameter's kept elements, (now x then, then x then, now x now), (parameters, 3)."""
+        sums = np.empty((len(names), 3))
+        now = _on_host([self._elements[name].of(self._parameters[name]) for name in names])
+        then = _on_host([self._kept[name] for name in names])
+        starts = np.cumsum([0, *(len(self._kept[name]) for name in names[:-1])])
+        with np.errstate(over="ignore", invalid="ignore"):
+            for column, product in enumerate((now * then, then * then, now * now)):
+                sums[:, column] = np.add.reduceat(product, starts)
+        return sums
 
     def _before(self, name: str) -> Callable[[torch.Tensor], None]:
         def arriving(_: torch.Tensor) -> None:
             if not self._kept:
                 if _nonzero(self._parameters[name]):
                     raise _stale(name)
-            elif self._suspect and name in self._kept and bool(self._kept[name][1].any()):
+            elif self._suspect and name in self._kept and bool(self._kept[name].any()):
                 self._suspect = False
                 if not _nonzero(self._parameters[name]):
                     self._vanished()
@@ -159,19 +168,58 @@ class Accumulation:
 
     def _after(self, name: str) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
-            flat = _flat(parameter)
-            if flat.numel() == 0:
+            if parameter.numel() == 0:
                 return
-            if name not in self._spread:
-                self._spread[name] = torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)
-            # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
-            positions = torch.cat([self._spread[name], torch.stack([flat.argmax(), flat.argmin()])])
-            self._kept[name] = positions, flat[positions].clone()
+            if name not in self._elements:
+                self._elements[name] = _Elements(parameter)
+            self._kept[name] = self._elements[name].chosen(parameter)
             if self._whole is not None:
                 assert parameter.grad is not None
                 self._whole[name] = parameter.grad.detach().clone()
 
         return arrived
+
+
+class _Elements:
+    """Which elements of a parameter's gradient are kept: some of it, and its extremes.
+
+    On the host they are looked up by numpy, on one core: torch would split so small an operation among all, and mostly
+    wait for the last.
+    """
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        spread = torch.arange(0, parameter.numel(), max(1, parameter.numel() // _SAMPLED), device=parameter.device)
+        self._positions = torch.cat([spread, spread[:1], spread[:1]])
+        self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
+        self._host = self._positions.numpy() if self._by_numpy else np.empty(0)
+
+    def chosen(self, parameter: torch.Tensor) -> Values:
+        """Return a copy of the elements of a gradient, chosen by it."""
+        # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
+        if self._by_numpy:
+            numbers = _flat(parameter).numpy()
+            self._host[-2:] = numbers.argmax(), numbers.argmin()
+        else:
+            flat = _flat(parameter)
+            self._positions[-2:] = torch.stack([flat.argmax(), flat.argmin()])
+        return self.of(parameter)
+
+    def of(self, parameter: torch.Tensor) -> Values:
+        """Return a copy of the elements that were chosen last, as they are now."""
+        if self._by_numpy:
+            values: np.ndarray = _flat(parameter).numpy()[self._host]
+            return values
+        return _flat(parameter)[self._positions]
+
+
+def _on_host(pieces: Sequence[Values]) -> np.ndarray:
+    """Return the values of all pieces as one float64 array."""
+    tensors = [one for one in pieces if isinstance(one, torch.Tensor)]
+    if len(tensors) == len(pieces) and len({(one.device, one.dtype) for one in tensors}) == 1:
+        pieces = [torch.cat(tensors)]  # one transfer
+    return np.concatenate(
+        [one.cpu().double().numpy() if isinstance(one, torch.Tensor) else one for one in pieces]
+    ).astype(np.float64)
 
 
 def _flat(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How much a recording will write, from the size of a few records and one step's gradients."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from timstore.store import Store
 _MEASURED_NUMEL = 4_000_000
 _MEASURED_STEPS = 64
 
-Records = Mapping[int, Mapping[str, list[Gradient]]]
+Records = Mapping[int, Mapping[str, Sequence[Gradient]]]
 
 
 @dataclass(frozen=True, slots=True)

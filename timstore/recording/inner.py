@@ -25,7 +25,9 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
         gradients: parameter to its whole gradient, in its shape.
     """
     order = {sample: number for number, sample in enumerate(records)}
-    totals = torch.zeros(len(order), dtype=torch.float64)
+    totals = np.zeros(len(order))
+    if not records:
+        return {}
     for name, gradient in gradients.items():
         if gradient.dtype in (torch.float16, torch.bfloat16):
             gradient = gradient.float()
@@ -34,11 +36,11 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
         factors = [(owner, part) for owner, part in parts if isinstance(part, Factors)]
         if factors:
             # All samples' token rows in one product.
-            counts = torch.tensor([len(part.inputs) for _, part in factors])
-            owners = torch.tensor([owner for owner, _ in factors]).repeat_interleave(counts)
             outputs = _joined([part.output_gradients for _, part in factors], matrix)
             inputs = _joined([part.inputs for _, part in factors], matrix)
-            totals.index_add_(0, owners, ((outputs @ matrix) * inputs).sum(1).double().cpu())
+            sums = (outputs @ matrix).mul_(inputs).sum(1).double().cpu().numpy()
+            owners = np.repeat([owner for owner, _ in factors], [len(part.inputs) for _, part in factors])
+            totals += np.bincount(owners, sums, len(totals))
         for owner, part in parts:
             if isinstance(part, Rows):
                 rows = matrix[torch.from_numpy(part.indices).to(matrix.device)]
@@ -49,5 +51,19 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
 
 
 def _joined(arrays: Sequence[np.ndarray], like: torch.Tensor) -> torch.Tensor:
-    found = [torch.from_numpy(widen(array)) for array in arrays]
+    """Return the rows of all arrays below each other."""
+    whole = _whole(arrays)
+    found = [torch.from_numpy(widen(array)) for array in ([whole] if whole is not None else arrays)]
     return (found[0] if len(found) == 1 else torch.cat(found)).to(like.device, like.dtype)
+
+
+def _whole(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Return what the arrays are the consecutive pieces of, as the recorder cuts a batch: nothing is copied then."""
+    base = arrays[0].base
+    if len(arrays) < 2 or not isinstance(base, np.ndarray) or base.ndim != 3 or len(base) != len(arrays):
+        return None
+    if not base.flags.c_contiguous or any(array.base is not base for array in arrays):
+        return None
+    first, size = base.ctypes.data, base[0].nbytes
+    cut = all(one.nbytes == size and one.ctypes.data == first + size * place for place, one in enumerate(arrays))
+    return base.reshape(-1, base.shape[2]) if cut else None

@@ -1,7 +1,8 @@
 """What an optimizer's step really used: its groups' scalars."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -80,10 +81,20 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
     return groups
 
 
-def norm_of_gradients(gradients: Iterable[torch.Tensor]) -> float:
-    """Return the norm of all gradients together."""
-    norms = [torch.linalg.vector_norm(one.double()) for one in gradients]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+def norm_of_gradients(gradients: Collection[torch.Tensor]) -> float:
+    """Return the norm of all gradients together; of float32 and less it is taken in float32, as clipping does."""
+    norms = [torch.linalg.vector_norm(one, dtype=_wide(one.dtype)) for one in gradients]
+    if not norms:
+        return 0.0
+    whole = float(torch.stack([one.to(norms[0].device, torch.float64) for one in norms]).norm())
+    if math.isfinite(whole):
+        return whole
+    # Numbers whose squares are beyond float32, if they are finite at all.
+    return float(torch.stack([one.double().norm().to(norms[0].device) for one in gradients]).norm())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def amp_scales(optimizer: torch.optim.Optimizer, scaler: Any) -> tuple[float, float]:

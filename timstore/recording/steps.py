@@ -1,11 +1,13 @@
 """One optimizer step, looked at right before it is taken: its scalars, its records, what it consumes."""
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from timstore.intake import Owned
 from timstore.recording.batches import MicroBatch, records_of
 from timstore.recording.inner import inner_products
 from timstore.recording.optimizer import amp_scales, norm_of_gradients, step_groups
@@ -24,7 +26,7 @@ class Ahead:
 
     groups: list[StepGroup]
     scalars: dict[str, Any]
-    records: dict[int, dict[str, list[Gradient]]]
+    records: Mapping[int, Mapping[str, Sequence[Gradient]]]
     dots: dict[int, float]
     tokens: dict[int, int]
 
@@ -60,14 +62,18 @@ def look_ahead(
     tokens: dict[int, int] = {}
     for sample, count in zip(drawn, counts, strict=False):
         tokens[sample] = tokens.get(sample, 0) + count
+    norm = norm_of_gradients(gradients.values())
+    if math.isfinite(norm):
+        # A number that is not finite in any part would be in the sum as well: nothing needs to look for it again.
+        owned = {one: Owned((name, tuple(parts)) for name, parts in held.items()) for one, held in records.items()}
     scalars = {
         "consumed_ratio": ratio / inside,
         "sample_ids": drawn,
-        "grad_norm": norm_of_gradients(gradients.values()) / ratio if ratio else 0.0,
+        "grad_norm": norm / ratio if ratio else 0.0,
         "amp_scale": scale,
         "clip_value": clip_value,
         "tokens": sum(counts) if counts else None,
         "mean_over": mean_over or ("tokens" if counts else "samples"),
         "micro_batches": [len(batch.ids) for batch in batches],
     }
-    return Ahead(step_groups(optimizer, names), scalars, records, dots, tokens)
+    return Ahead(step_groups(optimizer, names), scalars, owned if math.isfinite(norm) else records, dots, tokens)

@@ -1,0 +1,187 @@
+"""What recording costs a training loop, against the bare loop and against other ways to take per-sample gradients.
+
+Each figure is the median of interleaved repeats over the median of the bare loop in the same process; opening,
+`close()` and syncs included. CPU time is that of all threads, over the bare loop's. Settings: the demo's Llama (AdamW,
+clipping, batches of 8 sequences of 64 tokens of the standard library), and a transformer of depth 4 on the same text,
+of width 128 with 655,360 weights, and of width 512 with 10.5 million (a fifth of the steps, which take ten times as
+long). Extra memory is the peak beyond the bare loop's. Opacus and dattri-LLM are installed into environments of their
+own (in the user's cache), and measured there at width 128 against the bare loop there.
+
+Run: python scripts/bench_record.py (about 10 minutes on two cores; --quick for a look; --sweep for growth)
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from language import Text, new_model
+from loops import BATCH, Run, Work, backward_per_sample, bare, timed, transformer_work, vmapped
+from measuring import arguments, disk_bytes, show
+from peers import PEERS, measure
+from rich.console import Console
+from rich.progress import track
+
+import timstore
+
+NOWHERE = 2**40  # the id of no sample
+Case = Callable[[Work, Path], None]
+
+
+def recorded(samples: Callable[[int], Iterable[int]], precision: str = "exact") -> Case:
+    """Return the loop under a recorder of the samples that a number of sequences is drawn from."""
+
+    def run(work: Work, folder: Path) -> None:
+        model, optimizer = work.begin()
+        with (
+            timstore.open(folder / "store.tim", precision=precision) as store,
+            store.record(model, optimizer, samples=samples(len(work.tokens))),
+        ):
+            bare(work, model, optimizer, named=True)
+
+    return run
+
+
+CASES: dict[str, Case] = {
+    "bare loop": lambda work, folder: bare(work, *work.begin()),
+    "timstore, nothing to record": recorded(lambda count: [NOWHERE]),
+    "timstore, 1 of 8": recorded(lambda count: range(0, count, BATCH)),
+    "timstore, all 8": recorded(range),
+    "backward per sample, npy": lambda work, folder: backward_per_sample(work, *work.begin(), folder),
+    "torch.func vmap(grad), npy": lambda work, folder: vmapped(work, *work.begin(), folder),
+}
+GOALS = {"timstore, nothing to record": 1.02, "timstore, 1 of 8": 1.05, "timstore, all 8": 1.5}
+
+
+def llama_work(tokens: torch.Tensor, steps: int) -> Work:
+    return Work(new_model, lambda model, tokens, **more: model(input_ids=tokens, **more).logits, tokens, steps)
+
+
+SETTINGS: dict[str, Callable[[torch.Tensor, int], Work]] = {
+    "width 128": transformer_work,
+    "demo's Llama": llama_work,
+    "width 512": lambda tokens, steps: transformer_work(tokens, max(2, steps // 5), 512),
+}
+
+
+def sequences(count: int) -> torch.Tensor:
+    return Text.read(0).tuning[:count]
+
+
+def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> list[dict[str, Any]]:
+    """Return a row per case; a case that fails says why instead."""
+    # Every sequence once: no sample's records are found known.
+    work = SETTINGS[setting](sequences(min(steps * BATCH, 496)), steps)
+    few = SETTINGS[setting](work.tokens, 2)
+    found: dict[str, list[tuple[Run, int]]] = {name: [] for name in cases}
+    failed: dict[str, str] = {}
+    for number in track(range(repeats + 1), setting, console=Console(stderr=True), transient=True):
+        for name, case in cases.items():
+            if name in failed:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                try:  # the first round warms up
+                    run = timed(lambda case=case, now=work if number else few, at=Path(folder): case(now, at))
+                except Exception as error:
+                    failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:80]
+                    continue
+                if number:
+                    found[name].append((run, disk_bytes(Path(folder))))
+    rows = []
+    for name, runs in found.items():
+        if name in failed:
+            rows.append({"setting": setting, "case": f"{name} ({failed[name]})"})
+            continue
+        plain = [one for one, _ in found["bare loop"]]
+        sizes = [size for _, size in runs]
+        rows.append(row(setting, name, work.steps, [one for one, _ in runs], plain, sizes))
+    return rows
+
+
+def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], sizes: list[int]) -> dict[str, Any]:
+    def median(runs: list[Run], field: str) -> float:
+        return statistics.median(getattr(one, field) for one in runs)
+
+    ratios = [one.seconds / other.seconds for one, other in zip(own, plain, strict=True)]
+    return {
+        "setting": setting,
+        "case": case,
+        "ms a step": median(own, "seconds") / steps * 1e3,
+        "of the bare loop": median(own, "seconds") / median(plain, "seconds"),
+        "lowest - highest": f"{min(ratios):.2f} - {max(ratios):.2f}",
+        "goal": GOALS.get(case),
+        "CPU time": median(own, "cpu_seconds") / median(plain, "cpu_seconds"),
+        "extra MB": max(0.0, (median(own, "peak_bytes") - median(plain, "peak_bytes")) / 1e6),
+        "MB on disk": statistics.median(sizes) / 1e6,
+    }
+
+
+def peer_rows(steps: int, repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for peer, name in PEERS.items():
+        try:
+            found = measure(peer, sequences(min(steps * BATCH, 496)), steps, repeats, torch.get_num_threads())
+        except (RuntimeError, OSError) as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+            continue
+        own, plain = ([Run(**one) for one in found[kind]] for kind in ("own", "bare"))
+        rows.append(row(next(iter(SETTINGS)), name, steps, own, plain, found["bytes"]))
+    return rows
+
+
+def sweep(quick: bool) -> list[dict[str, Any]]:
+    """Return a row per number of samples and of tokens: what their records take in bytes and in time."""
+    rows = []
+    text = Text.read(0).pre.flatten()
+    for tokens in (32, 64, 128) if quick else (16, 32, 64, 128, 256):
+        for samples in (32, 128) if quick else (32, 64, 128, 256):
+            own, plain, size = [], [], 0
+            work = transformer_work(text[: samples * tokens].view(samples, tokens), samples // BATCH)
+            for _ in range(3):
+                plain.append(timed(lambda work=work: bare(work, *work.begin())).seconds)
+                with tempfile.TemporaryDirectory() as folder:
+                    own.append(timed(lambda work=work, at=Path(folder): recorded(range)(work, at)).seconds)
+                    size = disk_bytes(Path(folder))
+            more = statistics.median(own) - statistics.median(plain)
+            rows.append(
+                {
+                    "samples": samples,
+                    "tokens": tokens,
+                    "MB": size / 1e6,
+                    "bytes a token": size / (samples * tokens),
+                    "seconds": statistics.median(own),
+                    "seconds of the bare loop": statistics.median(plain),
+                    "us more a token": more / (samples * tokens) * 1e6,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="bytes and time against samples and tokens instead")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every measurement (250; --quick: 10)")
+    parser.add_argument("--repeats", type=int, help="(5; --quick: 2)")
+    parser.add_argument("--threads", type=int, help="that torch may use (all cores)")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
+    parser.add_argument("--only", metavar="WORD", help="cases whose name holds it, beside the bare loop")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.sweep:
+        show("Growth of recording, all samples, transformer of width 128", sweep(given.quick), as_json=given.json)
+        return
+    steps, repeats = given.steps or (10 if given.quick else 250), given.repeats or (2 if given.quick else 5)
+    cases = {name: case for name, case in CASES.items() if not given.only or given.only in name or name == "bare loop"}
+    rows = [one for setting in given.settings for one in compare(setting, steps, repeats, cases)]
+    if not given.only:
+        rows += peer_rows(steps, repeats)
+    title = f"Cost of recording: {steps} steps of {BATCH} x 64 tokens, {torch.get_num_threads()} threads"
+    show(title, rows, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
