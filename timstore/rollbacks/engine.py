@@ -49,7 +49,7 @@ class Budget:
         Raises:
             InvalidInputError: if it is too small for the largest object and its decoded chunks.
         """
-        largest = max((info.bytes for commit in snapshot.view.commits for info in commit.objects), default=0)
+        largest = snapshot.view.largest_object()
         # An eighth is the cache: one whole object, and the chunk that is decoded from it.
         held = largest + 2 * 1024 * 1024
         needed = 8 * held
