@@ -79,13 +79,15 @@ class ArrayCheck:
             layout = self.layouts[name]
             if name not in self._documents:
                 path = f"{self._prefix}/{name}/zarr.json"
-                fault = Fault("missing", "the record names shards of this array, and not its metadata")
+                fault = Fault("malformed", "the record names shards of this array, and not its metadata")
                 self._add(fault, path, name, (0, 2**62), slices, tables)
             for number, info in sorted(shards.items()):
                 self._shard(name, layout, number, info, slices, tables, bounds)
         for name, layout in self.layouts.items():
-            for number in sorted(set(range(layout.shards)) - set(self._shards.get(name, ()))) if layout else ():
-                fault = Fault("missing", "the array needs this shard, and its record does not name it")
+            if layout is None:
+                continue
+            for number in sorted(set(range(layout.shards)) - set(self._shards.get(name, ()))):
+                fault = Fault("malformed", "the array needs this shard, and its record does not name it")
                 path = f"{self._prefix}/{name}/c/{number}/0"
                 self._add(fault, path, name, _span(layout, number), slices, tables)
 

@@ -108,7 +108,7 @@ def parse_table(data: bytes, info: ObjectInfo, *, folded: bool = False) -> pa.Ta
         table = pq.read_table(pa.BufferReader(data))
         table.validate(full=True)
     except Exception as error:  # whatever a decoder makes of bytes that are no Parquet file
-        return Fault("malformed", f"it holds no readable rows: {str(error):.200}")
+        return Fault("malformed", f"it holds no readable rows: {error!s:.200}")
     table = pa.table(
         [
             column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

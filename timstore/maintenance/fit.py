@@ -34,7 +34,8 @@ def index_bounds(gradients: pa.Table, shapes: Shapes) -> np.ndarray:
     words = gradients["parameter"].combine_chunks().dictionary_encode()
     known = [shapes.get(name) if shapes else None for name in words.dictionary.to_pylist()]
     bounds = [max(rows for rows, _ in options) if options else 2**62 for options in known]
-    return np.array(bounds or [0], np.int64)[words.indices.to_numpy()]
+    of_words = np.array(bounds or [0], np.int64)
+    return np.asarray(of_words[words.indices.to_numpy()])
 
 
 class _Role:

@@ -5,7 +5,7 @@ import pyarrow as pa
 from timstore.format import layout
 from timstore.format.checkpoint import Checkpoint
 from timstore.format.commits import Commit
-from timstore.format.tables import ROLLED, SCHEMAS
+from timstore.format.tables import ROLLED
 from timstore.maintenance.examiner import Examiner, Fault
 from timstore.maintenance.findings import LEFTOVER, Finding
 from timstore.maintenance.fit import Shapes

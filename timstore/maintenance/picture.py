@@ -44,18 +44,6 @@ class Picture:
         """All commits that are known."""
         return (self.covered or ()) + self.fresh
 
-    def names(self, path: str) -> bool:
-        """Say whether a data object is still one that is read."""
-        if layout.parse_folded_path(path) is not None:
-            return self.checkpoint is not None and any(info.path == path for info in self.checkpoint.files)
-        place = layout.parse_data_path(path)
-        return place is not None and any(
-            info.path == path
-            for commit in self.commits
-            if (commit.writer, commit.seq) == place[:2]
-            for info in commit.objects
-        )
-
     def maybe_covered(self, commit: Commit) -> bool:
         """Say whether a checkpoint that cannot be read may have taken over the row files of a commit."""
         return self.lost is not None and self.chains[commit.writer].first == commit.seq

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
 from timstore.format import layout
@@ -13,6 +13,8 @@ from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
 from timstore.maintenance.findings import Finding
 from timstore.maintenance.inventory import Inventory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class RecordReader:
 
         return self._parsed(path, "checkpoint", layout.parse_checkpoint_path(path), parse)
 
-    def _parsed(self, path: str, name: str, number: int | None, parse: Callable[[Sealed], Any]) -> Any:
+    def _parsed(self, path: str, name: str, number: int | None, parse: Callable[[Sealed], T | Finding]) -> T | Finding:
         sealed = self.sealed(path)
         if isinstance(sealed, Finding):
             return sealed

@@ -1,7 +1,5 @@
 """The row files of one kind that a checkpoint names, dealt out commit by commit."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 

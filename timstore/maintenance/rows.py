@@ -17,7 +17,7 @@ Tables = Mapping[str, pa.Table | None]
 ENCODINGS = ("factors", "dense", "rows")
 _MOMENTS = ("records", "gradients", "steps", "fingerprints", "states")
 _RECORD = ["epoch", "step", "rank", "sample"]
-_WORDS = {
+_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "gradients": {"encoding": ENCODINGS, "precision": PRECISIONS},
     "states": {"role": STATE_ROLES, "precision": PRECISIONS},
 }

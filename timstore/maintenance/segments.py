@@ -85,7 +85,7 @@ def _check_other(examiner: Examiner, commit: Commit, info: ObjectInfo) -> None:
         try:
             unpack_probe(data)
         except Exception as error:  # whatever numpy, zipfile and json make of bytes that are no probe
-            examiner.add("malformed", info.path, f"it holds no probe: {str(error):.200}", commit)
+            examiner.add("malformed", info.path, f"it holds no probe: {error!s:.200}", commit)
 
 
 def _check_folder(examiner: Examiner, commit: Commit) -> None:

@@ -47,7 +47,7 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
             if seen.checkpoint == picture.checkpoint:
                 break
     # What a roll-up has deleted since is missed by nobody.
-    found = [one for one in examiner.findings if one.kind != "missing" or picture.names(one.path)]
+    found = _still_missing(examiner.findings, picture)
     found += [*reader.findings, *picture.findings, *leftovers(inventory, picture, folders)]
     found += [Finding("unreadable", folder or ".", why) for folder, why in inventory.refused.items()]
     gone = (one for one in found if one.severity == LEFTOVER and one.kind != "missing")
@@ -87,6 +87,19 @@ def _check_contents(examiner: Examiner, picture: Picture) -> None:
     for commit in fresh:
         path = layout.record_path(commit.writer, commit.seq)
         check_commit(examiner, commit, path, shapes, maybe_covered=picture.maybe_covered(commit))
+
+
+def _still_missing(findings: Iterable[Finding], picture: Picture) -> list[Finding]:
+    """Leave out what is missing and not named any more."""
+    folded = {info.path for info in picture.checkpoint.files} if picture.checkpoint else set()
+    places = {(commit.writer, commit.seq): commit for commit in picture.commits}
+    kept = []
+    for finding in findings:
+        commit = places.get((layout.parse_data_path(finding.path) or ("", 0))[:2])
+        named = folded if commit is None else {info.path for info in commit.objects}
+        if finding.kind != "missing" or finding.path in named:
+            kept.append(finding)
+    return kept
 
 
 def _declared(examiner: Examiner, picture: Picture) -> Shapes:
