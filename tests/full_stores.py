@@ -6,6 +6,7 @@ import json
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from stores import forged
 
@@ -80,8 +81,12 @@ def body(path):
 
 
 def naming(root, name):
-    """Return the record or checkpoint that names an object."""
-    records = [*root.glob("log/*/*.json"), *root.glob("ckpt/*.json")]
+    """Return the file that names an object: a record, a checkpoint, or the row file in which that lists objects."""
+    checkpoints = sorted(root.glob("ckpt/*.json"))
+    for info in body(checkpoints[-1])["objects"] if checkpoints else ():
+        if info["kind"] == "objects" and name in pq.read_table(root / info["path"])["path"].to_pylist():
+            return root / info["path"]
+    records = [*checkpoints[-1:], *root.glob("log/*/*.json")]
     return next(one for one in records if any(info["path"] == name for info in body(one)["objects"]))
 
 
@@ -94,7 +99,12 @@ def replace_object(root, name, data, rows=None):
         return info | new if info["path"] == name else info
 
     record = naming(root, name)
-    reseal(root, record, objects=[changed(info) for info in body(record)["objects"]])
+    if record.suffix == ".json":
+        reseal(root, record, objects=[changed(info) for info in body(record)["objects"]])
+        return
+    table = pq.read_table(record)
+    described = [changed(info) for info in table.to_pylist()]
+    replace_object(root, str(record.relative_to(root)), in_parquet(pa.Table.from_pylist(described, table.schema)))
 
 
 def reseal(root, record, **changes):
@@ -111,6 +121,11 @@ def reseal(root, record, **changes):
 def forge_rows(root, name, change, count=True):
     """Change the rows of a row file, everything else in agreement; `count=False` leaves the number of rows said."""
     table = change(pq.read_table(root / name))
+    replace_object(root, name, in_parquet(table), table.num_rows if count else None)
+
+
+def in_parquet(table):
+    """Return a table as the bytes of a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    replace_object(root, name, sink.getvalue(), table.num_rows if count else None)
+    return sink.getvalue()
