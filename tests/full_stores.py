@@ -68,11 +68,12 @@ def files_of(root):
 
 def tree(root):
     """Return everything below a folder: bytes, modes and times."""
-    return {
-        str(path.relative_to(root)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mode)
-        + (path.stat().st_mtime_ns, path.stat().st_ctime_ns)
-        for path in root.rglob("*")
-    }
+    found = {}
+    for path in root.rglob("*"):
+        status = path.stat()
+        data = path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(root))] = data, status.st_mode, status.st_mtime_ns, status.st_ctime_ns
+    return found
 
 
 def body(path):

@@ -95,6 +95,10 @@ WAYS = {
 }
 
 
+def read(path):
+    return b"" if path.is_symlink() else path.read_bytes()
+
+
 def restore(path, originals):
     """Put back every file that was changed."""
     for name, data in originals.items():
@@ -126,7 +130,9 @@ def test_every_planted_defect_is_found_and_its_file_named(which, request, tmp_pa
         what = f"damage {number}: {way} of {name}"
         WAYS[way](draw, copy / name, [copy / one for one in originals])
         report = timstore.verify(copy)
-        found = [one for one in report.findings if one.path == name]
+        # Of two files that were exchanged one may be the record without which the other says nothing.
+        changed = {one for one, data in originals.items() if not (copy / one).is_file() or read(copy / one) != data}
+        found = [one for one in report.findings if one.path in {name, *(changed if way == "swap" else ())}]
         if not found:
             assert way == "deletion" and is_like_never_written(copy, source, name, report), f"{what}: not found"
         elif report.sound:

@@ -31,8 +31,12 @@ def stores(tmp_path_factory):
 def store(stores, request, tmp_path):
     path = tmp_path / "forged"
     shutil.copytree(stores[getattr(request, "param", "plain")], path)
-    assert timstore.verify(path).findings == ()
     return path
+
+
+@pytest.mark.parametrize("store", ["plain", "compacted"], indirect=True)
+def test_what_is_forged_below_is_sound_before(store):
+    assert timstore.verify(store).findings == ()
 
 
 def place(table, column, number, value):
@@ -73,7 +77,10 @@ FORGED_ROWS = {
         "a slice far behind its array": (slices("start", 2**62), "lie outside their array"),
         "an owner that does not exist": (slices("owner", 999), "belong to no row of the 18 gradients"),
         "a negative owner": (slices("owner", -1), "belong to no row"),
-        "another gradient's slice": (slices("owner", lambda one: one + 1, role="values"), "do not tile|do not have the matrices"),
+        "another gradient's slice": (
+            slices("owner", lambda one: one + 1, role="values"),
+            "do not tile|do not have the matrices",
+        ),
         "a role that does not exist": (slices("role", "inputz"), "a role that does not exist"),
         "a role of another encoding": (slices("role", "values", role="inputs"), "do not have the matrices"),
         "a state's role": (slices("role", "theta"), "belong to no row of the 0 states"),
@@ -162,14 +169,14 @@ def arrays_of(store, pattern):
 
 def forge_shard(store, shard, layout, change):
     """Encode a shard of other numbers."""
-    number = int(shard.parent.name)
     data = shard.read_bytes()
     rows = np.concatenate([decode_chunk(layout, data, chunk, "") for chunk in range(layout.chunks)])
     rows = change(rows.copy())
     one = ArrayLayout(len(rows), layout.width, layout.dtype, layout.chunk_rows, layout.chunks)
-    (_, forged_data, _), *_ = encode_shards(one, lambda start, out: out.__setitem__(slice(None), rows[start:][: len(out)]))
+    (_, forged_data, _), *_ = encode_shards(
+        one, lambda start, out: out.__setitem__(slice(None), rows[start:][: len(out)])
+    )
     replace_object(store, str(shard.relative_to(store)), forged_data)
-    return number
 
 
 @pytest.mark.parametrize("store", ["plain", "compacted"], indirect=True)
@@ -199,14 +206,11 @@ def test_a_chunk_that_does_not_decode_is_found_and_whose_rows_it_held(store):
 
 
 def test_numbers_after_the_end_of_an_array_are_found(store):
-    _, layout, shards = arrays_of(store, "w9-float32")
-    assert layout.rows < layout.chunk_rows * 2 or layout.rows % layout.chunk_rows
-    document, layout, shards = arrays_of(store, "w16-float32")
-    wider = ArrayLayout(layout.rows - 1, layout.width, layout.dtype, layout.chunk_rows, layout.chunks)
-    replace_object(store, str(document.relative_to(store)), wider.to_json())
+    document, layout, _ = arrays_of(store, "w16-float32")
+    shorter = ArrayLayout(layout.rows - 1, layout.width, layout.dtype, layout.chunk_rows, layout.chunks)
+    replace_object(store, str(document.relative_to(store)), shorter.to_json())
     kinds = {one.kind for one in timstore.verify(store).damage}
     assert kinds == {"slices", "count", "chunk"}
-    assert shards
 
 
 OBJECTS = {
@@ -221,7 +225,9 @@ OBJECTS = {
 @pytest.mark.parametrize("what", OBJECTS)
 def test_an_object_that_is_no_such_thing_is_found(store, what):
     data, kind, message = OBJECTS[what]
-    path = (store / largest(store, "slices")).parent / what if what != "probe.npz" else next(store.glob("data/*/*/*.npz"))
+    path = (
+        (store / largest(store, "slices")).parent / what if what != "probe.npz" else next(store.glob("data/*/*/*.npz"))
+    )
     replace_object(store, str(path.relative_to(store)), data)
     (finding,) = timstore.verify(store).findings
     assert (finding.kind, finding.path) == (kind, str(path.relative_to(store))) and message in finding.message

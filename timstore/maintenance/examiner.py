@@ -34,6 +34,8 @@ _FOLDED = {kind: pa.schema([("commit", pa.int32()), *schema]) for kind, schema i
 for _kind in ("gradients", "states"):
     _FOLDED[_kind] = pa.schema([("commit", pa.int32()), ("owner", pa.int32()), *SCHEMAS[_kind]])
 
+_SMALL = 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -105,7 +107,8 @@ class Examiner:
 def parse_table(data: bytes, info: ObjectInfo, *, folded: bool = False) -> pa.Table | Fault:
     """Return the rows of a row file, if there are as many as its record says, of the columns of its kind."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # To start threads costs more than to read a small file.
+        table = pq.read_table(pa.BufferReader(data), use_threads=len(data) > _SMALL)
         table.validate(full=True)
     except Exception as error:  # whatever a decoder makes of bytes that are no Parquet file
         return Fault("malformed", f"it holds no readable rows: {error!s:.200}")

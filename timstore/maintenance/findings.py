@@ -64,7 +64,8 @@ class Finding:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.kind:<12} {self.path}"
+        # A name in the store's folder may hold anything, line ends and broken characters too.
+        yield f"{self.kind:<12} {self.path if self.path.isprintable() else ascii(self.path)}"
         where = [] if self.seq is None else [f"commit {self.seq} of writer {self.writer}"]
         if self.steps is not None:
             where.append(f"steps {self.steps[0]} to {self.steps[1]}")

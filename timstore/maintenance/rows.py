@@ -102,4 +102,6 @@ def _without(gradients: pa.Table, records: pa.Table | None) -> pa.Table:
     """Return the gradients whose record is not there."""
     if records is None:
         return gradients.select(_RECORD)
-    return gradients.select(_RECORD).join(records.select(_RECORD), keys=_RECORD, join_type="left anti")
+    return gradients.select(_RECORD).join(
+        records.select(_RECORD), keys=_RECORD, join_type="left anti", use_threads=False
+    )
