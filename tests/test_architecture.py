@@ -30,7 +30,7 @@ LAYERS = [
     ["timstore.fingerprints"],
     ["timstore.undisturbed"],
     ["timstore.optimizers"],
-    ["timstore.recording", "timstore.rollbacks"],
+    ["timstore.recording", "timstore.rollbacks", "timstore.maintenance"],
     ["timstore"],
 ]
 
@@ -47,7 +47,7 @@ OWNERS = {
         "timstore.rollbacks",
         "timstore",
     ],
-    "rich": ["timstore.rollbacks"],
+    "rich": ["timstore.rollbacks", "timstore.maintenance"],
     "transformers": [],
 }
 

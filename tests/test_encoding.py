@@ -169,6 +169,12 @@ def test_bfloat16_rounds_to_nearest_even(value: float) -> None:
     np.testing.assert_array_equal(widen(narrow(array)), expected)
 
 
+@pytest.mark.parametrize("precision", ["exact", "bfloat16", "int8"])
+def test_a_zero_part_stores_nothing_under_any_precision(precision: str) -> None:
+    part = one(np.zeros((6, 100), np.float32), 6, 100, precision=precision)
+    assert part.norm == part.rel_error == part.bytes == 0 and part.matrices == {}
+
+
 def test_a_zero_part_stores_nothing() -> None:
     part = one(Factors(normal(0, 4, 10), np.zeros((4, 10), np.float32)), 10, 10)
     assert not part.matrices

@@ -25,6 +25,7 @@ from timstore.store import Store as _Store
 if TYPE_CHECKING:
     import torch
 
+    from timstore.maintenance import Finding, Verification
     from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
 
@@ -35,6 +36,7 @@ __all__ = [
     "CorruptionError",
     "CoverageError",
     "Factors",
+    "Finding",
     "FormatError",
     "InvalidInputError",
     "ModelMismatchError",
@@ -46,9 +48,19 @@ __all__ = [
     "Store",
     "TimstoreError",
     "TimstoreWarning",
+    "Verification",
     "open",
     "rollback",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Finding", "Verification"):
+        from timstore import maintenance
+
+        return getattr(maintenance, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Store(_Store):
@@ -268,6 +280,14 @@ class Store(_Store):
 
         undo(self, model, rollback_id)
 
+    def verify(self, *, progress: "bool | Callable[[int, int], None] | None" = None) -> "Verification":
+        """Find every defect of the store as it lies on disk; commits nothing, changes nothing. See `timstore.verify`.
+
+        What this handle has accepted and not committed is not looked at.
+        """
+        self._check_open()
+        return verify(self.path, progress=progress)
+
 
 def open(
     path: str | os.PathLike[str],
@@ -309,3 +329,28 @@ def rollback(
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
     return roll_back(found[0], model, ids, **options)
+
+
+def verify(
+    path: str | os.PathLike[str], *, progress: "bool | Callable[[int, int], None] | None" = None
+) -> "Verification":
+    """Find every defect of the store at a path, also of one that cannot be opened. Changes nothing; prints well.
+
+    Every object is held against its size and checksum and decoded, every row against its record, its neighbours and
+    its numbers, every writer's sequence against gaps. The store may be written meanwhile: what is on its way is at
+    most a leftover. `sound` says that there is no damage; leftovers do none.
+
+    Cost: reads the whole store once. Memory: the names of its commits, the row tables of one commit (two row files
+    of each table where a checkpoint has folded them), and one object.
+
+    Args:
+        progress: show a bar; by default when a person is looking. Or who is called with (bytes read, bytes to read).
+
+    Raises:
+        NotFoundError: there is no store, nor what is left of one.
+        InvalidInputError: the path is no folder.
+        FormatError: the store needs a newer version.
+    """
+    from timstore.maintenance import verify as verify_path
+
+    return verify_path(path, progress=progress)

@@ -30,7 +30,7 @@ def store_as(values: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray
     scales = _round_up(np.abs(grouped).max(axis=2) / 127)
     divisor = widen(scales)[:, :, None]
     quantised = np.divide(grouped, divisor, out=np.zeros_like(grouped), where=divisor > 0)
-    return np.rint(quantised).astype(np.int8).reshape(rows, -1)[:, :width], scales
+    return np.rint(quantised).astype(np.int8).reshape(rows, blocks * SCALE_BLOCK)[:, :width], scales
 
 
 def restore(values: np.ndarray, scales: np.ndarray | None) -> np.ndarray:

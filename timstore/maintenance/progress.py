@@ -1,0 +1,33 @@
+"""A progress bar on a verification, when a person is looking."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+Report = Callable[[int, int], None]
+
+
+@contextmanager
+def shown(wanted: bool | Report | None, doing: str) -> Iterator[Report]:
+    """Yield what is to be called with (bytes done, bytes in all).
+
+    Args:
+        wanted: a bar on standard error, or none; by default on a terminal. Or who else is told.
+    """
+    if callable(wanted):
+        yield wanted
+        return
+    visible = sys.stderr.isatty() if wanted is None else wanted
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as progress:
+        task = progress.add_task(doing, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
