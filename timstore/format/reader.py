@@ -135,6 +135,8 @@ class SegmentReader:
 
     def _alike(self, at: np.ndarray, stop: np.ndarray) -> Iterator[slice]:
         """Cut gradients into runs of neighbours whose columns lie in the same arrays."""
+        if len(at) == 0:
+            return iter(())
         pieces = stop - at
         edge = pieces[1:] != pieces[:-1]
         for piece in range(int(pieces.max(initial=0))):
