@@ -109,6 +109,7 @@ def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], s
     return {
         "setting": setting,
         "case": case,
+        "steps": steps,
         "ms a step": median(own, "seconds") / steps * 1e3,
         "of the bare loop": median(own, "seconds") / median(plain, "seconds"),
         "lowest - highest": f"{min(ratios):.2f} - {max(ratios):.2f}",
@@ -179,7 +180,7 @@ def main() -> None:
     rows = [one for setting in given.settings for one in compare(setting, steps, repeats, cases)]
     if not given.only:
         rows += peer_rows(steps, repeats)
-    title = f"Cost of recording: {steps} steps of {BATCH} x 64 tokens, {torch.get_num_threads()} threads"
+    title = f"Cost of recording: steps of {BATCH} x 64 tokens, {torch.get_num_threads()} threads"
     show(title, rows, as_json=given.json)
 
 
