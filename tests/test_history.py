@@ -45,7 +45,7 @@ def test_a_record_keeps_its_inner_product_with_the_whole_gradient_before_clippin
     torch.manual_seed(0)
     model, ids = Mixed(), torch.randint(0, 9, (4, 3))
     twin = copy.deepcopy(model)
-    with store.record(model, networks.sgd(model), samples=[7, 8]) as recorder:
+    with store.record(model, networks.sgd(model), samples=[7, 8], optimizer_history="gradients") as recorder:
         for half in ([5, 7], [8, 6]):
             rows = ids[[one - 5 for one in half]]
             (model(rows, sample_ids=half).square().sum() / 4).backward()

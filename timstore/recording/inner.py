@@ -1,4 +1,4 @@
-"""Inner products of records with the whole step's gradient: one number per record that makes clipping exact.
+"""Inner products of records with a whole gradient that is kept: one number per record that makes clipping exact.
 
 Without a sample the gradient's norm would have been |g - h|, hence the clip factor another one; its square
 is |g|^2 - 2 <g, h> + |h|^2, and only the middle term needs the gradient, which is gone after the step.

@@ -316,6 +316,8 @@ class Recorder:
             ratio=ratio,
             clip_value=self._accumulation.clip_value,
             mean_over=self._mean_over,
+            # Elsewhere they are of no use, or can be had from the records of the whole step when it comes to it.
+            products=self._history.keeps_gradients,
             samples=self._samples,
             names=self._names,
         )

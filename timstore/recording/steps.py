@@ -21,7 +21,7 @@ class Ahead:
     Attributes:
         scalars: the fields of `records.Step` beside its groups.
         records: sample to parameter to parts.
-        dots, tokens: of each record; `tokens` is empty when the batch names none.
+        dots, tokens: of each record; empty where no products are taken, or the batch names no tokens.
     """
 
     groups: list[StepGroup]
@@ -40,6 +40,7 @@ def look_ahead(
     ratio: float,
     clip_value: float | None,
     mean_over: str | None,
+    products: bool,
     samples: Container[int] | None,
     names: Mapping[int, str],
 ) -> Ahead:
@@ -49,13 +50,15 @@ def look_ahead(
         batches: the micro-batches whose backward passes the step consumes.
         gradients: of each parameter, as they are now; before clipping by value.
         ratio: of these over the accumulated ones.
+        products: take each record's inner product with the whole gradient.
         samples: the ids to record, None for all.
         names: parameter (by identity) to its name.
     """
     inside, scale = amp_scales(optimizer, scaler)
     records = records_of(batches, samples, names)
     # The products are with what is there now; the records are parts of what was accumulated.
-    dots = {sample: dot / ratio for sample, dot in inner_products(records, gradients).items()} if ratio else {}
+    wanted = records if products and ratio else {}
+    dots = {sample: dot / ratio for sample, dot in inner_products(wanted, gradients).items()}
     drawn = [one for batch in batches for one in batch.ids]
     known = [batch.tokens for batch in batches if batch.tokens is not None]
     counts = [count for counts in known for count in counts] if len(known) == len(batches) else []

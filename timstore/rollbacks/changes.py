@@ -1,5 +1,6 @@
 """What the samples that leave change in every step: norms where they are needed, and what g is made of."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,9 @@ import pyarrow.compute
 import torch
 
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change, change_of, needs_norms
+from timstore.rollbacks.consumed import Change, Leaving, change_of, needs_dots, needs_norms
 from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
-from timstore.rollbacks.loading import by_parameter, pieces_of, rows_of
+from timstore.rollbacks.loading import Piece, by_parameter, pieces_of, rows_of
 from timstore.rollbacks.plan import Sources
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection, rest_of, whole_gradients
@@ -18,26 +19,36 @@ from timstore.snapshot import Snapshot
 
 
 def changes_of(
+    snapshot: Snapshot,
+    request: Request,
+    moment: Moment | None,
     selection: Selection,
     timelines: dict[int, Timeline],
-    denominator: str,
     readers: Readers,
     budget: Budget,
     dtype: torch.dtype,
 ) -> dict[int, Change]:
     """Return how the consumed gradients of each group change.
 
-    Cost: where steps were clipped and several of their samples leave, one more pass over those records.
+    Cost: where steps were clipped, one more pass over their records: those that leave, if several do; all of them, if
+    <g, h> was not recorded and every sample was.
     """
     leaving = selection.leaving
+    wanted = np.zeros(len(leaving.keys), bool)
+    for timeline in timelines.values():
+        wanted |= needs_dots(timeline, leaving)
+    if wanted.any():
+        rest, held = rest_of(snapshot, request, moment, leaving.keys[wanted])
+        if rest is not None:
+            leaving = _with_dots(selection, leaving, rest, held, readers, budget, dtype)
     needed = np.zeros(len(leaving.keys), bool)
     for timeline in timelines.values():
-        needed |= needs_norms(timeline, leaving)
+        needed |= needs_norms(timeline, leaving) & np.isnan(leaving.norm)
     if needed.any():
         norms = leaving.norm.copy()
         norms[needed] = _norms(selection, leaving.keys[needed], readers, budget, dtype)
         leaving = replace(leaving, norm=norms)
-    return {group: change_of(timeline, leaving, denominator) for group, timeline in timelines.items()}
+    return {group: change_of(timeline, leaving, request.denominator) for group, timeline in timelines.items()}
 
 
 def sources_of(
@@ -83,6 +94,43 @@ def complete_steps(keys: np.ndarray, known: dict[str, Parameter], timelines: dic
                 wanted[position] += len(names - idle)
     complete: np.ndarray = found[counts == wanted]
     return complete
+
+
+def _with_dots(
+    selection: Selection,
+    leaving: Leaving,
+    rest: pyarrow.Table,
+    keys: np.ndarray,
+    readers: Readers,
+    budget: Budget,
+    dtype: torch.dtype,
+) -> Leaving:
+    """Fill in <g, h> and |h| of these steps, where g is the sum of the records that leave and of those that stay."""
+    mine = selection.rows.filter(pyarrow.compute.is_in(selection.rows["key"], pyarrow.array(keys)))
+    staying = by_parameter(rest)
+    dots, squares = np.zeros(len(keys)), np.zeros(len(keys))
+
+    def sums(rows: pyarrow.Table | None, piece: Piece) -> Iterator[tuple[int, torch.Tensor]]:
+        if rows is None:
+            return iter(())
+        parts = rows_of(rows, np.searchsorted(keys, rows["key"].to_numpy()))
+        return sums_by_bin(parts, piece, readers, budget.unit_bytes, dtype, torch.device("cpu"))
+
+    for name, rows in by_parameter(mine).items():
+        # Two sums and a product of them are alive at a time.
+        for piece in pieces_of(selection.known[name], budget.sums_bytes // 3, dtype.itemsize):
+            others = sums(staying.get(name), piece)
+            number, other = next(others, (len(keys), None))
+            for at, gone in sums(rows, piece):
+                while number < at:
+                    number, other = next(others, (len(keys), None))
+                squares[at] += float((gone * gone).sum(dtype=torch.float64))
+                if number == at and other is not None:
+                    dots[at] += float((gone * other).sum(dtype=torch.float64))
+    places = np.searchsorted(leaving.keys, keys)
+    dot, norm = leaving.dot.copy(), leaving.norm.copy()
+    dot[places], norm[places] = dots + squares, np.sqrt(squares)
+    return replace(leaving, dot=dot, norm=norm)
 
 
 def _norms(

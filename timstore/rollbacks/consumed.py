@@ -80,6 +80,21 @@ class Change:
         )
 
 
+def needs_dots(timeline: Timeline, leaving: Leaving) -> np.ndarray:
+    """Say, for each step of `leaving`, whether its clip factor may change by an unknown <g, h>; shape of its keys."""
+    bounds, known = clip_bounds(timeline)
+    if not known or not np.isfinite(bounds).any():
+        return np.zeros(len(leaving.keys), bool)
+    where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
+    largest = (timeline.grad_norm[where] + leaving.largest) / timeline.amp_scale[where]
+    staying = timeline.samples[where] - leaving.samples
+    # A mean that is taken again makes g larger, by no more than this.
+    again = np.where(staying > 0, timeline.samples[where] / np.maximum(staying, 1.0), 1.0)
+    reachable = ~(again * largest <= bounds[where])
+    needed: np.ndarray = (timeline.keys[where] == leaving.keys) & np.isnan(leaving.dot) & (staying != 0) & reachable
+    return needed
+
+
 def needs_norms(timeline: Timeline, leaving: Leaving) -> np.ndarray:
     """Say, for each step of `leaving`, whether |h| of its several records is needed; shape of its keys."""
     bounds, known = clip_bounds(timeline)

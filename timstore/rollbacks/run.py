@@ -75,7 +75,7 @@ class Run:
             return find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizer)
 
         method = choose(request.method, timelines, lambda: why if isinstance(why := tape(), str) else None)
-        changes = changes_of(selection, timelines, request.denominator, readers, budget, dtype)
+        changes = changes_of(snapshot, request, moment, selection, timelines, readers, budget, dtype)
         sources = None
         if method is not REPLAY:
             changes, sources = sources_of(snapshot, request, moment, selection.known, timelines, changes)
