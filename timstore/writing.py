@@ -130,6 +130,8 @@ class BackgroundWriter:
         self._asked = 0
         self._answered = 0
         self._stopping = False
+        # Arrow imports pandas, where there is one, at its first array; the thread could not once the interpreter ends.
+        pa.array([0])
         self._thread = threading.Thread(target=self._run, name="timstore-writer", daemon=True)
         self._thread.start()
 
