@@ -245,11 +245,12 @@ def test_an_interpreter_that_ends_without_close_has_committed(tmp_path):
     script = (
         "import sys, numpy, timstore\n"
         "store = timstore.open(sys.argv[1])\n"
-        "store.append(0, 0, 1, {'w': numpy.arange(3, dtype='f4')})\n"
+        "store.append(0, 0, 1, {'w': numpy.arange(3, dtype='f4'), 'large': numpy.ones((6000, 1000), 'f4')})\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path], check=True, timeout=120)
     with timstore.open(tmp_path, "r") as store:
         assert store.gradient(0, 0, 1, "w").tolist() == [0, 1, 2]
+        assert (store.gradient(0, 0, 1, "large") == 1).all()  # of several shards, which are made in threads
 
 
 def test_a_forked_child_is_told_so_and_harms_nothing(tmp_path):

@@ -5,7 +5,9 @@ to the letter, and tests hold this file to that.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,8 @@ _STORED: dict[str, np.dtype[Any]] = {
     "int64": np.dtype("<i8"),
 }
 _MISSING = 2**64 - 1
+# Compression lets go of the interpreter lock, and shares the cores with the training.
+_ENCODERS = 2
 # What is written, and what format 1.1 wrote and is read for ever.
 WRITTEN, EARLIER = "zstd", "lz4"
 _SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
@@ -163,33 +167,55 @@ class ArrayLayout:
 
 
 def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) -> Iterator[tuple[str, bytes, int]]:
-    """Yield (key, bytes, rows) of each shard, one at a time.
+    """Yield (key, bytes, rows) of each shard in order; a few are made while one is written.
 
     Args:
-        fill: called as fill(first_row, out) to copy rows [first_row, first_row + len(out)) into out.
+        fill: called as fill(first_row, out) to copy rows [first_row, first_row + len(out)) into out; by several threads.
     """
+
+    def make(shard: int) -> tuple[str, bytes, int]:
+        first = shard * layout.shard_rows
+        return f"c/{shard}/0", _encode_shard(layout, fill, first), min(layout.shard_rows, layout.rows - first)
+
+    if layout.shards == 1:
+        yield make(0)
+        return
+    with ThreadPoolExecutor(_ENCODERS, "timstore-encode") as pool:
+        made: deque[Future[tuple[str, bytes, int]]] = deque()
+        for shard in range(layout.shards):
+            try:
+                made.append(pool.submit(make, shard))
+            except RuntimeError:  # the interpreter ends, and takes no more threads
+                yield from (one.result() for one in made)
+                made.clear()
+                yield make(shard)
+            if len(made) > _ENCODERS:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+
+def _encode_shard(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None], first: int) -> bytes:
     # Chunks are always whole: the rows past the end are zeros, as the Zarr specification has it.
     chunk = np.zeros((layout.chunk_rows, layout.width), layout.numpy_dtype)
     blosc = layout.encoder()
-    for shard in range(layout.shards):
-        index = np.full((layout.chunks, 2), _MISSING, "<u8")
-        pieces: list[bytes] = []
-        offset = 0
-        first = shard * layout.shard_rows
-        for number in range(layout.chunks):
-            start = first + number * layout.chunk_rows
-            count = min(layout.chunk_rows, layout.rows - start)
-            if count <= 0:
-                break
-            if count < layout.chunk_rows:
-                chunk.view("u1")[:] = 0
-            fill(start, chunk[:count])
-            encoded = _with_checksum(blosc.encode(_plain(chunk)))
-            index[number] = offset, len(encoded)
-            pieces.append(encoded)
-            offset += len(encoded)
-        pieces.append(_with_checksum(index.tobytes()))
-        yield f"c/{shard}/0", b"".join(pieces), min(layout.shard_rows, layout.rows - first)
+    index = np.full((layout.chunks, 2), _MISSING, "<u8")
+    pieces: list[bytes] = []
+    offset = 0
+    for number in range(layout.chunks):
+        start = first + number * layout.chunk_rows
+        count = min(layout.chunk_rows, layout.rows - start)
+        if count <= 0:
+            break
+        if count < layout.chunk_rows:
+            chunk.view("u1")[:] = 0
+        fill(start, chunk[:count])
+        encoded = blosc.encode(_plain(chunk))
+        pieces += [encoded, _checksum(encoded)]
+        index[number] = offset, len(encoded) + 4
+        offset += len(encoded) + 4
+    table = index.tobytes()
+    return b"".join([*pieces, table, _checksum(table)])
 
 
 def decode_chunk(layout: ArrayLayout, shard: bytes, number: int, where: str) -> np.ndarray:
@@ -219,8 +245,8 @@ def _plain(chunk: np.ndarray) -> np.ndarray:
     return chunk.view("<u2") if chunk.dtype == BFLOAT16 else chunk
 
 
-def _with_checksum(data: bytes) -> bytes:
-    return bytes(data) + int(google_crc32c.value(bytes(data))).to_bytes(4, "little")
+def _checksum(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def _checked(data: bytes, where: str) -> bytes:
