@@ -170,7 +170,7 @@ def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) 
     """Yield (key, bytes, rows) of each shard in order; a few are made while one is written.
 
     Args:
-        fill: called as fill(first_row, out) to copy rows [first_row, first_row + len(out)) into out; by several threads.
+        fill: called as fill(first_row, out), by several threads, to copy rows from first_row on into out, and fill it.
     """
 
     def make(shard: int) -> tuple[str, bytes, int]:
