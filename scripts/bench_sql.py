@@ -105,14 +105,14 @@ def timed(action: Callable[[], Any], repeats: int = 1) -> float:
     return statistics.median(seconds)
 
 
-def opening(path: Path) -> float:
+def opening(path: Path, repeats: int = 3) -> float:
     """Return the seconds from nothing to the first answer."""
 
     def look() -> None:
         with timstore.open(path, "r") as store:
             store.sql("SELECT count(*) FROM gradients").fetchall()
 
-    return timed(look, 3)
+    return timed(look, repeats)
 
 
 def asked(ask: Callable[[str], Any], repeats: int) -> dict[str, float]:
@@ -148,7 +148,7 @@ def compare(folder: Path, commits: int) -> list[dict[str, Any]]:
     share = max(1, commits // JSON_SHARE)
     con.execute(f"COPY (FROM read_parquet('{parquet}/*.parquet') WHERE step < {share}) TO '{lines}' (FORMAT json)")
 
-    plain = opening(store_path)
+    plain = opening(store_path, 1)
     before = disk_bytes(store_path)
     with timstore.open(store_path) as store:
         folding = timed(store.compact)

@@ -136,7 +136,8 @@ def write_rows(table: pa.Table, kind: str) -> bytes:
         table,
         sink,
         compression="zstd",
-        use_dictionary=words + texts,
+        # Numbers repeat in a folded file: decoding them takes most of the time of opening a large store.
+        use_dictionary=True if words else texts,
         write_statistics=False,
         # Only these have types that Parquet alone does not tell: dictionaries, and what users attach to samples.
         store_schema=bool(words) or kind == "samples" or kind not in SCHEMAS,
