@@ -30,6 +30,7 @@ Paths: TypeAlias = list[str]  # `list` inside the classes below is their method
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Files that are worth writing past the page cache, and what their parts are a multiple of.
+_DIRECT = getattr(os, "O_DIRECT", 0)  # where there is no such thing, the cache is used
 _DIRECT_BYTES = 256 * 1024
 _BLOCK_BYTES = 4096
 _ALIGNED_BYTES = 1024 * 1024
@@ -216,7 +217,7 @@ class LocalObjects:
         file = self._call(os.open, name, _NEW, 0o600, dir_fd=folder)
         try:
             left = memoryview(data)
-            if self.durable and len(data) >= _DIRECT_BYTES:
+            if self.durable and _DIRECT and len(data) >= _DIRECT_BYTES:
                 left = left[self._write_direct(file, data) :]
             while left:
                 left = left[self._written(file, left) :]
@@ -233,7 +234,7 @@ class LocalObjects:
         """
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         try:
-            fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+            fcntl.fcntl(file, fcntl.F_SETFL, flags | _DIRECT)
         except OSError:
             return 0  # a file system that knows no such thing
         # One that no other thread uses: memory at an even address, kept since new memory costs as much as a copy.
