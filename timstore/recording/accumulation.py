@@ -29,6 +29,8 @@ class Accumulation:
 
     Attributes:
         clip_value: the bound of a clipping by value that `ratio` found; None where there was none.
+        extremes: look at every number for the largest and smallest, the only ones that a clipping by value is sure to
+            change. Without, as suffices for a step that no record is of, at some numbers alone.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Accumulation:
         # Of what was accumulated since the last step.
         self._kept: dict[str, Values] = {}
         self.clip_value: float | None = None
+        self.extremes = True
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
         self._suspect = False
         self._handles: list[Any] = []
@@ -172,7 +175,7 @@ class Accumulation:
                 return
             if name not in self._elements:
                 self._elements[name] = _Elements(parameter)
-            self._kept[name] = self._elements[name].chosen(parameter)
+            self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
             if self._whole is not None:
                 assert parameter.grad is not None
                 self._whole[name] = parameter.grad.detach().clone()
@@ -193,9 +196,10 @@ class _Elements:
         self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
         self._host = self._positions.numpy() if self._by_numpy else np.empty(0)
 
-    def chosen(self, parameter: torch.Tensor) -> Values:
-        """Return a copy of the elements of a gradient, chosen by it."""
-        # The extremes too: a clipping by value changes nothing else, and most of a table's gradient is zero.
+    def chosen(self, parameter: torch.Tensor, extremes: bool) -> Values:
+        """Return a copy of the elements of a gradient, chosen by it; the extremes of a table, which is mostly zero."""
+        if not extremes and bool((found := self.of(parameter)).any()):
+            return found
         if self._by_numpy:
             numbers = _flat(parameter).numpy()
             self._host[-2:] = numbers.argmax(), numbers.argmin()

@@ -254,6 +254,7 @@ class Recorder:
             positions = [position for position, one in enumerate(checked) if one in self._samples]
         self._current = MicroBatch(checked, positions)
         self._pending.append(self._current)
+        self._accumulation.extremes = self._history.keeps_gradients or not all(one.empty for one in self._pending)
 
     def _keep_hashes(self, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
