@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,14 @@ def medians(rounds: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, Answer]
     }
 
 
-def compare(folder: Path, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    layers, records = (1, 16) if quick else (2, 64)
+def compare(folder: Path, quick: bool, rounds: int, records: int, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    layers = 1 if quick else 2
     elements = Shapes(layers, 64).elements
     dense_bytes = elements * 4
     calls: dict[str, tuple[Any, ...]] = {}
     bytes_of: dict[str, float] = {}
     held: dict[str, int] = {}
-    for tokens in track(TOKENS, "filling stores", console=console, transient=True):
+    for tokens in track(lengths, "filling stores", console=console, transient=True):
         path = folder / f"tokens-{tokens}"
         shapes, name = Shapes(layers, tokens), f"timstore, {tokens} tokens"
         shapes.fill(path, records)
@@ -206,6 +206,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sweep", action="store_true", help="seconds against records asked for and records stored")
     parser.add_argument("--rounds", type=int, help="of which medians are taken: 3, and 1 with --quick")
+    parser.add_argument(
+        "--records", type=int, help="of each store (64; --quick: 16): the fixed part of a call weighs less"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a record")
     parser.add_argument("--apart", help="one measurement, as JSON; for the benchmark itself")
     given = parser.parse_args()
     if given.apart:
@@ -213,9 +217,12 @@ def main() -> None:
         print(json.dumps(CALLS[name](Path(first) if isinstance(first, str) else first, *rest)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(
-            (sweep if given.sweep else compare)(Path(folder), given.quick, given.rounds or (1 if given.quick else 3))
-        )
+        rounds = given.rounds or (1 if given.quick else 3)
+        records = given.records or (16 if given.quick else 64)
+        if given.sweep:
+            rows = list(sweep(Path(folder), given.quick, rounds))
+        else:
+            rows = list(compare(Path(folder), given.quick, rounds, records, given.tokens))
     if given.sweep:
         title = "Rollback against the records asked for, 1 layer of width 512, 64 tokens"
     else:
