@@ -5,10 +5,12 @@ to the letter, and tests hold this file to that.
 """
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import google_crc32c
@@ -180,19 +182,25 @@ def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) 
     if layout.shards == 1:
         yield make(0)
         return
-    with ThreadPoolExecutor(_ENCODERS, "timstore-encode") as pool:
-        made: deque[Future[tuple[str, bytes, int]]] = deque()
-        for shard in range(layout.shards):
-            try:
-                made.append(pool.submit(make, shard))
-            except RuntimeError:  # the interpreter ends, and takes no more threads
-                yield from (one.result() for one in made)
-                made.clear()
-                yield make(shard)
-            if len(made) > _ENCODERS:
-                yield made.popleft().result()
-        while made:
+    pool = _pool(os.getpid())
+    made: deque[Future[tuple[str, bytes, int]]] = deque()
+    for shard in range(layout.shards):
+        try:
+            made.append(pool.submit(make, shard))
+        except RuntimeError:  # the interpreter ends, and takes no more work into threads
+            yield from (one.result() for one in made)
+            made.clear()
+            yield make(shard)
+        if len(made) > _ENCODERS:
             yield made.popleft().result()
+    while made:
+        yield made.popleft().result()
+
+
+@cache
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Return the process's threads: a forked child has none of its parent's; new ones each time hold on to memory."""
+    return ThreadPoolExecutor(_ENCODERS, "timstore-encode")
 
 
 def _encode_shard(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None], first: int) -> bytes:
