@@ -202,3 +202,10 @@ def test_rows_of_format_1_0_lack_the_newer_columns_and_read_as_null():
     assert catalog.sql("SELECT step, amp_scale, options, counter FROM steps").fetchall() == [(0, None, None, None)]
     assert catalog.sql("SELECT step, name FROM states").fetchall() == [(0, None)]
     catalog.close()
+
+
+def test_columns_that_sql_cannot_tell_apart_are_refused_before_they_are_written(store):
+    with pytest.raises(timstore.InvalidInputError, match="Owner, owner apart"):
+        store.samples.update([{"sample": 1, "owner": "ada"}, {"sample": 2, "Owner": "bob"}])
+    store.samples.update([{"sample": 1, "owner": "ada"}])
+    assert store.sql("SELECT sample, owner FROM samples").fetchall() == [(1, "ada")]

@@ -202,10 +202,3 @@ def test_reading_a_store_to_read_folds_nothing(tmp_path):
     with timstore.open(tmp_path) as store:
         assert store.compact() == RollUp()
     assert not list(tmp_path.glob("runs/*"))
-
-
-def test_columns_that_sql_cannot_tell_apart_are_refused_before_they_are_written(store):
-    with pytest.raises(timstore.InvalidInputError, match="Owner, owner apart"):
-        store.samples.update([{"sample": 1, "owner": "ada"}, {"sample": 2, "Owner": "bob"}])
-    store.samples.update([{"sample": 1, "owner": "ada"}])
-    assert store.sql("SELECT sample, owner FROM samples").fetchall() == [(1, "ada")]
