@@ -12,6 +12,7 @@ from stores import forged
 
 import timstore
 from timstore import Factors, Rows
+from timstore.format.shard import ArrayLayout, stored_name
 
 
 def normal(seed, *shape):
@@ -33,13 +34,18 @@ def gradients(step, sample):
     }
 
 
+def small_plan(rows, width, dtype):
+    """Plan an array of chunks of 1 KB, two to a shard."""
+    chunk_rows = min(rows, max(1, 1024 // (width * dtype.itemsize)))
+    return ArrayLayout(rows, width, stored_name(dtype), chunk_rows, min(2, -(-rows // chunk_rows)))
+
+
 def fill(path, monkeypatch, precision="int8", durability="commit"):
     """Write a store: two attempts, two writers, several shards to an array, matrices split by columns."""
     with monkeypatch.context() as small:
         # As if rows of 64 numbers were wide, and two chunks of 1 KB a full shard.
         small.setattr("timstore.format.segment.ROW_BYTES", 256)
-        small.setattr("timstore.format.shard.CHUNK_BYTES", 1024)
-        small.setattr("timstore.format.shard.SHARD_BYTES", 2048)
+        small.setattr(ArrayLayout, "plan", small_plan)
         with timstore.open(path, precision=precision, durability=durability) as store:
             for step in range(3):
                 for sample in (1, 2, 30):
