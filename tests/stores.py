@@ -84,6 +84,25 @@ def record_files(objects, writer):
     return sorted((objects.root / "log" / writer.writer).iterdir())
 
 
+TABLES = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
+_STATES = "SELECT attempt, epoch, step, role, parameter, commit, owner FROM stored.states ORDER BY ALL"
+
+
+def everything(store):
+    """Return all that a reader can get out of a store that has a probe."""
+    # Ordered by all columns: without an order DuckDB promises none.
+    tables = {name: store.sql(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in TABLES}
+    gradients = {
+        (record.attempt, record.epoch, record.step, record.sample, name): record.dense(name).tobytes()
+        for record in store.read()
+        for name in record.gradients
+    }
+    batches, loss = store.probe()
+    probe = [{name: array.tobytes() for name, array in batch.items()} for batch in batches]
+    states = store.snapshot().catalog.rows(_STATES).to_pylist()
+    return tables, gradients, probe, loss, store.latest_fingerprints(), states, store.settings
+
+
 def one_object(**changes):
     """Return a record's description of an object."""
     described = {"path": "records.parquet", "bytes": 1, "crc32": 0, "kind": "records", "logical_bytes": 1, "rows": 1}

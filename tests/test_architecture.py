@@ -29,6 +29,7 @@ LAYERS = [
     ["timstore.store"],
     ["timstore.fingerprints"],
     ["timstore.undisturbed"],
+    ["timstore.progress"],
     ["timstore.optimizers"],
     ["timstore.recording", "timstore.rollbacks", "timstore.maintenance"],
     ["timstore"],
@@ -47,7 +48,7 @@ OWNERS = {
         "timstore.rollbacks",
         "timstore",
     ],
-    "rich": ["timstore.rollbacks", "timstore.maintenance"],
+    "rich": ["timstore.progress", "timstore.rollbacks", "timstore.maintenance"],
     "transformers": [],
 }
 

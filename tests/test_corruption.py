@@ -6,12 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from stores import everything
 
 import timstore
 from timstore import Factors, Rows
 from timstore.snapshot import Snapshot
 
-TABLES = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
 DAMAGES = 400
 FLIPS = int(os.environ.get("TIMSTORE_FLIPS", "200"))  # more take long: some 0.1 s each
 SEED = 20240611
@@ -57,19 +57,10 @@ def folded(small, tmp_path_factory):
     return path
 
 
-def everything(path):
+def seen(path):
     """Return all that a reader of this store can get out of it."""
     with timstore.open(path, "r") as store:
-        # Ordered by all columns: without an order DuckDB promises none.
-        tables = {name: store.sql(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in TABLES}
-        gradients = {
-            (record.attempt, record.epoch, record.step, record.sample, name): record.dense(name).tobytes()
-            for record in store.read()
-            for name in record.gradients
-        }
-        batches, loss = store.probe()
-        probe = [{name: array.tobytes() for name, array in batch.items()} for batch in batches]
-        return tables, gradients, probe, loss, store.latest_fingerprints(), store.settings
+        return everything(store)
 
 
 def bit_flip(draw, path, _):
@@ -109,7 +100,7 @@ KINDS = (bit_flip, bit_flip, bit_flip, truncation, extension, deletion, swap)
 def test_random_damage_is_noticed_or_harmless(request, tmp_path, which, count, kinds):
     """Every file is damaged by every kind in turn; which bytes, and whom it is swapped with, is drawn."""
     small = request.getfixturevalue(which)
-    expected = everything(small)
+    expected = seen(small)
     names = sorted(path.relative_to(small) for path in small.rglob("*") if path.is_file())
     print(f"seed {SEED}, {len(names)} files")
     draw = random.Random(SEED)
@@ -123,7 +114,7 @@ def test_random_damage_is_noticed_or_harmless(request, tmp_path, which, count, k
         what = f"damage {number}: {damage.__name__} of {path.relative_to(copy)}"
         damage(draw, path, files)
         try:
-            found = everything(copy)
+            found = seen(copy)
         except timstore.TimstoreError as error:
             noticed += 1
             assert path.name in str(error) or damage is swap, f"{what}: {error}"
@@ -150,7 +141,7 @@ def test_every_bit_position_of_an_object_counts_and_the_error_says_where(small, 
         data[position] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
         with pytest.raises(timstore.CorruptionError, match="crc32 does not match") as caught:
-            everything(copy)
+            seen(copy)
         assert caught.value.fields["path"] == str(path.relative_to(copy))
         assert "of commit " in str(caught.value) and "steps (0, " in str(caught.value)
 

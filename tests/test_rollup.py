@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from stores import altered, forged
+from stores import altered, everything, forged
 
 import timstore
 from timstore import Factors, Rows, writing
@@ -12,9 +12,6 @@ from timstore.errors import CorruptionError, StorageError, TimstoreWarning
 from timstore.format import rollup
 from timstore.format.rollup import RollUp
 from timstore.format.tables import ROLLED
-
-TABLES = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
-STATES = "SELECT attempt, epoch, step, role, parameter, commit, owner FROM stored.states ORDER BY ALL"
 
 
 def normal(seed, *shape):
@@ -39,20 +36,6 @@ def fill(store, first, count=4):
     store.append_states(0, step, "exp_avg_sq", {"bias": normal(step, 9) ** 2})
     store.keep_probe([{"x": np.arange(first, first + 4)}], loss="mse")
     store.commit()
-
-
-def everything(store):
-    """Return all that a reader can get out of it."""
-    tables = {name: store.sql(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in TABLES}
-    gradients = {
-        (record.attempt, record.step, record.sample, name): record.dense(name).tobytes()
-        for record in store.read()
-        for name in record.gradients
-    }
-    batches, loss = store.probe()
-    probe = [{name: array.tolist() for name, array in batch.items()} for batch in batches]
-    states = store.snapshot().catalog.rows(STATES).to_pylist()
-    return tables, gradients, probe, loss, store.latest_fingerprints(), states
 
 
 def seen(path):

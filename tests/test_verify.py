@@ -7,7 +7,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 from full_stores import body, files_of, fill, gradients
-from test_corruption import bit_flip, deletion, everything, extension, swap, truncation
+from test_corruption import bit_flip, deletion, extension, seen, swap, truncation
 
 import timstore
 
@@ -115,7 +115,7 @@ def restore(path, originals):
 @pytest.mark.parametrize("which", ["plain", "compacted"])
 def test_every_planted_defect_is_found_and_its_file_named(which, request, tmp_path):
     source = request.getfixturevalue(which)
-    before, originals = everything(source), {name: (source / name).read_bytes() for name in files_of(source)}
+    before, originals = seen(source), {name: (source / name).read_bytes() for name in files_of(source)}
     # Every kind of file equally often, not every file: most are shards.
     kinds: dict[str, list[str]] = {}
     for name in originals:
@@ -144,7 +144,7 @@ def test_every_planted_defect_is_found_and_its_file_named(which, request, tmp_pa
 def answers(path):
     """Return what can be read, or the error."""
     try:
-        return everything(path)
+        return seen(path)
     except timstore.TimstoreError as error:
         return error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike
+from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike, numbered
 
 STORED = tuple(kind for kind in ROLLED if kind != "samples")
 
@@ -69,7 +70,7 @@ def create_tables(connection: duckdb.DuckDBPyConnection) -> None:
     """Make the tables of schema `stored`, empty."""
     connection.execute("CREATE SCHEMA stored")
     for kind in STORED:
-        _replace(connection, kind, _numbered(SCHEMAS[kind].empty_table(), kind, 0))
+        _replace(connection, kind, numbered(SCHEMAS[kind].empty_table(), kind, 0))
     # Few distinct words in millions of rows: grouping by an ENUM takes a quarter of the time that text takes.
     words = {"encoding": ("dense", "factors", "rows"), "precision": PRECISIONS}
     for column, values in words.items():
@@ -111,7 +112,7 @@ def load_commits(
             if kind == "samples":
                 samples.append(table)
             elif kind in loading:
-                loading[kind].add(_numbered(table, kind, commit.number), where)
+                loading[kind].add(numbered(table, kind, commit.number), where, writer=commit.writer, seq=commit.seq)
     for one in loading.values():
         one.insert()
     _insert(connection, "commits", pa.Table.from_pylist(heads, _COMMITS))
@@ -136,11 +137,11 @@ class _Loading:
     def __init__(self, connection: duckdb.DuckDBPyConnection, kind: str) -> None:
         self._connection = connection
         self._kind = kind
-        self._schema = _numbered(SCHEMAS[kind].empty_table(), kind, 0).schema
+        self._schema = numbered(SCHEMAS[kind].empty_table(), kind, 0).schema
         self._waiting: list[pa.Table] = []
         self._rows = 0
 
-    def add(self, table: pa.Table, where: str) -> None:
+    def add(self, table: pa.Table, where: str, **named: Any) -> None:
         """Add rows that say which commit they are of."""
         schema = self._schema
         try:
@@ -149,7 +150,7 @@ class _Loading:
                     table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
             table = _cast(table.select(schema.names), schema)
         except (KeyError, pa.ArrowException) as error:
-            raise FormatError(f"{where}: its {self._kind} are no rows of this version: {error}") from error
+            raise FormatError(f"{where}: its {self._kind} are no rows of this version: {error}", **named) from error
         self._waiting.append(table)
         self._rows += table.num_rows
         if self._rows >= _INSERT_ROWS:
@@ -163,12 +164,6 @@ class _Loading:
                 raise FormatError(f"the {self._kind} hold what this version does not know: {error}") from error
             self._waiting.clear()
             self._rows = 0
-
-
-def _numbered(table: pa.Table, kind: str, commit: int) -> pa.Table:
-    if kind in ("gradients", "states"):
-        table = table.add_column(0, "owner", pa.array(np.arange(table.num_rows, dtype=np.int64)))
-    return table.add_column(0, "commit", pa.repeat(pa.scalar(commit, pa.int64()), table.num_rows))
 
 
 def _numbered_heads(table: pa.Table, first: int) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from timstore.errors import CorruptionError
 from timstore.format import layout, tables
-from timstore.format.commits import KINDS, Commit, Moment, ObjectInfo, parse_info, take_time
+from timstore.format.commits import Commit, Moment, ObjectInfo, parse_info, take_kind, take_time
 from timstore.format.layout import take
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
@@ -109,13 +109,10 @@ def parse_checkpoint(data: bytes, path: str, settings: Settings) -> Checkpoint:
 def _newest(writer: str, head: Any, path: str) -> Commit:
     if type(head) is not dict:
         raise CorruptionError(f"{path}: the newest record of a writer is {head!r:.80}, not a description", path=path)
-    kind = take(head, "kind", str, path)
-    if kind not in KINDS:
-        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(KINDS)}", path=path)
     return Commit(
         writer=writer,
         seq=take(head, "seq", int, path),
-        kind=kind,
+        kind=take_kind(head, path),
         at=take_time(head, path),
         attempt=take(head, "attempt", int, path),
         rank=take(head, "rank", int, path),

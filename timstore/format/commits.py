@@ -13,7 +13,7 @@ from timstore.format.settings import Settings
 Moment = tuple[int, int]
 Scope = tuple[int, ...] | Literal["all"] | None
 
-KINDS = ("commit", "close", "fence")
+_KINDS = ("commit", "close", "fence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +105,7 @@ def parse_record(
         raise CorruptionError(f"{path} does not follow the record before it: one of the two was replaced", path=path)
     if previous is not None and previous.kind != "commit":
         raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", path=path)
-    kind = take(fields, "kind", str, path)
-    if kind not in KINDS:
-        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(KINDS)}", path=path)
+    kind = take_kind(fields, path)
     return Commit(
         writer=writer,
         seq=seq,
@@ -146,6 +144,14 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         ranks=take(fields, "ranks", int, path),
         at=take_time(fields, path),
     )
+
+
+def take_kind(fields: Mapping[str, Any], path: str) -> str:
+    """Return the field `kind`."""
+    kind = take(fields, "kind", str, path)
+    if kind not in _KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
+    return kind
 
 
 def take_time(fields: Mapping[str, Any], path: str) -> str:

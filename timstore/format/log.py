@@ -87,11 +87,11 @@ class LogWriter:
                 )
             except Exception:  # after an interrupt nothing is deleted: the record may be there
                 if self._unsettled is None:
-                    self._drop(folder)
+                    drop(self._objects, folder)
                 raise
             if commit is not None:
                 return commit
-            self._drop(folder)
+            drop(self._objects, folder)
             self._start()
         raise StateError(f"maintenance fenced this writer {_MOST_FENCES} times during one commit; try again later")
 
@@ -187,10 +187,6 @@ class LogWriter:
         fields, digest = layout.unseal(data, path)
         return parse_record(fields, digest, path, self._settings, self._newest)
 
-    def _drop(self, folder: str) -> None:
-        with suppress(Exception):  # what stays is named by no record, so no reader sees it
-            self._objects.delete_prefix(folder)
-
 
 def claim_attempt(
     objects: Objects, from_epoch: int, from_step: int, scope: Scope, ranks: int, first: bool = False
@@ -272,6 +268,12 @@ def _settle(objects: Objects, path: str, error: Exception) -> None:
 
 def _unknown(path: str, why: str) -> StorageError:
     return StorageError(f"whether {path} is committed for good is unknown: {why}", kind="outcome-unknown", path=path)
+
+
+def drop(objects: Objects, folder: str) -> None:
+    """Delete a folder that no record names; what cannot be deleted stays, and no reader sees it."""
+    with suppress(Exception):
+        objects.delete_prefix(folder)
 
 
 def now() -> str:

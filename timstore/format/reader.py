@@ -5,18 +5,15 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timstore.encoding import restore
 from timstore.errors import CorruptionError
 from timstore.format.cache import ByteCache
 from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.segment import ROLES, STATE_ROLES
+from timstore.format.segment import ROLE_CODES
 from timstore.format.shard import ArrayLayout, decode_chunk
+from timstore.format.tables import coded, read_rows
 from timstore.records import Factors, Gradient, Rows
-
-_CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
 
 # Owners or bounds of rows: one for all, or one for each gradient.
 Numbers = Sequence[int] | np.ndarray
@@ -47,13 +44,13 @@ class SegmentReader:
         if info is None:
             self._keys = np.zeros(0, np.int64)
             return
-        table = pq.read_table(pa.BufferReader(self._read(info, self._commit)), columns=columns)
+        table = read_rows(self._read(info, self._commit), columns)
         owner, start, rows = (table[name].to_numpy() for name in ("owner", "start", "rows"))
-        role, roles = _words(table["role"])
-        array, self._arrays = _words(table["array"])
+        role, roles = coded(table["role"])
+        array, self._arrays = coded(table["array"])
         # Roles that are not known are of a later minor version, and not for this one to read.
-        codes = np.array([_CODES.get(word, -1) for word in roles], np.int64)[role]
-        keys = owner * len(_CODES) + codes
+        codes = np.array([ROLE_CODES.get(word, -1) for word in roles], np.int64)[role]
+        keys = owner * len(ROLE_CODES) + codes
         order = np.argsort(keys, kind="stable")
         order = order[codes[order] >= 0]
         self._keys, self._start, self._rows, self._array = keys[order], start[order], rows[order], array[order]
@@ -70,7 +67,7 @@ class SegmentReader:
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
-        return role in _CODES and bool(self.holds([owner], role)[0])
+        return role in ROLE_CODES and bool(self.holds([owner], role)[0])
 
     def holds(self, owners: Numbers, role: str) -> np.ndarray:
         """Say of each gradient whether it has rows of that role."""
@@ -191,7 +188,7 @@ class SegmentReader:
 
     def _found(self, owners: Numbers, role: str) -> tuple[np.ndarray, np.ndarray]:
         """Return where each gradient's slices of a role begin and end."""
-        wanted = np.asarray(owners, np.int64) * len(_CODES) + _CODES[role]
+        wanted = np.asarray(owners, np.int64) * len(ROLE_CODES) + ROLE_CODES[role]
         return np.searchsorted(self._keys, wanted, "left"), np.searchsorted(self._keys, wanted, "right")
 
     def _gather(self, numbers: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -240,12 +237,6 @@ class SegmentReader:
     @property
     def _where(self) -> str:
         return f"log/{self._commit.writer}/{self._commit.seq:012d}.json"
-
-
-def _words(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Return a column of text as numbers, and the words that they stand for."""
-    coded = column.combine_chunks().dictionary_encode()
-    return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
 
 
 def _each(bound: Any, count: int) -> np.ndarray:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError
@@ -30,10 +29,10 @@ from timstore.format.checkpoint import (
     seal_checkpoint,
 )
 from timstore.format.commits import Commit, ObjectInfo, parse_info
-from timstore.format.log import create_settled, now
+from timstore.format.log import create_settled, drop, now
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
-from timstore.format.tables import ROLLED, alike, write_rows
+from timstore.format.tables import ROLLED, alike, numbered, write_rows
 from timstore.format.view import View, read_view
 
 # A row file with so many rows is left as it is by later roll-ups: each of them then costs what is new and little more.
@@ -91,14 +90,14 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
         ours = create_settled(objects, layout.checkpoint_path(number), data) == data
     except Exception as error:
         if getattr(error, "kind", None) != "outcome-unknown":
-            _drop(objects, folder)
+            drop(objects, folder)
         if isinstance(error, CorruptionError) and error.kind == "missing" and _newest(objects) >= number:
             return RollUp()  # another roll-up was faster, and deleted what this one was reading
         raise
     if not ours:
-        _drop(objects, folder)
+        drop(objects, folder)
         return RollUp()
-    deleted = _vacuum(objects, settings, checkpoint, view)
+    deleted = _vacuum(objects, checkpoint, view)
     sizes = [info.bytes for commit in view.since_checkpoint for info in commit.objects if info.kind in ROLLED]
     written = sum(info.bytes for info in files if info.path.startswith(folder))
     return RollUp(number, len(view.since_checkpoint), fold.rows, deleted, sum(sizes), written)
@@ -130,7 +129,8 @@ class _Fold:
             if info.kind in ROLLED:
                 table = read_rows(self._objects, info, commit)
                 self.rows += table.num_rows
-                self._gather(info.kind, _numbered(table, info.kind, self._number))
+                # The order of samples says all, and their other columns are the user's.
+                self._gather(info.kind, table if info.kind == "samples" else numbered(table, info.kind, self._number))
         self._number += 1
 
     def finish(self) -> tuple[ObjectInfo, ...]:
@@ -160,16 +160,7 @@ class _Fold:
         self._files.append(ObjectInfo(path, len(data), zlib.crc32(data), kind, table.nbytes, table.num_rows))
 
 
-def _numbered(table: pa.Table, kind: str, number: int) -> pa.Table:
-    """Say which commit the rows are of, and which rows of it, where slices name them by number."""
-    if kind == "samples":  # their order says all, and their other columns are the user's
-        return table
-    if kind in ("gradients", "states"):
-        table = table.add_column(0, "owner", pa.array(np.arange(table.num_rows, dtype=np.int32)))
-    return table.add_column(0, "commit", pa.array(np.full(table.num_rows, number, np.int32)))
-
-
-def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: View) -> int:
+def _vacuum(objects: Objects, checkpoint: Checkpoint, view: View) -> int:
     """Delete what the checkpoint made superfluous, unless it is outdated itself; return how many files."""
     if _newest(objects) > checkpoint.number:
         return 0
@@ -195,7 +186,7 @@ def _vacuum(objects: Objects, settings: Settings, checkpoint: Checkpoint, view: 
     for folder in objects.folders(layout.DATA):
         number_of = layout.parse_fold_prefix(folder)
         if number_of is not None and number_of <= checkpoint.number and folder not in folders:
-            _drop(objects, folder)
+            drop(objects, folder)
     return deleted
 
 
@@ -219,8 +210,3 @@ def _delete(objects: Objects, paths: Iterable[str]) -> int:
             objects.delete(path)
             deleted += 1
     return deleted
-
-
-def _drop(objects: Objects, folder: str) -> None:
-    with suppress(Exception):  # what stays is named by no record, so no reader sees it
-        objects.delete_prefix(folder)

@@ -28,6 +28,9 @@ ROLES = (
 # consumed; parameters and optimizer state before the first recorded step; parameters before a rollback.
 STATE_ROLES = ("exp_avg_sq", "theta", "gradient", "start_theta", "start_state")
 
+# Roles as numbers, those of gradients first.
+ROLE_CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EncodedRecord:

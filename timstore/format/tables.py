@@ -6,6 +6,7 @@ states file, whose roles are others.
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -145,10 +146,10 @@ def write_rows(table: pa.Table, kind: str) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_rows(data: bytes) -> pa.Table:
-    """Return the row table that a Parquet file holds."""
+def read_rows(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the row table that a Parquet file holds, or some columns of it."""
     # The dataset reader behind `read_table` takes three times as long for the few rows of one commit.
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=len(data) > _LARGE_BYTES)
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns, use_threads=len(data) > _LARGE_BYTES)
 
 
 def hold_words(table: pa.Table) -> pa.Table:
@@ -159,15 +160,33 @@ def hold_words(table: pa.Table) -> pa.Table:
     return table
 
 
+def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Return a column of text as numbers, and the words that they stand for."""
+    words = column.combine_chunks().dictionary_encode()
+    return words.indices.to_numpy(zero_copy_only=False), words.dictionary.to_pylist()
+
+
+def numbered(table: pa.Table, kind: str, commit: int) -> pa.Table:
+    """Say which commit the rows are of, and which rows of it they are where slices name them by number."""
+    if kind in ("gradients", "states"):
+        table = table.add_column(0, "owner", pa.array(np.arange(table.num_rows, dtype=np.int32)))
+    return table.add_column(0, "commit", pa.array(np.full(table.num_rows, commit, np.int32)))
+
+
+def as_text(table: pa.Table) -> pa.Table:
+    """Hold words as plain text, not as numbers into a dictionary."""
+    plain = [
+        column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        for column in table.columns
+    ]
+    return pa.table(plain, names=table.column_names)
+
+
 def alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
     """Spell columns alike, since SQL does not tell Owner from owner, and hold words as plain text."""
     spelled: dict[str, str] = {}
     tables_alike = []
     for table in tables:
         names = [spelled.setdefault(name.lower(), name) for name in table.column_names]
-        plain = [
-            column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-            for column in table.columns
-        ]
-        tables_alike.append(pa.table(plain, names=names))
+        tables_alike.append(as_text(table).rename_columns(names))
     return tables_alike

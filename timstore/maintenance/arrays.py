@@ -4,9 +4,10 @@ import numpy as np
 
 from timstore.errors import FormatError
 from timstore.format.commits import Commit, ObjectInfo
+from timstore.format.segment import ROLE_CODES
 from timstore.format.shard import GROUP_JSON, ArrayLayout, decode_chunk
 from timstore.maintenance.examiner import Examiner, Fault
-from timstore.maintenance.matrices import CODES, Slices
+from timstore.maintenance.matrices import Slices
 from timstore.maintenance.rows import Tables, samples_of, steps_of
 
 
@@ -138,7 +139,7 @@ class ArrayCheck:
         bounds: np.ndarray,
     ) -> None:
         """Hold row indices to the number of rows that their parameter has."""
-        found = slices.within(name, first, first + len(values)) & (slices.role == CODES["indices"])
+        found = slices.within(name, first, first + len(values)) & (slices.role == ROLE_CODES["indices"])
         found &= (slices.owner >= 0) & (slices.owner < len(bounds))
         wrong = [
             number

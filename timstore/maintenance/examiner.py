@@ -1,19 +1,18 @@
 """Data objects read one at a time, each against its size and checksum, and what was counted on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timstore.errors import CorruptionError, InvalidInputError, StorageError
 from timstore.format.checkpoint import COMMITS, OBJECTS
 from timstore.format.commits import Commit, Moment, ObjectInfo
 from timstore.format.objects import LocalObjects
-from timstore.format.tables import ADDED, SCHEMAS
+from timstore.format.tables import ADDED, SCHEMAS, as_text, numbered, read_rows
 from timstore.format.verified import fault_of
-from timstore.maintenance.findings import Finding, of_commit
+from timstore.maintenance.findings import LEFTOVER, Finding, of_commit
 from timstore.maintenance.inventory import Inventory
 
 # Columns that may hold nothing; in the others every row says something.
@@ -30,11 +29,9 @@ _KEYS = {
     "commits": ("writer", "seq", "at", "attempt", "rank", "records", "digest"),
     "objects": ("commit", "path", "bytes", "crc32", "kind", "rows"),
 }
-_FOLDED = {kind: pa.schema([("commit", pa.int32()), *schema]) for kind, schema in SCHEMAS.items() if kind != "samples"}
-for _kind in ("gradients", "states"):
-    _FOLDED[_kind] = pa.schema([("commit", pa.int32()), ("owner", pa.int32()), *SCHEMAS[_kind]])
-
-_SMALL = 1024 * 1024
+_FOLDED = {
+    kind: numbered(schema.empty_table(), kind, 0).schema for kind, schema in SCHEMAS.items() if kind != "samples"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +100,23 @@ class Examiner:
             where["steps"] = steps
         self.findings.append(Finding(kind, path, message, samples=tuple(samples), **where))
 
+    def beside(self, folder: str, named: Container[str], message: str, commit: Commit | None = None) -> None:
+        """Take down what lies below a folder and is not named: no reader looks at it."""
+        where: dict[str, Any] = {} if commit is None else of_commit(commit)
+        for entry in self.inventory.below(folder):
+            if entry.path not in named:
+                kind = "temporary" if entry.hidden else "unreferenced" if entry.sort == "file" else "not-a-file"
+                self.findings.append(Finding(kind, entry.path, message, LEFTOVER, **where))
+
 
 def parse_table(data: bytes, info: ObjectInfo, *, folded: bool = False) -> pa.Table | Fault:
     """Return the rows of a row file, if there are as many as its record says, of the columns of its kind."""
     try:
-        # To start threads costs more than to read a small file.
-        table = pq.read_table(pa.BufferReader(data), use_threads=len(data) > _SMALL)
+        table = read_rows(data)
         table.validate(full=True)
     except Exception as error:  # whatever a decoder makes of bytes that are no Parquet file
         return Fault("malformed", f"it holds no readable rows: {error!s:.200}")
-    table = pa.table(
-        [
-            column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-            for column in table.columns
-        ],
-        names=table.column_names,
-    )
+    table = as_text(table)
     if table.num_rows != info.rows:
         return Fault("count", f"it holds {table.num_rows} rows instead of {info.rows}")
     problem = _misfit(table, info.kind, _schema(info.kind, folded))

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from timstore.encoding.precision import SCALE_BLOCK
 from timstore.format.segment import STATE_ROLES
+from timstore.format.tables import coded
 from timstore.maintenance.matrices import FIRST_STATE, Matrices
 
 # Parameter to the matrix shapes that it was declared with, anywhere in the store; None if that cannot be told.
@@ -31,11 +32,11 @@ def misfits(kind: str, table: pa.Table, matrices: Matrices, slices: pa.Table, sh
 
 def index_bounds(gradients: pa.Table, shapes: Shapes) -> np.ndarray:
     """Return below what the row indices of each gradient must be; the largest number where that is not known."""
-    words = gradients["parameter"].combine_chunks().dictionary_encode()
-    known = [shapes.get(name) if shapes else None for name in words.dictionary.to_pylist()]
+    codes, names = coded(gradients["parameter"])
+    known = [shapes.get(name) if shapes else None for name in names]
     bounds = [max(rows for rows, _ in options) if options else 2**62 for options in known]
     of_words = np.array(bounds or [0], np.int64)
-    return np.asarray(of_words[words.indices.to_numpy()])
+    return np.asarray(of_words[codes])
 
 
 class _Role:
@@ -53,9 +54,8 @@ class _Fit:
         self._matrices = matrices
         self._count = table.num_rows
         self.wrong: dict[str, np.ndarray] = {}
-        words = table["parameter"].combine_chunks().dictionary_encode()
-        codes = words.indices.to_numpy()
-        options = [sorted(shapes.get(name, ())) if shapes is not None else [] for name in words.dictionary.to_pylist()]
+        codes, names = coded(table["parameter"])
+        options = [sorted(shapes.get(name, ())) if shapes is not None else [] for name in names]
         self._undeclared = np.array([shapes is not None and not one for one in options] or [False], bool)[codes]
         self._empty = np.array([any(0 in shape for shape in one) for one in options] or [False], bool)[codes]
         self._options = [

@@ -7,7 +7,6 @@ from timstore.format.checkpoint import Checkpoint
 from timstore.format.commits import Commit
 from timstore.format.tables import ROLLED
 from timstore.maintenance.examiner import Examiner, Fault
-from timstore.maintenance.findings import LEFTOVER, Finding
 from timstore.maintenance.fit import Shapes
 from timstore.maintenance.picture import Picture
 from timstore.maintenance.rowfiles import RowFiles
@@ -89,8 +88,4 @@ def _check_folders(examiner: Examiner, checkpoint: Checkpoint) -> None:
     """Find files beside a checkpoint's row files, which no reader looks at."""
     named = {info.path for info in checkpoint.files}
     for folder in sorted({path.rpartition("/")[0] for path in named}):
-        for entry in examiner.inventory.below(folder):
-            if entry.path not in named:
-                kind = "temporary" if entry.hidden else "unreferenced" if entry.sort == "file" else "not-a-file"
-                message = f"{checkpoint} does not name it"
-                examiner.findings.append(Finding(kind, entry.path, message, LEFTOVER))
+        examiner.beside(folder, named, f"{checkpoint} does not name it")

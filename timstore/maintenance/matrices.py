@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.segment import ROLES, STATE_ROLES
+from timstore.format.segment import ROLE_CODES, ROLES
 from timstore.format.shard import ArrayLayout
+from timstore.format.tables import coded
 
-CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
 FIRST_STATE = len(ROLES)
 
 Layouts = Mapping[str, ArrayLayout | None]
@@ -40,14 +40,14 @@ class Slices:
 
 def columns(table: pa.Table) -> Slices:
     """Return a slices table as numbers; a role that does not exist is -1."""
-    words = table["array"].combine_chunks().dictionary_encode()
-    roles = table["role"].combine_chunks().dictionary_encode()
-    codes = np.array([CODES.get(role, -1) for role in roles.dictionary.to_pylist()], np.int64)
+    array, names = coded(table["array"])
+    role, roles = coded(table["role"])
+    codes = np.array([ROLE_CODES.get(word, -1) for word in roles], np.int64)
     return Slices(
         owner=table["owner"].to_numpy(),
-        role=codes[roles.indices.to_numpy()] if len(codes) else np.zeros(0, np.int64),
-        array=words.indices.to_numpy().astype(np.int64),
-        names=words.dictionary.to_pylist(),
+        role=codes[role] if len(codes) else np.zeros(0, np.int64),
+        array=array.astype(np.int64),
+        names=names,
         start=table["start"].to_numpy(),
         rows=table["rows"].to_numpy(),
     )
@@ -106,7 +106,7 @@ class Matrices:
 
     def of(self, role: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return of each of `count` owners (rows, width, slice, place here) of a role; -1 where it has none."""
-        chosen = np.flatnonzero((self.role == CODES[role]) & (self.owner >= 0) & (self.owner < count))
+        chosen = np.flatnonzero((self.role == ROLE_CODES[role]) & (self.owner >= 0) & (self.owner < count))
         columns = []
         for values in (self.rows, self.width, self.slice, np.arange(len(self.role))):
             column = np.full(count, -1, np.int64)

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timstore.errors import TimstoreError
 from timstore.format import layout
 from timstore.format.checkpoint import Checkpoint, read_commits
 from timstore.format.commits import Commit
-from timstore.format.tables import ROLLED
+from timstore.format.tables import ROLLED, read_rows
 from timstore.maintenance.chain import Chain, read_chain
 from timstore.maintenance.findings import LEFTOVER, Finding
 from timstore.maintenance.inventory import Entry
@@ -228,8 +227,8 @@ def samples_in(reader: RecordReader, folder: str, prefix: str) -> tuple[int, ...
             for file in reader.inventory.below(entry.path):
                 if file.name.startswith("records") and file.sort == "file":
                     try:
-                        data = pa.BufferReader(reader.objects.read(file.path))
-                        samples.update(pq.read_table(data, columns=["sample"])["sample"].to_pylist())
+                        rows = read_rows(reader.objects.read(file.path), ["sample"])
+                        samples.update(rows["sample"].to_pylist())
                     except (TimstoreError, pa.ArrowException, OSError, ValueError, KeyError):
                         continue
     return tuple(sorted(sample for sample in samples if sample is not None))

@@ -1,11 +1,11 @@
 """A progress bar on a verification, when a person is looking."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from timstore.progress import shown_if
 
 Report = Callable[[int, int], None]
 
@@ -20,7 +20,6 @@ def shown(wanted: bool | Report | None, doing: str) -> Iterator[Report]:
     if callable(wanted):
         yield wanted
         return
-    visible = sys.stderr.isatty() if wanted is None else wanted
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,6 +27,6 @@ def shown(wanted: bool | Report | None, doing: str) -> Iterator[Report]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as progress:
+    with shown_if(wanted, *columns) as progress:
         task = progress.add_task(doing, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -8,7 +8,6 @@ from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.tables import ROLLED, SCHEMAS
 from timstore.maintenance.arrays import ArrayCheck
 from timstore.maintenance.examiner import Examiner, Fault
-from timstore.maintenance.findings import LEFTOVER, Finding
 from timstore.maintenance.fit import Shapes, index_bounds
 from timstore.maintenance.matrices import Slices, columns
 from timstore.maintenance.rows import Tables, check_rows, samples_of
@@ -92,10 +91,4 @@ def _check_folder(examiner: Examiner, commit: Commit) -> None:
     """Find files beside the commit's objects, which no reader looks at."""
     named = {info.path for info in commit.objects}
     for folder in {"/".join(path.split("/")[:3]) for path in named}:
-        for entry in examiner.inventory.below(folder):
-            if entry.path in named:
-                continue
-            kind = "temporary" if entry.hidden else "unreferenced" if entry.sort == "file" else "not-a-file"
-            message = f"{commit} does not name it"
-            where = (LEFTOVER, commit.writer, commit.seq, commit.steps)
-            examiner.findings.append(Finding(kind, entry.path, message, *where))
+        examiner.beside(folder, named, f"{commit} does not name it", commit)

@@ -66,9 +66,10 @@ def look_ahead(
     for sample, count in zip(drawn, counts, strict=False):
         tokens[sample] = tokens.get(sample, 0) + count
     norm = norm_of_gradients(gradients.values())
+    kept: Mapping[int, Mapping[str, Sequence[Gradient]]] = records
     if math.isfinite(norm):
         # A number that is not finite in any part would be in the sum as well: nothing needs to look for it again.
-        owned = {one: Owned((name, tuple(parts)) for name, parts in held.items()) for one, held in records.items()}
+        kept = {one: Owned((name, tuple(parts)) for name, parts in held.items()) for one, held in records.items()}
     scalars = {
         "consumed_ratio": ratio / inside,
         "sample_ids": drawn,
@@ -79,4 +80,4 @@ def look_ahead(
         "mean_over": mean_over or ("tokens" if counts else "samples"),
         "micro_batches": [len(batch.ids) for batch in batches],
     }
-    return Ahead(step_groups(optimizer, names), scalars, owned if math.isfinite(norm) else records, dots, tokens)
+    return Ahead(step_groups(optimizer, names), scalars, kept, dots, tokens)

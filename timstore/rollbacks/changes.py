@@ -8,7 +8,7 @@ import pyarrow.compute
 import torch
 
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change, Leaving, change_of, needs_dots, needs_norms
+from timstore.rollbacks.consumed import Change, change_of, needs_dots, needs_norms
 from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
 from timstore.rollbacks.loading import Piece, by_parameter, pieces_of, rows_of
 from timstore.rollbacks.plan import Sources
@@ -40,13 +40,15 @@ def changes_of(
     if wanted.any():
         rest, held = rest_of(snapshot, request, moment, leaving.keys[wanted])
         if rest is not None:
-            leaving = _with_dots(selection, leaving, rest, held, readers, budget, dtype)
+            dot, norm, places = leaving.dot.copy(), leaving.norm.copy(), np.searchsorted(leaving.keys, held)
+            dot[places], norm[places] = _inner_products(selection, rest, held, readers, budget, dtype)
+            leaving = replace(leaving, dot=dot, norm=norm)
     needed = np.zeros(len(leaving.keys), bool)
     for timeline in timelines.values():
         needed |= needs_norms(timeline, leaving) & np.isnan(leaving.norm)
     if needed.any():
         norms = leaving.norm.copy()
-        norms[needed] = _norms(selection, leaving.keys[needed], readers, budget, dtype)
+        norms[needed] = _inner_products(selection, None, leaving.keys[needed], readers, budget, dtype)[1]
         leaving = replace(leaving, norm=norms)
     return {group: change_of(timeline, leaving, request.denominator) for group, timeline in timelines.items()}
 
@@ -96,18 +98,20 @@ def complete_steps(keys: np.ndarray, known: dict[str, Parameter], timelines: dic
     return complete
 
 
-def _with_dots(
+def _inner_products(
     selection: Selection,
-    leaving: Leaving,
-    rest: pyarrow.Table,
+    rest: pyarrow.Table | None,
     keys: np.ndarray,
     readers: Readers,
     budget: Budget,
     dtype: torch.dtype,
-) -> Leaving:
-    """Fill in <g, h> and |h| of these steps, where g is the sum of the records that leave and of those that stay."""
-    mine = selection.rows.filter(pyarrow.compute.is_in(selection.rows["key"], pyarrow.array(keys)))
-    staying = by_parameter(rest)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (<g, h>, |h|) in each of these steps, over all parameters; g is the sum of what leaves and what stays.
+
+    Args:
+        rest: the gradients that stay; None where only |h| is wanted.
+    """
+    staying = {} if rest is None else by_parameter(rest)
     dots, squares = np.zeros(len(keys)), np.zeros(len(keys))
 
     def sums(rows: pyarrow.Table | None, piece: Piece) -> Iterator[tuple[int, torch.Tensor]]:
@@ -116,36 +120,17 @@ def _with_dots(
         parts = rows_of(rows, np.searchsorted(keys, rows["key"].to_numpy()))
         return sums_by_bin(parts, piece, readers, budget.unit_bytes, dtype, torch.device("cpu"))
 
+    mine = selection.rows.filter(pyarrow.compute.is_in(selection.rows["key"], pyarrow.array(keys)))
     for name, rows in by_parameter(mine).items():
-        # Two sums and a product of them are alive at a time.
+        # Two sums, and what they are multiplied as, are alive at a time.
         for piece in pieces_of(selection.known[name], budget.sums_bytes // 3, dtype.itemsize):
             others = sums(staying.get(name), piece)
             number, other = next(others, (len(keys), None))
             for at, gone in sums(rows, piece):
                 while number < at:
                     number, other = next(others, (len(keys), None))
-                squares[at] += float((gone * gone).sum(dtype=torch.float64))
+                wide = gone.double()
+                squares[at] += float(wide.square().sum())
                 if number == at and other is not None:
-                    dots[at] += float((gone * other).sum(dtype=torch.float64))
-    places = np.searchsorted(leaving.keys, keys)
-    dot, norm = leaving.dot.copy(), leaving.norm.copy()
-    dot[places], norm[places] = dots + squares, np.sqrt(squares)
-    return replace(leaving, dot=dot, norm=norm)
-
-
-def _norms(
-    selection: Selection,
-    keys: np.ndarray,
-    readers: Readers,
-    budget: Budget,
-    dtype: torch.dtype,
-) -> np.ndarray:
-    """Return the norm, over all parameters, of the sum of the leaving gradients in each of these steps."""
-    rows = selection.rows.filter(pyarrow.compute.is_in(selection.rows["key"], pyarrow.array(keys)))
-    squares = np.zeros(len(keys))
-    for name, mine in by_parameter(rows).items():
-        parts = rows_of(mine, np.searchsorted(keys, mine["key"].to_numpy()))
-        for piece in pieces_of(selection.known[name], budget.sums_bytes, dtype.itemsize):
-            for number, total in sums_by_bin(parts, piece, readers, budget.unit_bytes, dtype, torch.device("cpu")):
-                squares[number] += float(total.double().square().sum())
-    return np.sqrt(squares)
+                    dots[at] += float((wide * other).sum())
+    return dots + squares, np.sqrt(squares)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from timstore.format.reader import SegmentReader
+from timstore.format.tables import coded
 from timstore.records import Parameter
 
 # How a gradient is stored; `whole` is that of a whole step, kept beside the records.
@@ -45,23 +46,21 @@ class ParameterRows:
 
 def by_parameter(table: pa.Table) -> dict[str, pa.Table]:
     """Return the rows of each parameter, in the order that they have in a table."""
-    words = table["parameter"].combine_chunks().dictionary_encode()
-    codes = words.indices.to_numpy(zero_copy_only=False)
+    codes, names = coded(table["parameter"])
     order = np.argsort(codes, kind="stable")
     sorted_rows = table.take(order)
-    edges = np.searchsorted(codes[order], np.arange(len(words.dictionary) + 1))
+    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
     return {
         name: sorted_rows.slice(start, stop - start)
-        for name, start, stop in zip(words.dictionary.to_pylist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        for name, start, stop in zip(names, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     }
 
 
 def encodings_of(table: pa.Table) -> np.ndarray:
     """Return the place in `ENCODINGS` of each row's encoding."""
-    words = table["encoding"].combine_chunks().cast(pa.string()).dictionary_encode()
-    places = np.array([ENCODINGS.index(one) for one in words.dictionary.to_pylist()], np.int8)
-    codes: np.ndarray = places[words.indices.to_numpy(zero_copy_only=False)]
-    return codes
+    codes, words = coded(table["encoding"].cast(pa.string()))
+    places: np.ndarray = np.array([ENCODINGS.index(one) for one in words], np.int8)[codes]
+    return places
 
 
 def rows_of(table: pa.Table, bins: np.ndarray) -> ParameterRows:

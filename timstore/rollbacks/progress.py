@@ -1,11 +1,11 @@
 """A progress bar on long work, when a person is looking."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from timstore.progress import shown_if
 
 
 class Bar:
@@ -28,12 +28,11 @@ class Bar:
 @contextmanager
 def shown(wanted: bool | None, gradients: int, products: int) -> Iterator[Bar]:
     """Show a bar on standard error while the block runs: if wanted, or by default on a terminal."""
-    visible = sys.stderr.isatty() if wanted is None else wanted
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as progress:
+    with shown_if(wanted, *columns) as progress:
         yield Bar(progress, gradients, products)
