@@ -274,7 +274,7 @@ def test_a_full_queue_holds_the_training_thread_back_and_loses_nothing(tmp_path,
     def slow(*args, **kwargs):
         entered.set()
         assert release.wait(60)
-        most.append(store._writer._queued_bytes)
+        most.append(store._writer._held_bytes)
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(writing, "encode", slow)

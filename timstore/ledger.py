@@ -12,6 +12,9 @@ from timstore.format.tables import SCHEMAS
 from timstore.records import Parameter, Step, StepGroup
 from timstore.snapshot import Snapshot
 
+# Moments kept in mind; earlier ones are looked up in the store.
+_REMEMBERED = 1024
+
 _GROUP_FIELDS = [field.name for field in fields(StepGroup)]
 
 Moment = tuple[int, int]
@@ -22,15 +25,18 @@ class Ledger:
 
     Args:
         attempt: the attempt that is written.
-        snapshot: what is committed; its tables are loaded only where there is anything.
+        snapshot: returns what is committed; its tables are loaded only where there is anything.
+        commit: commits what was accepted; now and then, so that a long run is not kept in memory.
     """
 
-    def __init__(self, attempt: int, snapshot: Snapshot) -> None:
+    def __init__(self, attempt: int, snapshot: Callable[[], Snapshot], commit: Callable[[], None]) -> None:
         self.attempt = attempt
+        self._commit = commit
         self._snapshot = snapshot
         self._parameters: dict[str, Parameter] | None = None
         self._recorded: dict[tuple[int, int, int], dict[int, frozenset[str]]] = {}
         self._steps: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+        self._names: dict[frozenset[str], frozenset[str]] = {}
         self._committed: Moment | None = self._last_committed()
         self._last: Moment | None = self._committed
 
@@ -105,7 +111,9 @@ class Ledger:
         if samples:
             recorded = self._at(moment, rank)
             for sample in samples:
-                recorded[sample] = recorded.get(sample, frozenset()) | names
+                together = recorded.get(sample, frozenset()) | names
+                # One set for all that are alike: a model has thousands of names.
+                recorded[sample] = self._names.setdefault(together, together)
         if steps:
             self._steps_at((*moment, rank)).extend(steps)
         self._last = moment if self._last is None else max(self._last, moment)
@@ -114,9 +122,20 @@ class Ledger:
         """Remember parameters that were accepted for writing."""
         self.parameters().update({parameter.name: parameter for parameter in parameters})
 
+    def _make_room(self) -> None:
+        """Forget what was accepted when it is much: it is committed, and looked up in the store from now on."""
+        if max(len(self._recorded), len(self._steps)) < _REMEMBERED:
+            return
+        self._commit()
+        self._committed = self._last
+        # The moment that is at hand is likely to be asked for again, sample by sample.
+        self._recorded = {key: known for key, known in self._recorded.items() if key[:2] == self._last}
+        self._steps = {key: known for key, known in self._steps.items() if key[:2] == self._last}
+
     def _query(self, query: str, values: list[Any]) -> list[dict[str, Any]]:
         """Ask the committed tables."""
-        return self._snapshot.catalog.rows(query, values).to_pylist() if self._snapshot.view.commits else []
+        snapshot = self._snapshot()
+        return snapshot.catalog.rows(query, values).to_pylist() if snapshot.view.commits else []
 
     def _last_committed(self) -> Moment | None:
         rows = self._query(
@@ -129,6 +148,7 @@ class Ledger:
     def _at(self, moment: Moment, rank: int) -> dict[int, frozenset[str]]:
         key = (*moment, rank)
         if key not in self._recorded:
+            self._make_room()
             self._recorded[key] = {}
             # Training moves forward: only a moment that is not beyond everything committed has to be looked up.
             if self._committed is not None and moment <= self._committed:
@@ -142,6 +162,7 @@ class Ledger:
 
     def _steps_at(self, key: tuple[int, int, int]) -> list[dict[str, Any]]:
         if key not in self._steps:
+            self._make_room()
             self._steps[key] = []
             if self._committed is not None and key[:2] <= self._committed:
                 query = "SELECT * FROM steps WHERE attempt = ? AND epoch = ? AND step = ? AND rank = ?"

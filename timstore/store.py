@@ -76,7 +76,7 @@ class Store(Handle):
         """Record what one sample, or B samples, contributed to the gradient of one optimizer step.
 
         Durability: accepted in memory; on disk after `commit`, or by itself every 256 MB or 30 s. Waits
-        while 256 MB are queued. On an error nothing of the call was accepted.
+        while 512 MB are not on disk. On an error nothing of the call was accepted.
 
         Args:
             sample: a stable integer id, or B of them with a leading axis of B on every array.
@@ -366,7 +366,7 @@ class Store(Handle):
         """Return the ledger of the current attempt, begun if there is none."""
         attempt = self._writing_attempt()
         if self._ledger is None or self._ledger.attempt != attempt.attempt:
-            self._ledger = Ledger(attempt.attempt, self.snapshot())
+            self._ledger = Ledger(attempt.attempt, self.snapshot, self.commit)
         return self._ledger
 
     def _put(self, *items: Item) -> None:

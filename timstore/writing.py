@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,8 +17,9 @@ from timstore.format.segment import EncodedRecord, build_segment
 from timstore.ledger import check_rows, row_bytes, table
 from timstore.records import Parameter, Record
 
-QUEUE_BYTES = 256 * 1024 * 1024
-COMMIT_BYTES = 256 * 1024 * 1024
+# What may be held in memory: accepted, and not yet on disk. Half of it is written while the other half comes in.
+QUEUE_BYTES = 512 * 1024 * 1024
+COMMIT_BYTES = QUEUE_BYTES // 2
 COMMIT_SECONDS = 30.0
 ROLL_UP_COMMITS = 1000
 
@@ -123,7 +124,8 @@ class BackgroundWriter:
         self._max_rel_error = max_rel_error
         self._condition = threading.Condition()
         self._queue: deque[Item] = deque()
-        self._queued_bytes = 0
+        self._held_bytes = 0
+        self._waiting = 0
         self._batch = _Batch()
         self._error: Exception | None = None
         self._broken = False
@@ -136,7 +138,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, *items: Item) -> None:
-        """Accept items in order, all or none; wait while the queue is full.
+        """Accept items in order, all or none; wait while `QUEUE_BYTES` are held that are not on disk.
 
         Durability: none yet. They are on disk after the next `commit`, automatic or asked for.
 
@@ -147,11 +149,9 @@ class BackgroundWriter:
         with self._condition:
             self._raise_error()
             self._tell()
-            while self._queued_bytes and self._queued_bytes + size_bytes > QUEUE_BYTES:
-                self._condition.wait()
-                self._raise_error()
+            self._wait_for_room(size_bytes)
             self._queue.extend(items)
-            self._queued_bytes += size_bytes
+            self._held_bytes += size_bytes
             self._condition.notify_all()
 
     def commit(self) -> None:
@@ -185,6 +185,16 @@ class BackgroundWriter:
             self._stopping = True
             self._condition.notify_all()
         self._thread.join()
+
+    def _wait_for_room(self, size_bytes: int) -> None:
+        self._waiting += 1
+        try:
+            while self._held_bytes and self._held_bytes + size_bytes > QUEUE_BYTES:
+                self._condition.notify_all()
+                self._condition.wait()
+                self._raise_error()
+        finally:
+            self._waiting -= 1
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -222,7 +232,8 @@ class BackgroundWriter:
             return None  # wait until the training thread has heard of it
         if self._queue and not full:
             return "encode"
-        if full or self._asked > self._answered or (self._batch and self._seconds_left() == 0):
+        due = self._waiting or self._seconds_left() == 0
+        if full or self._asked > self._answered or (self._batch and due):
             return "commit"
         return None
 
@@ -248,11 +259,12 @@ class BackgroundWriter:
             self._batch.rows.setdefault(kind, []).extend(listed)
         self._batch.blobs.update(item.blobs)
         self._batch.states.extend(item.states)
-        self._batch.bytes += item.size_bytes if encoded is None else encoded.stored_bytes
+        stored_bytes = item.size_bytes if encoded is None else encoded.stored_bytes
+        self._batch.bytes += stored_bytes
         if item.moment is not None:
             self._batch.moments.append(item.moment)
         with self._condition:
-            self._queued_bytes -= item.size_bytes
+            self._held_bytes += stored_bytes - item.size_bytes
             self._condition.notify_all()
 
     def _encoded(self, item: Item) -> EncodedRecord | None:
@@ -265,7 +277,8 @@ class BackgroundWriter:
             max_rel_error=self._max_rel_error,
             drop_zero_rows=item.finite,
         )
-        return EncodedRecord(item.record, self.attempt, parts, norm)
+        # Not the gradients: what is stored of them is in the parts.
+        return EncodedRecord(replace(item.record, gradients={}), self.attempt, parts, norm)
 
     def _commit(self, answers: int) -> None:
         batch = self._batch
@@ -286,6 +299,7 @@ class BackgroundWriter:
             return
         with self._condition:
             if batch:
+                self._held_bytes -= batch.bytes
                 self._batch = _Batch()
                 self._unfolded += 1
             self._answered = max(self._answered, answers)

@@ -18,7 +18,7 @@ def store_as(values: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray
     Shapes: values (n, d); int8 scales (n, ceil(d / 64)), bfloat16, rounded up so that no value saturates.
     """
     if precision == "exact":
-        return values, None
+        return values.view(), None
     if precision == "bfloat16":
         return (values if values.dtype == BFLOAT16 else narrow(widen(values))), None
     wide = widen(values).astype(np.float32, copy=False)

@@ -2,10 +2,11 @@
 
 import os
 import secrets
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+
+from isal.isal_zlib import crc32
 
 from timstore.errors import (
     CorruptionError,
@@ -132,7 +133,7 @@ class LogWriter:
             path = folder + name
             if layout.parse_data_path(path) is None:
                 raise InvalidInputError(f"{name!r} cannot name an object of a commit", path=name)
-            infos.append(ObjectInfo(path, len(data), zlib.crc32(data), kind, logical_bytes, rows))
+            infos.append(ObjectInfo(path, len(data), crc32(data), kind, logical_bytes, rows))
             self._objects.put(path, data)
         self._objects.sync([info.path for info in infos])
         return infos

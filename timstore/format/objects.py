@@ -243,7 +243,7 @@ class LocalObjects:
         try:
             while len(data) - done >= _BLOCK_BYTES and done % _BLOCK_BYTES == 0:
                 size = min(len(data) - done, _ALIGNED_BYTES) // _BLOCK_BYTES * _BLOCK_BYTES
-                aligned[:size] = data[done : done + size]
+                aligned[:size] = memoryview(data)[done : done + size]
                 with memoryview(aligned) as whole, whole[:size] as part:
                     done += self._written(file, part)
         except OSError as error:

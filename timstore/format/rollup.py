@@ -11,12 +11,12 @@ A reader or writer that is at work meanwhile loses nothing:
 """
 
 import secrets
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError
 from timstore.format import layout
@@ -157,7 +157,7 @@ class _Fold:
         self._made += 1
         data = write_rows(table.unify_dictionaries(), kind)
         self._objects.put(path, data)
-        self._files.append(ObjectInfo(path, len(data), zlib.crc32(data), kind, table.nbytes, table.num_rows))
+        self._files.append(ObjectInfo(path, len(data), crc32(data), kind, table.nbytes, table.num_rows))
 
 
 def _vacuum(objects: Objects, checkpoint: Checkpoint, view: View) -> int:

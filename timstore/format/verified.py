@@ -1,7 +1,8 @@
 """Bytes of data objects, checked against the record that names them."""
 
-import zlib
 from typing import TYPE_CHECKING
+
+from isal.isal_zlib import crc32
 
 from timstore.errors import CorruptionError, NotFoundError
 from timstore.format.commits import Commit, ObjectInfo
@@ -19,7 +20,7 @@ def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
         return b"", "is missing"
     if len(data) != info.bytes:
         return data, f"has {len(data)} bytes instead of {info.bytes}"
-    return data, None if zlib.crc32(data) == info.crc32 else "was altered: its crc32 does not match"
+    return data, None if crc32(data) == info.crc32 else "was altered: its crc32 does not match"
 
 
 def read_verified(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> bytes:

@@ -12,6 +12,7 @@ from torch import nn
 
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.recording.batches import MicroBatch
+from timstore.recording.buffers import Buffers
 from timstore.recording.modules import Call, EmbeddingKind, Input, Kind, check_separable, kind_of
 
 
@@ -34,6 +35,7 @@ class Capture:
         self._trained = {id(parameter) for parameter in trained}
         self._current = current
         self._seen = seen
+        self._buffers = Buffers()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for name, module in model.named_modules():
@@ -110,7 +112,7 @@ class Capture:
         arguments = (_detached(args), _detached(kwargs)) if kind.needs_arguments else None
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
-        call = Call(rows, batch.chosen(output.device), shared, given._version, output.shape, arguments)
+        call = Call(rows, batch.chosen(output.device), shared, given._version, output.shape, arguments, self._buffers)
         batch.watch(call)
         _hooked(output).register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
 

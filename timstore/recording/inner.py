@@ -59,11 +59,13 @@ def _joined(arrays: Sequence[np.ndarray], like: torch.Tensor) -> torch.Tensor:
 
 def _whole(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
     """Return what the arrays are the consecutive pieces of, as the recorder cuts a batch: nothing is copied then."""
-    base = arrays[0].base
-    if len(arrays) < 2 or not isinstance(base, np.ndarray) or base.ndim != 3 or len(base) != len(arrays):
+    first, base = arrays[0], arrays[0].base
+    if len(arrays) < 2 or not isinstance(base, np.ndarray) or base.dtype != np.uint8 or base.ndim != 1:
         return None
-    if not base.flags.c_contiguous or any(array.base is not base for array in arrays):
-        return None
-    first, size = base.ctypes.data, base[0].nbytes
-    cut = all(one.nbytes == size and one.ctypes.data == first + size * place for place, one in enumerate(arrays))
-    return base.reshape(-1, base.shape[2]) if cut else None
+    start, size = first.ctypes.data - base.ctypes.data, first.nbytes
+    for place, one in enumerate(arrays):
+        if one.base is not base or one.shape != first.shape or not one.flags.c_contiguous:
+            return None
+        if one.ctypes.data - base.ctypes.data != start + size * place:
+            return None
+    return base[start : start + size * len(arrays)].view(first.dtype).reshape(-1, first.shape[1])

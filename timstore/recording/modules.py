@@ -18,7 +18,8 @@ from torch import nn
 from torch.func import functional_call
 
 from timstore.errors import CoverageError
-from timstore.records import Factors, Gradient, Rows, as_array
+from timstore.recording.buffers import Buffers
+from timstore.records import Factors, Gradient, Rows
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -43,6 +44,7 @@ class Call:
         chosen: positions of the samples to capture, None for all.
         version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.
+        buffers: where what is captured is copied to.
         released: the step is over.
     """
 
@@ -52,6 +54,7 @@ class Call:
     version: int
     output_shape: torch.Size
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
+    buffers: Buffers
     released: bool = False
 
     def release(self) -> None:
@@ -86,13 +89,13 @@ class LinearKind(Kind):
 
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Callable[[Any], bool]) -> Captured:
         weight, bias = self.module.weight, self.module.bias
-        outputs = _tokens(_chosen(gradient, call))
+        outputs = _host_rows(gradient, call)
         captured: Captured = []
         if isinstance(weight, nn.Parameter) and wanted(weight):
-            pairs = zip(_input_rows(call), as_array(outputs), strict=True)
+            pairs = zip(_input_rows(call), outputs, strict=True)
             captured.append((weight, [self._factors(inputs, grads) for inputs, grads in pairs]))
         if isinstance(bias, nn.Parameter) and wanted(bias):
-            captured.append((bias, list(as_array(outputs.sum(1)))))
+            captured.append((bias, list(call.buffers.copy(_tokens(_chosen(gradient, call)).sum(1)))))
         return captured
 
     def _factors(self, inputs: np.ndarray, outputs: np.ndarray) -> Gradient:
@@ -123,7 +126,8 @@ class EmbeddingKind(Kind):
             return []
         assert isinstance(weight, nn.Parameter)
         shape = tuple(weight.shape)
-        ids = _chosen(_held(call), call).flatten(1) if _held(call).ndim > 1 else _chosen(_held(call), call)[:, None]
+        ids = _chosen(_held(call), call)
+        ids = ids.flatten(1) if ids.ndim > 1 else ids[:, None]
         outputs = _chosen(gradient, call).reshape(len(ids), -1, shape[1])
         parts: list[Gradient] = []
         for row, grads in zip(ids, outputs, strict=True):
@@ -131,7 +135,7 @@ class EmbeddingKind(Kind):
             indices, inverse = torch.unique(row[kept], return_inverse=True)
             values = torch.zeros(len(indices), shape[1], dtype=grads.dtype, device=grads.device)
             values.index_add_(0, inverse, grads[kept])
-            parts.append(Rows(indices.cpu().numpy(), as_array(values), shape))
+            parts.append(Rows(call.buffers.copy(indices), call.buffers.copy(values), shape))
         return [(weight, parts)]
 
 
@@ -165,8 +169,8 @@ class LeafKind(Kind):
                 materialize_grads=True,
             )
             for name, grad in zip(held, grads, strict=True):
-                # A gradient may be a view of the one that came in, which autograd goes on adding to.
-                parts[name].append(as_array(grad.clone()))
+                # Copied: a gradient may be a view of the one that came in, which autograd goes on adding to.
+                parts[name].append(call.buffers.copy(grad))
         return [(held[name], found) for name, found in parts.items()]
 
 
@@ -229,17 +233,25 @@ def _held(call: Call) -> torch.Tensor:
 def _input_rows(call: Call) -> list[np.ndarray]:
     """Return the chosen samples' input on the host, copied once for all layers that share it."""
     if call.input.arrays is None:
-        call.input.arrays = list(as_array(_tokens(_chosen(_held(call), call))))
+        call.input.arrays = list(_host_rows(_held(call), call))
         call.input.tensor = None
     return call.input.arrays
 
 
+def _host_rows(tensor: torch.Tensor, call: Call) -> np.ndarray:
+    """Return a copy of the chosen samples' rows on the host, (n, T, d)."""
+    return call.buffers.copy(_tokens(_by_sample(tensor, call)), call.chosen)
+
+
 def _chosen(tensor: torch.Tensor, call: Call) -> torch.Tensor:
-    """Return a copy of the chosen samples' rows; nothing that happens later can change it."""
-    if tensor.shape[:1] != (call.batch,):
-        # The hook may sit on what the output is a view of: (B * T, d).
-        tensor = tensor.reshape(call.batch, -1, tensor.shape[-1])
-    return tensor.detach().clone() if call.chosen is None else tensor.detach().index_select(0, call.chosen)
+    """Return the chosen samples' rows where they are."""
+    tensor = _by_sample(tensor, call).detach()
+    return tensor if call.chosen is None else tensor.index_select(0, call.chosen)
+
+
+def _by_sample(tensor: torch.Tensor, call: Call) -> torch.Tensor:
+    # The hook may sit on what the output is a view of: (B * T, d).
+    return tensor if tensor.shape[:1] == (call.batch,) else tensor.reshape(call.batch, -1, tensor.shape[-1])
 
 
 def _tokens(tensor: torch.Tensor) -> torch.Tensor:
