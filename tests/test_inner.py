@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from timstore.recording.buffers import Buffers
 from timstore.recording.inner import inner_products
 from timstore.records import Factors, Rows
 
@@ -21,7 +22,9 @@ def dense(part: object, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [0, 2], [1]])
 def test_pieces_of_a_batch_in_any_order_and_arrays_of_any_length(order: list[int]) -> None:
     draw = np.random.default_rng(0)
-    inputs, outputs = (draw.standard_normal((3, 5, width), "float32") for width in (6, 4))
+    buffers = Buffers()
+    drawn = (torch.from_numpy(draw.standard_normal((3, 5, width), "float32")) for width in (6, 4))
+    inputs, outputs = map(buffers.copy, drawn)
     long = Factors(draw.standard_normal((9, 6), "float32"), draw.standard_normal((9, 4), "float32"))
     rows = Rows(np.array([3, 1, 3]), draw.standard_normal((3, 6), "float32"), (4, 6))
     records = {

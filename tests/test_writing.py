@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import timstore
-from timstore import Factors, Rows, writing
+from timstore import Factors, Rows, ledger, writing
 from timstore.format.objects import LocalObjects
 
 
@@ -299,6 +299,88 @@ def test_a_full_queue_holds_the_training_thread_back_and_loses_nothing(tmp_path,
     assert max(most) <= 64
     store.close()
     assert_holds(tmp_path, range(20))
+
+
+def test_what_is_being_written_counts_until_it_is_on_disk(tmp_path, monkeypatch):
+    size = values(0).nbytes
+    monkeypatch.setattr(writing, "QUEUE_BYTES", 8 * size)
+    monkeypatch.setattr(writing, "COMMIT_BYTES", 4 * size)
+    entered, release, write = threading.Event(), threading.Event(), LocalObjects._write_new
+
+    def slow(*args):
+        entered.set()
+        assert release.wait(60)
+        write(*args)
+
+    store = timstore.open(tmp_path)
+    store.append(0, 0, 0, {"w": values(0)})
+    store.commit()
+    monkeypatch.setattr(LocalObjects, "_write_new", slow)
+    appended = []
+
+    def train():
+        for step in range(1, 40):
+            store.append(0, step, 0, {"w": values(step)})
+            appended.append(step)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert entered.wait(60)
+    thread.join(0.2)
+    assert thread.is_alive() and len(appended) == 8
+    release.set()
+    thread.join(60)
+    assert len(appended) == 39
+    store.close()
+    assert_holds(tmp_path, range(40))
+
+
+def test_a_record_larger_than_the_whole_queue_is_written_when_nothing_else_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "QUEUE_BYTES", 2)
+    with timstore.open(tmp_path) as store:
+        for step in range(5):
+            store.append(0, step, 0, {"w": values(step)})
+    assert_holds(tmp_path, range(5))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_long_run_is_not_remembered_and_its_duplicates_are_refused_all_the_same(tmp_path, monkeypatch, reopened):
+    monkeypatch.setattr(ledger, "_REMEMBERED", 4)
+    store = timstore.open(tmp_path)
+    for step in range(30):
+        for sample in (1, 2):
+            store.append(0, step, sample, {"w": values(step)}, lr=0.5)
+        assert max(len(store._ledger._recorded), len(store._ledger._steps)) <= 4
+    if reopened:
+        store.close()
+        store = timstore.open(tmp_path)
+    for step in (0, 3, 13, 26, 29):
+        with pytest.raises(timstore.InvalidInputError, match="w was recorded before"):
+            store.append(0, step, 2, {"w": values(step)})
+        with pytest.raises(timstore.InvalidInputError, match=r"lr 0\.5, now 0\.7"):
+            store.append_step(0, step, [{"lr": 0.7}])
+        store.append(0, step, 3, {"w": values(step)}, lr=0.5)
+    assert store.frontier == (0, 29)
+    store.commit()
+    assert store.sql("SELECT count(*), count(DISTINCT (step, sample)) FROM records").fetchall() == [(65, 65)]
+    assert store.sql("SELECT count(*), count(DISTINCT step) FROM steps").fetchall() == [(30, 30)]
+    store.close()
+
+
+def test_a_disk_that_is_full_when_a_long_run_is_put_away_refuses_the_call_and_loses_nothing(
+    tmp_path, disk, monkeypatch
+):
+    monkeypatch.setattr(ledger, "_REMEMBERED", 4)
+    store = timstore.open(tmp_path)
+    for step in range(3):
+        store.append(0, step, 0, {"w": values(step)})
+    disk.fails = lambda call: True
+    with pytest.raises(timstore.StorageError, match="no space left"):
+        store.append(0, 3, 0, {"w": values(3)})
+    disk.fails = lambda call: False
+    store.append(0, 3, 0, {"w": values(3)})
+    store.close()
+    assert_holds(tmp_path, range(4))
 
 
 @pytest.mark.parametrize(("limit", "value"), [("COMMIT_BYTES", 1), ("COMMIT_SECONDS", 0.05)])

@@ -50,12 +50,13 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Layer:
-    """One factored part on its way through `encode`: which parameter it belongs to, and its two factors."""
+    """One factored part on its way through `encode`: which parameter it belongs to, its two factors, their norm."""
 
     parameter: Parameter
     part: int
     inputs: np.ndarray
     output_gradients: np.ndarray
+    norm: float | None
 
 
 def encode(
@@ -92,7 +93,7 @@ def _encode_all(
     for name, parts in gradients.items():
         for number, part in enumerate(parts):
             if isinstance(part, Factors):
-                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients)
+                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients, part.norm)
                 layers.setdefault(id(part.inputs), []).append(layer)
             else:
                 encoded.append(_encode_rows(parameters[name], number, part, precision, max_rel_error))
@@ -142,13 +143,9 @@ def _encode_shared(
         _row_map(union, keep) if len(output) < len(rows) else None
         for output, (_, keep) in zip(outputs, chosen, strict=True)
     ]
-    if any(row_map is not None for row_map in row_maps):
-        norms = [
-            factor_norm(widen(output), widen(_mapped(rows, row_map)))
-            for output, row_map in zip(outputs, row_maps, strict=True)
-        ]
-    else:
-        norms = factor_norms([widen(output) for output in outputs], widen(rows))
+    norms = [layer.norm for layer, _ in chosen if layer.norm is not None]
+    if len(norms) < len(chosen):
+        norms = _norms(rows, outputs, row_maps)
     for rung in LADDER[precision]:
         stored_inputs = store_as(rows, rung)
         stored_outputs = [store_as(output, rung) for output in outputs]
@@ -178,6 +175,13 @@ def _encode_shared(
             )
         )
     return encoded
+
+
+def _norms(rows: np.ndarray, outputs: list[np.ndarray], row_maps: Sequence[np.ndarray | None]) -> list[float]:
+    if all(row_map is None for row_map in row_maps):
+        return factor_norms([widen(output) for output in outputs], widen(rows))
+    pairs = zip(outputs, row_maps, strict=True)
+    return [factor_norm(widen(output), widen(_mapped(rows, row_map))) for output, row_map in pairs]
 
 
 def _both(left: Keep, right: Keep) -> Keep:

@@ -8,6 +8,7 @@
 A kind is matched by the forward that really runs: a subclass with another forward is "any other leaf".
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.func import functional_call
 
 from timstore.errors import CoverageError
 from timstore.recording.buffers import Buffers
-from timstore.records import Factors, Gradient, Rows
+from timstore.records import Factors, Gradient, Rows, widen
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -28,11 +29,19 @@ class Input:
 
     Attributes:
         tensor: the input, detached; dropped once it is copied, or the step is over.
-        arrays: of each chosen sample, (T, d) on the host; the store knows shared inputs by these very objects.
+        rows: of the chosen samples, (n, T, d) on the host.
+        arrays: each of them, (T, d); the store knows shared inputs by these very objects.
+        gram: rows times their transpose, (n, T, T).
     """
 
     tensor: torch.Tensor | None
+    rows: np.ndarray | None = None
     arrays: list[np.ndarray] | None = None
+    gram: torch.Tensor | None = None
+
+    def release(self) -> None:
+        """Let go of everything."""
+        self.tensor = self.rows = self.arrays = self.gram = None
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -59,7 +68,8 @@ class Call:
 
     def release(self) -> None:
         """Let go of every tensor."""
-        self.input.tensor = self.input.arrays = self.arguments = None
+        self.input.release()
+        self.arguments = None
         self.released = True
 
 
@@ -92,21 +102,21 @@ class LinearKind(Kind):
         outputs = _host_rows(gradient, call)
         captured: Captured = []
         if isinstance(weight, nn.Parameter) and wanted(weight):
-            pairs = zip(_input_rows(call), outputs, strict=True)
-            captured.append((weight, [self._factors(inputs, grads) for inputs, grads in pairs]))
+            parts = zip(_input_rows(call), outputs, _norms(call.input, outputs, gradient.device), strict=True)
+            captured.append((weight, [self._factors(*part) for part in parts]))
         if isinstance(bias, nn.Parameter) and wanted(bias):
             captured.append((bias, list(call.buffers.copy(_tokens(_chosen(gradient, call)).sum(1)))))
         return captured
 
-    def _factors(self, inputs: np.ndarray, outputs: np.ndarray) -> Gradient:
-        return Factors(inputs, outputs)
+    def _factors(self, inputs: np.ndarray, outputs: np.ndarray, norm: float | None) -> Gradient:
+        return Factors(inputs, outputs, norm)
 
 
 class TransposedLinearKind(LinearKind):
     """transformers' `Conv1D`, whose weight is (d_in, d_out): its gradient is A' D."""
 
-    def _factors(self, inputs: np.ndarray, outputs: np.ndarray) -> Gradient:
-        return Factors(outputs, inputs)
+    def _factors(self, inputs: np.ndarray, outputs: np.ndarray, norm: float | None) -> Gradient:
+        return Factors(outputs, inputs, norm)
 
 
 class EmbeddingKind(Kind):
@@ -233,9 +243,34 @@ def _held(call: Call) -> torch.Tensor:
 def _input_rows(call: Call) -> list[np.ndarray]:
     """Return the chosen samples' input on the host, copied once for all layers that share it."""
     if call.input.arrays is None:
-        call.input.arrays = list(_host_rows(_held(call), call))
+        call.input.rows = _host_rows(_held(call), call)
+        call.input.arrays = list(call.input.rows)
         call.input.tensor = None
     return call.input.arrays
+
+
+def _norms(given: Input, outputs: np.ndarray, device: torch.device) -> list[float] | list[None]:
+    """Return the norm of each chosen sample's product, from the Gram matrices of its factors.
+
+    All samples at once, and all cores: where training computes on the host, the writer's one thread would take them
+    from it for longer. On an accelerator, and where the products themselves are cheaper, it is left to the writer.
+    """
+    rows, tokens, d_out = outputs.shape
+    assert given.rows is not None
+    d_in = given.rows.shape[2]
+    costs = tokens * (d_out if given.gram is not None else d_in + d_out)
+    if device.type != "cpu" or costs >= 2 * d_in * d_out:
+        return [None] * rows
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        if given.gram is None:
+            given.gram = _gram(given.rows)
+        squares = (given.gram * _gram(outputs)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
+    return [square**0.5 if math.isfinite(square) else math.nan for square in squares.tolist()]
+
+
+def _gram(rows: np.ndarray) -> torch.Tensor:
+    wide = torch.from_numpy(widen(rows))
+    return torch.bmm(wide, wide.mT)
 
 
 def _host_rows(tensor: torch.Tensor, call: Call) -> np.ndarray:
