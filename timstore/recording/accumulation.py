@@ -11,7 +11,8 @@ from timstore.errors import StateError
 
 Values = np.ndarray | torch.Tensor
 
-_SAMPLED = 256
+# Elements that are kept of a gradient: so many runs of so many, since memory comes by the line.
+_RUNS, _RUN = 32, 8
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
@@ -191,7 +192,10 @@ class _Elements:
     """
 
     def __init__(self, parameter: torch.Tensor) -> None:
-        spread = torch.arange(0, parameter.numel(), max(1, parameter.numel() // _SAMPLED), device=parameter.device)
+        numel, device = parameter.numel(), parameter.device
+        starts = torch.arange(0, numel, max(_RUN, numel // _RUNS), device=device)
+        spread = (starts[:, None] + torch.arange(_RUN, device=device)).flatten()
+        spread = spread[spread < numel]
         self._positions = torch.cat([spread, spread[:1], spread[:1]])
         self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
         self._host = self._positions.numpy() if self._by_numpy else np.empty(0)
