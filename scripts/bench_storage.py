@@ -187,7 +187,7 @@ def bytes_per_number(path: Path, net: Net) -> dict[str, float]:
             out[:] = plain[first : first + len(out)]
 
         base = kind.removesuffix(" scales")
-        stored[base] = stored.get(base, 0) + sum(len(data) for _, data, _ in encode_shards(layout, fill))
+        stored[base] = stored.get(base, 0) + sum(len(shard.data) for shard in encode_shards(layout, fill))
         numbers[base] = numbers.get(base, 0) + (0 if kind.endswith("scales") else rows.size)
     return {base: stored[base] / numbers[base] for base in stored}
 

@@ -39,6 +39,7 @@ OWNERS = {
     "zarr": ["timstore.format"],
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
+    "isal": ["timstore.format", "timstore.maintenance"],
     "duckdb": ["timstore.catalog", "timstore.handle"],
     "torch": [
         "timstore.fingerprints",

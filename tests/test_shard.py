@@ -20,7 +20,7 @@ def encode(rows: np.ndarray, layout: ArrayLayout) -> dict[str, bytes]:
     def fill(first: int, out: np.ndarray) -> None:
         out[:] = rows[first : first + len(out)]
 
-    return {key: data for key, data, _ in encode_shards(layout, fill)}
+    return {shard.key: shard.data for shard in encode_shards(layout, fill)}
 
 
 def write(folder: Path, rows: np.ndarray, layout: ArrayLayout) -> dict[str, bytes]:

@@ -96,6 +96,16 @@ FORGED_ROWS = {
         "a slice that is left out": (without(role="output_gradients"), "do not have the matrices"),
         "a dense gradient without its slice": (without(array="w9-float32"), "have a norm and no numbers"),
     },
+    "chunks": {
+        "a chunk elsewhere": (slices("offset", lambda one: one + 1), "offset, bytes, crc32 of chunk"),
+        "another size": (slices("bytes", 7), "offset, bytes, crc32 of chunk"),
+        "another checksum": (slices("crc32", lambda one: one ^ 1), "offset, bytes, crc32 of chunk"),
+        "another chunk": (slices("chunk", lambda one: one + 1), "offset, bytes, crc32 of chunk"),
+        "a chunk after the array's end": (slices("chunk", 10_000), "which the commit does not have"),
+        "a negative chunk": (slices("chunk", -1), "which the commit does not have"),
+        "a chunk of no array": (slices("array", "w7-float32"), "which the commit does not have"),
+        "nothing where something must be": (slices("crc32", None), "its column crc32 is empty in 1 rows"),
+    },
     "gradients": {
         "a sample without a record": (slices("sample", 77), "belong to no record"),
         "a parameter that nobody declared": (slices("parameter", "ghost"), "a parameter that no commit declares"),
@@ -173,10 +183,8 @@ def forge_shard(store, shard, layout, change):
     rows = np.concatenate([decode_chunk(layout, data, chunk, "") for chunk in range(layout.chunks)])
     rows = change(rows.copy())
     one = ArrayLayout(len(rows), layout.width, layout.dtype, layout.chunk_rows, layout.chunks)
-    (_, forged_data, _), *_ = encode_shards(
-        one, lambda start, out: out.__setitem__(slice(None), rows[start:][: len(out)])
-    )
-    replace_object(store, str(shard.relative_to(store)), forged_data)
+    forged, *_ = encode_shards(one, lambda start, out: out.__setitem__(slice(None), rows[start:][: len(out)]))
+    replace_object(store, str(shard.relative_to(store)), forged.data)
 
 
 @pytest.mark.parametrize("store", ["plain", "compacted"], indirect=True)

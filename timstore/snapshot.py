@@ -16,7 +16,7 @@ from timstore.encoding import densify
 from timstore.errors import CorruptionError, NotFoundError
 from timstore.format.cache import ByteCache
 from timstore.format.checkpoint import read_rows
-from timstore.format.commits import Commit, ObjectInfo
+from timstore.format.commits import Commit
 from timstore.format.objects import Objects
 from timstore.format.reader import SegmentReader
 from timstore.format.settings import Settings
@@ -106,7 +106,7 @@ class Snapshot:
 
     def reader(self, number: int, cache: ByteCache) -> SegmentReader:
         """Return the arrays of commit `number`."""
-        return SegmentReader(self.view.commits[number], self._read, cache)
+        return SegmentReader(self.view.commits[number], self.objects, cache)
 
     def parameters(self) -> dict[str, Parameter]:
         """Return every parameter that was ever declared or recorded, newest declaration first to count."""
@@ -149,7 +149,7 @@ class Snapshot:
     def probe(self) -> tuple[list[Any], str] | None:
         """Return (batches, loss) of the newest probe that was kept, or None."""
         found = self.view.newest_object("probe")
-        return None if found is None else unpack_probe(self._read(*found))
+        return None if found is None else unpack_probe(read_verified(self.objects, *found))
 
     def _gradients(
         self,
@@ -186,9 +186,6 @@ class Snapshot:
         found.reverse()
         while found:
             yield {name: tuple(parts) for name, parts in found.pop().items()}
-
-    def _read(self, info: ObjectInfo, commit: Commit) -> bytes:
-        return read_verified(self.objects, info, commit)
 
     def _commit_rows(self, number: int, commit: Commit) -> CommitRows:
         tables = {info.kind: read_rows(self.objects, info, commit) for info in commit.objects if info.kind in ROLLED}

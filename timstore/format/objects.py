@@ -50,8 +50,8 @@ class Objects(Protocol):
     def create(self, path: str, data: bytes) -> None:
         """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds."""
 
-    def read(self, path: str) -> bytes:
-        """Return the whole object, or raise `NotFoundError`."""
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`."""
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all objects below a folder; none when there is no such folder."""
@@ -134,8 +134,8 @@ class LocalObjects:
                     self._call(os.unlink, temporary, dir_fd=folder)
         self.sync([path])
 
-    def read(self, path: str) -> bytes:
-        """Return the whole file.
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Return the whole file, or `size` bytes from `start` on; fewer where it ends before.
 
         Raises:
             NotFoundError: there is none.
@@ -151,7 +151,8 @@ class LocalObjects:
             with open(name, "rb", buffering=0, opener=opener) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise self._not_plain(path)
-                return file.read()
+                file.seek(start)
+                return file.read(-1 if size is None else size)
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all files below a folder, without those that begin with a dot.

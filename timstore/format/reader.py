@@ -1,6 +1,6 @@
-"""Rows out of a segment: every object checked whole before its first use, memory bounded by one cache."""
+"""Rows out of a segment: everything checked before its first use, memory bounded by one cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +10,11 @@ from timstore.encoding import restore
 from timstore.errors import CorruptionError
 from timstore.format.cache import ByteCache
 from timstore.format.commits import Commit, ObjectInfo
+from timstore.format.objects import Objects
 from timstore.format.segment import ROLE_CODES
-from timstore.format.shard import ArrayLayout, decode_chunk
+from timstore.format.shard import ArrayLayout, Chunk, decode_chunk, decode_piece
 from timstore.format.tables import coded, read_rows
+from timstore.format.verified import read_part, read_verified
 from timstore.records import Factors, Gradient, Rows
 
 # Owners or bounds of rows: one for all, or one for each gradient.
@@ -22,29 +24,28 @@ Numbers = Sequence[int] | np.ndarray
 class SegmentReader:
     """The arrays of one commit, by gradient (`owner`, its row number in the gradients table) and role.
 
-    May be used by several threads. Memory: the cache, and about 60 bytes for each slice.
+    May be used by several threads. Memory: the cache, and about 60 bytes for each slice and chunk.
 
     Args:
-        read: returns an object's bytes after checking its size and checksum.
         cache: shared by the readers of one task, so that all of them together stay within its limit.
     """
 
-    def __init__(self, commit: Commit, read: Callable[[ObjectInfo, Commit], bytes], cache: ByteCache) -> None:
+    def __init__(self, commit: Commit, objects: Objects, cache: ByteCache) -> None:
         self._commit = commit
-        self._read = read
+        self._objects = objects
         self._cache = cache
         self._infos = {info.path.split("/", 3)[3]: info for info in commit.objects}
         self._layouts: dict[str, ArrayLayout] = {}
         self._load_slices()
+        self._load_chunks()
 
     def _load_slices(self) -> None:
         """Sort the slices by owner and role; those of one matrix keep their order, that of its columns."""
-        info = self._infos.get("slices.parquet")
         columns = ["owner", "role", "array", "start", "rows", "row_map"]
-        if info is None:
+        if "slices.parquet" not in self._infos:
             self._keys = np.zeros(0, np.int64)
             return
-        table = read_rows(self._read(info, self._commit), columns)
+        table = read_rows(self._object("slices.parquet"), columns)
         owner, start, rows = (table[name].to_numpy() for name in ("owner", "start", "rows"))
         role, roles = coded(table["role"])
         array, self._arrays = coded(table["array"])
@@ -60,10 +61,34 @@ class SegmentReader:
         self._mapped = maps.is_valid().to_numpy(zero_copy_only=False)[order]
         self._map_start, self._map_stop = ends[:-1][order], ends[1:][order]
 
+    def _load_chunks(self) -> None:
+        """Sort the chunks that can be read by themselves by array and number; earlier versions named none."""
+        self._chunked: list[str] = []
+        self._chunks = np.zeros((0, 3), np.int64)
+        self._chunk_keys = np.zeros(0, np.int64)
+        if "chunks.parquet" not in self._infos:
+            return
+        table = read_rows(self._object("chunks.parquet"))
+        array, self._chunked = coded(table["array"])
+        keys = array.astype(np.int64) << 32 | table["chunk"].to_numpy()
+        order = np.argsort(keys)
+        self._chunk_keys = keys[order]
+        self._chunks = np.stack([table[name].to_numpy()[order] for name in Chunk._fields], axis=1, dtype=np.int64)
+
+    def _chunk_of(self, array: str, chunk: int) -> Chunk | None:
+        """Return where a chunk lies in its shard; None where only whole shards can be checked."""
+        if array not in self._chunked:
+            return None
+        key = self._chunked.index(array) << 32 | chunk
+        at = int(np.searchsorted(self._chunk_keys, key))
+        found = at < len(self._chunk_keys) and self._chunk_keys[at] == key
+        return Chunk(*self._chunks[at].tolist()) if found else None
+
     @property
     def nbytes(self) -> int:
-        """The memory that the slices take."""
-        return len(self._keys) * 60 + (self._map_values.nbytes if len(self._keys) else 0)
+        """The memory that slices and chunks take."""
+        slices = len(self._keys) * 60 + (self._map_values.nbytes if len(self._keys) else 0)
+        return slices + self._chunk_keys.nbytes + self._chunks.nbytes
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
@@ -212,8 +237,12 @@ class SegmentReader:
     def _chunk(self, array: str, layout: ArrayLayout, chunk: int) -> np.ndarray:
         shard, number = divmod(chunk, layout.chunks)
         path = f"z/{array}/c/{shard}/0"
+        alone = self._chunk_of(array, chunk)
 
         def decode() -> np.ndarray:
+            if alone is not None:
+                piece: Any = np.frombuffer(read_part(self._objects, self._info(path), self._commit, alone), np.uint8)
+                return decode_piece(layout, piece, number, self._infos[path].path)
             data = self._cache.get((self._commit.digest, path), lambda: self._object(path), len)
             # As an array, so that what is cut out of it is not copied.
             shard: Any = np.frombuffer(data, np.uint8)
@@ -229,10 +258,13 @@ class SegmentReader:
         return self._layouts[array]
 
     def _object(self, path: str) -> bytes:
+        return read_verified(self._objects, self._info(path), self._commit)
+
+    def _info(self, path: str) -> ObjectInfo:
         info = self._infos.get(path)
         if info is None:
             raise CorruptionError(f"{self._where} does not list its object {path}", path=path)
-        return self._read(info, self._commit)
+        return info
 
     @property
     def _where(self) -> str:

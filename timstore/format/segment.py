@@ -133,12 +133,21 @@ def build_segment(
         yield name, data, "probe", len(data), 0
     if layout.arrays:
         yield "z/zarr.json", GROUP_JSON, "zarr", len(GROUP_JSON), 0
+    chunks: dict[str, list] = {name: [] for name in SCHEMAS["chunks"].names}
     for name, array in layout.arrays.items():
         plan = ArrayLayout.plan(array.rows, array.width, array.dtype)
         document = plan.to_json()
         yield f"z/{name}/zarr.json", document, "zarr", len(document), 0
-        for key, data, count in encode_shards(plan, array.fill):
-            yield f"z/{name}/{key}", data, "shard", count * array.width * array.dtype.itemsize, count
+        for number, shard in enumerate(encode_shards(plan, array.fill)):
+            yield f"z/{name}/{shard.key}", shard.data, "shard", shard.rows * plan.row_bytes, shard.rows
+            # A shard of one chunk is read whole in any case.
+            for place, chunk in enumerate(shard.chunks if len(shard.chunks) > 1 else ()):
+                row = (name, number * plan.chunks + place, *chunk)
+                for column, value in zip(chunks.values(), row, strict=True):
+                    column.append(value)
+    if chunks["array"]:
+        table = pa.Table.from_pydict(chunks, SCHEMAS["chunks"])
+        yield "chunks.parquet", write_rows(table, "chunks"), "chunks", table.nbytes, table.num_rows
 
 
 def _lay_out(

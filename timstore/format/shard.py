@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
+from isal.isal_zlib import crc32
 from numcodecs.blosc import Blosc
 
 from timstore.errors import CorruptionError, FormatError
@@ -114,8 +115,12 @@ class ArrayLayout:
         return _STORED[self.dtype]
 
     @property
+    def row_bytes(self) -> int:
+        return self.width * self.numpy_dtype.itemsize
+
+    @property
     def chunk_bytes(self) -> int:
-        return self.chunk_rows * self.width * self.numpy_dtype.itemsize
+        return self.chunk_rows * self.row_bytes
 
     @property
     def shard_rows(self) -> int:
@@ -168,22 +173,40 @@ class ArrayLayout:
         return {"typesize": itemsize, "cname": self.compressor, "clevel": level, "shuffle": shuffle, "blocksize": block}
 
 
-def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) -> Iterator[tuple[str, bytes, int]]:
-    """Yield (key, bytes, rows) of each shard in order; a few are made while one is written.
+class Chunk(NamedTuple):
+    """Where a chunk lies in its shard, its crc32c included, and the crc32 of these bytes."""
+
+    offset: int
+    bytes: int
+    crc32: int
+
+
+class Shard(NamedTuple):
+    """One object of an array, below its folder, and where its chunks lie."""
+
+    key: str
+    data: bytes
+    rows: int
+    chunks: list[Chunk]
+
+
+def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) -> Iterator[Shard]:
+    """Yield each shard in order; a few are made while one is written.
 
     Args:
         fill: called as fill(first_row, out), by several threads, to copy rows from first_row on into out, and fill it.
     """
 
-    def make(shard: int) -> tuple[str, bytes, int]:
+    def make(shard: int) -> Shard:
         first = shard * layout.shard_rows
-        return f"c/{shard}/0", _encode_shard(layout, fill, first), min(layout.shard_rows, layout.rows - first)
+        data, chunks = _encode_shard(layout, fill, first)
+        return Shard(f"c/{shard}/0", data, min(layout.shard_rows, layout.rows - first), chunks)
 
     if layout.shards == 1:
         yield make(0)
         return
     pool = _pool(os.getpid())
-    made: deque[Future[tuple[str, bytes, int]]] = deque()
+    made: deque[Future[Shard]] = deque()
     for shard in range(layout.shards):
         try:
             made.append(pool.submit(make, shard))
@@ -203,12 +226,15 @@ def _pool(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_ENCODERS, "timstore-encode")
 
 
-def _encode_shard(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None], first: int) -> bytes:
+def _encode_shard(
+    layout: ArrayLayout, fill: Callable[[int, np.ndarray], None], first: int
+) -> tuple[bytes, list[Chunk]]:
     # Chunks are always whole: the rows past the end are zeros, as the Zarr specification has it.
     chunk = np.zeros((layout.chunk_rows, layout.width), layout.numpy_dtype)
     blosc = layout.encoder()
     index = np.full((layout.chunks, 2), _MISSING, "<u8")
     pieces: list[bytes] = []
+    chunks: list[Chunk] = []
     offset = 0
     for number in range(layout.chunks):
         start = first + number * layout.chunk_rows
@@ -219,11 +245,13 @@ def _encode_shard(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None], 
             chunk.view("u1")[:] = 0
         fill(start, chunk[:count])
         encoded = blosc.encode(_plain(chunk))
-        pieces += [encoded, _checksum(encoded)]
-        index[number] = offset, len(encoded) + 4
+        checksum = _checksum(encoded)
+        pieces += [encoded, checksum]
+        chunks.append(Chunk(offset, len(encoded) + 4, crc32(checksum, crc32(encoded))))
+        index[number] = chunks[-1][:2]
         offset += len(encoded) + 4
     table = index.tobytes()
-    return b"".join([*pieces, table, _checksum(table)])
+    return b"".join([*pieces, table, _checksum(table)]), chunks
 
 
 def decode_chunk(layout: ArrayLayout, shard: bytes, number: int, where: str) -> np.ndarray:
@@ -232,12 +260,23 @@ def decode_chunk(layout: ArrayLayout, shard: bytes, number: int, where: str) -> 
     Raises:
         CorruptionError: if a checksum, an offset or the declared size is not right.
     """
+    offset, size = chunk_place(layout, shard, number, where)
+    return decode_piece(layout, shard[offset : offset + size], number, where)
+
+
+def chunk_place(layout: ArrayLayout, shard: bytes, number: int, where: str) -> tuple[int, int]:
+    """Return (offset, bytes) of an inner chunk as the shard's own index has it; raises as `decode_chunk`."""
     index_bytes = layout.chunks * 16 + 4
     index = np.frombuffer(_checked(shard[-index_bytes:], where), "<u8").reshape(layout.chunks, 2)
     offset, size = (int(value) for value in index[number])
     if offset == _MISSING or offset + size > len(shard) - index_bytes:
         raise CorruptionError(f"{where}: chunk {number} is not in its shard", path=where)
-    encoded = _checked(shard[offset : offset + size], where)
+    return offset, size
+
+
+def decode_piece(layout: ArrayLayout, piece: bytes, number: int, where: str) -> np.ndarray:
+    """Return the chunk that a shard's bytes at its place are; as `decode_chunk`."""
+    encoded = _checked(piece, where)
     # Blosc's header declares the decoded size; a bomb is refused before it is unpacked.
     if len(encoded) < 16 or int.from_bytes(encoded[4:8], "little") != layout.chunk_bytes:
         raise CorruptionError(f"{where}: chunk {number} does not hold {layout.chunk_bytes} bytes", path=where)

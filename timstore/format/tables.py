@@ -42,6 +42,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("block", pa.list_(_INT)),
         ]
     ),
+    # Where chunks lie in shards that hold several, so that one of them can be read, and checked, without the others.
+    "chunks": pa.schema(
+        [("array", _TEXT), ("chunk", _SMALL), ("offset", _SMALL), ("bytes", _SMALL), ("crc32", _INT)],
+    ),
     "steps": pa.schema(
         [
             *_MOMENT,
@@ -120,8 +124,8 @@ ADDED = {
     "states": ("name",),
 }
 
-# What roll-up folds and SQL shows. Slices are read with their arrays, and stay beside them.
-ROLLED = tuple(kind for kind in SCHEMAS if kind != "slices")
+# What roll-up folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
+ROLLED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))
 
 _LARGE_BYTES = 1_000_000
 # Few distinct words in many rows.

@@ -7,6 +7,7 @@ from isal.isal_zlib import crc32
 from timstore.errors import CorruptionError, NotFoundError
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.objects import Objects
+from timstore.format.shard import Chunk
 
 if TYPE_CHECKING:
     from timstore.format.checkpoint import Checkpoint
@@ -30,10 +31,32 @@ def read_verified(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoin
         CorruptionError: naming the object and what it belongs to; kind `missing` when there is none.
     """
     data, problem = fault_of(objects, info)
-    if problem is None:
-        return data
+    if problem is not None:
+        raise _corrupt(info, problem, owner)
+    return data
+
+
+def read_part(objects: Objects, info: ObjectInfo, owner: Commit, part: Chunk) -> bytes:
+    """Return part of a data object once its crc32 is the one that the commit has of it; nothing else is read.
+
+    Raises:
+        CorruptionError: as `read_verified`.
+    """
+    try:
+        data = objects.read(info.path, part.offset, part.bytes)
+    except NotFoundError:
+        raise _corrupt(info, "is missing", owner) from None
+    if len(data) != part.bytes:
+        raise _corrupt(info, f"ends before byte {part.offset + part.bytes}", owner)
+    if crc32(data) != part.crc32:
+        problem = f"was altered: the crc32 of its bytes {part.offset} to {part.offset + part.bytes} does not match"
+        raise _corrupt(info, problem, owner)
+    return data
+
+
+def _corrupt(info: ObjectInfo, problem: str, owner: "Commit | Checkpoint") -> CorruptionError:
     where = {"writer": owner.writer, "seq": owner.seq, "steps": owner.steps} if isinstance(owner, Commit) else {}
-    raise CorruptionError(
+    return CorruptionError(
         f"{info.path} {problem}. It holds {info.kind} of {owner}. Restore this file from a copy",
         kind="missing" if problem == "is missing" else None,
         path=info.path,

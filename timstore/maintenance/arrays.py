@@ -6,6 +6,7 @@ from timstore.errors import FormatError
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.segment import ROLE_CODES
 from timstore.format.shard import GROUP_JSON, ArrayLayout, decode_chunk
+from timstore.maintenance.chunks import ChunkCheck
 from timstore.maintenance.examiner import Examiner, Fault
 from timstore.maintenance.matrices import Slices
 from timstore.maintenance.rows import Tables, samples_of, steps_of
@@ -21,6 +22,7 @@ class ArrayCheck:
     def __init__(self, examiner: Examiner, commit: Commit) -> None:
         self._examiner = examiner
         self._commit = commit
+        self._chunks: ChunkCheck | None = None
         self._prefix = ""
         self._documents: dict[str, ObjectInfo] = {}
         self._shards: dict[str, dict[int, ObjectInfo]] = {}
@@ -67,13 +69,15 @@ class ArrayCheck:
                     data = Fault("malformed", f"it is that of an array w{layout.width}-{layout.dtype}")
             self._faults.append((name, info, data))
 
-    def run(self, slices: Slices | None, tables: Tables, bounds: np.ndarray | None) -> None:
+    def run(self, slices: Slices | None, tables: Tables, bounds: np.ndarray | None, chunks: ChunkCheck | None) -> None:
         """Read every shard, and decode its chunks.
 
         Args:
             slices: of the commit, None when they cannot be read.
             bounds: below what the row indices of each gradient must be, None when that is not known.
+            chunks: what the commit says of chunks that are read by themselves, None when it says nothing.
         """
+        self._chunks = chunks
         for name, info, fault in self._faults:
             self._add(fault, info.path, name, (0, 2**62), slices, tables)
         for name, shards in sorted(self._shards.items()):
@@ -91,6 +95,9 @@ class ArrayCheck:
                 fault = Fault("malformed", "the array needs this shard, and its record does not name it")
                 path = f"{self._prefix}/{name}/c/{number}/0"
                 self._add(fault, path, name, _span(layout, number), slices, tables)
+        if chunks is not None:
+            for message in chunks.unknown(self.layouts):
+                self._examiner.add("malformed", chunks.path, message, self._commit)
 
     def _shard(
         self,
@@ -113,6 +120,10 @@ class ArrayCheck:
         if count != info.rows:
             fault = Fault("count", f"its record says {info.rows} rows, and its place in the array {max(0, count)}")
             self._add(fault, info.path, name, span, slices, tables)
+        if self._chunks is not None:
+            for place, message in self._chunks.faults(name, layout, number, data, count):
+                span_of = (span[0] + place * layout.chunk_rows, span[0] + (place + 1) * layout.chunk_rows)
+                self._add(Fault("chunk", message), self._chunks.path, name, span_of, slices, tables)
         for chunk in range(min(layout.chunks, -(-count // layout.chunk_rows)) if count > 0 else 0):
             first = span[0] + chunk * layout.chunk_rows
             last = min(first + layout.chunk_rows, layout.rows)

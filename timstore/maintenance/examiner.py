@@ -20,6 +20,7 @@ _KEYS = {
     "records": ("attempt", "epoch", "step", "rank", "sample"),
     "gradients": ("attempt", "epoch", "step", "rank", "sample", "parameter", "part", "encoding", "precision"),
     "slices": ("owner", "role", "array", "start", "rows"),
+    "chunks": ("array", "chunk", "offset", "bytes", "crc32"),
     "steps": ("attempt", "epoch", "step", "rank", "group_id"),
     "parameters": ("parameter", "shape"),
     "samples": ("sample",),

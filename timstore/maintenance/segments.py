@@ -7,6 +7,7 @@ import pyarrow as pa
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.tables import ROLLED, SCHEMAS
 from timstore.maintenance.arrays import ArrayCheck
+from timstore.maintenance.chunks import ChunkCheck
 from timstore.maintenance.examiner import Examiner, Fault
 from timstore.maintenance.fit import Shapes, index_bounds
 from timstore.maintenance.matrices import Slices, columns
@@ -72,7 +73,10 @@ def _check_numbers(examiner: Examiner, commit: Commit, tables: Tables, shapes: S
         gradients = tables.get("gradients")
         bounds = None if gradients is None else index_bounds(gradients, shapes)
     if (commit.writer, commit.seq) not in examiner.done:
-        arrays.run(slices, tables, bounds)
+        chunks = tables.get("chunks")
+        named = [info.path for info in commit.objects if info.kind == "chunks"]
+        check = None if chunks is None else ChunkCheck(chunks, (named or [path])[0])
+        arrays.run(slices, tables, bounds, check)
         examiner.done.add((commit.writer, commit.seq))
 
 
