@@ -1,15 +1,17 @@
 """What recording costs a training loop, against the bare loop and against other ways to take per-sample gradients.
 
 Each figure is the median of interleaved repeats over the median of the bare loop in the same process; opening,
-`close()` and syncs included. CPU time is that of all threads, over the bare loop's. Settings: the demo's Llama (AdamW,
-clipping, batches of 8 sequences of 64 tokens of the standard library), and a transformer of depth 4 on the same text,
-of width 128 with 655,360 weights, and of width 512 with 10.5 million (a fifth of the steps, which take ten times as
-long). Extra memory is the peak beyond the bare loop's. Opacus and dattri-LLM are installed into environments of their
-own (in the user's cache), and measured there at width 128 against the bare loop there.
+`close()` and syncs included. "Later steps" are those from the sixth on alone, without what is done once. CPU time is
+that of all threads, over the bare loop's. Settings: the demo's Llama (AdamW, clipping, batches of 8 sequences of 64
+tokens of the standard library), and a transformer of depth 4 on the same text, of width 128 with 655,360 weights, and
+of width 512 with 10.5 million (a fifth of the steps, which take ten times as long). Extra memory is the peak beyond
+the bare loop's. Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured
+there at width 128 against the bare loop there.
 
 Run: python scripts/bench_record.py (about 10 minutes on two cores; --quick for a look; --sweep for growth)
 """
 
+import math
 import statistics
 import sys
 import tempfile
@@ -89,6 +91,7 @@ def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> l
                     failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:80]
                     continue
                 if number:
+                    run.later_seconds = work.later_seconds
                     found[name].append((run, disk_bytes(Path(folder))))
     rows = []
     for name, runs in found.items():
@@ -105,6 +108,7 @@ def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], s
     def median(runs: list[Run], field: str) -> float:
         return statistics.median(getattr(one, field) for one in runs)
 
+    later = median(own, "later_seconds") / median(plain, "later_seconds")
     ratios = [one.seconds / other.seconds for one, other in zip(own, plain, strict=True)]
     return {
         "setting": setting,
@@ -113,6 +117,7 @@ def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], s
         "ms a step": median(own, "seconds") / steps * 1e3,
         "of the bare loop": median(own, "seconds") / median(plain, "seconds"),
         "lowest - highest": f"{min(ratios):.2f} - {max(ratios):.2f}",
+        "later steps": None if math.isnan(later) else later,
         "goal": GOALS.get(case),
         "CPU time": median(own, "cpu_seconds") / median(plain, "cpu_seconds"),
         "extra MB": max(0.0, (median(own, "peak_bytes") - median(plain, "peak_bytes")) / 1e6),

@@ -3,10 +3,11 @@
 Needs torch and nothing else, so that it runs in the environments of other libraries as well.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BATCH, CLIP, RATE = 8, 1.0, 2e-4
+SETTLED = 5
 WIDTH, INNER, DEPTH, HEADS, VOCABULARY = 128, 256, 4, 4, 2048
 
 
@@ -62,17 +64,30 @@ class Work:
     Attributes:
         tokens: (sequences, T); batches of BATCH are taken in order, over and over.
         logits: of a model and tokens, with keyword arguments for the model.
+        moments: when the step number `SETTLED` began in the latest run, and when the last one was over.
     """
 
     new_model: Callable[[], nn.Module]
     logits: Callable[..., torch.Tensor]
     tokens: torch.Tensor
     steps: int
+    moments: list[float] = field(default_factory=list)
+
+    @property
+    def later_seconds(self) -> float:
+        """What one step took, but for the first ones, which carry what is done once."""
+        began, ended = self.moments or (math.nan, math.nan)
+        return (ended - began) / (self.steps - SETTLED)
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Yield the sample ids of each step."""
+        self.moments.clear()
         for step in range(self.steps):
+            if step == SETTLED:
+                self.moments.append(time.perf_counter())
             yield torch.arange(step * BATCH, (step + 1) * BATCH) % len(self.tokens)
+        if self.moments:
+            self.moments.append(time.perf_counter())
 
     def loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
@@ -157,6 +172,7 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    later_seconds: float = math.nan
 
 
 def timed(run: Callable[[], object]) -> Run:
