@@ -18,6 +18,7 @@ def store_as(values: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray
     Shapes: values (n, d); int8 scales (n, ceil(d / 64)), bfloat16, rounded up so that no value saturates.
     """
     if precision == "exact":
+        # A view made here: until it is on disk nothing shall hold on to small objects of the training thread's heap.
         return values.view(), None
     if precision == "bfloat16":
         return (values if values.dtype == BFLOAT16 else narrow(widen(values))), None
