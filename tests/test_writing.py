@@ -266,6 +266,27 @@ def test_a_disk_that_turns_read_only_loses_nothing_either(tmp_path, monkeypatch)
     assert_holds(tmp_path, [0])
 
 
+def append_against(store, steps, entered, release):
+    """Append in a thread until the writer is stuck, let it go on, and return how much was accepted meanwhile."""
+    appended = []
+
+    def train():
+        for step in steps:
+            store.append(0, step, 0, {"w": values(step)})
+            appended.append(step)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert entered.wait(60)
+    thread.join(0.2)
+    assert thread.is_alive()
+    accepted = len(appended)
+    release.set()
+    thread.join(60)
+    assert appended == list(steps)
+    return accepted
+
+
 def test_a_full_queue_holds_the_training_thread_back_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "QUEUE_BYTES", 64)
     entered, release, most = threading.Event(), threading.Event(), []
@@ -281,21 +302,7 @@ def test_a_full_queue_holds_the_training_thread_back_and_loses_nothing(tmp_path,
     store = timstore.open(tmp_path)
     store.append_step(0, 0, [{"lr": 0.1}])
     store.commit()
-    appended = []
-
-    def train():
-        for step in range(20):
-            store.append(0, step, 0, {"w": values(step)})
-            appended.append(step)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    assert entered.wait(60)
-    thread.join(0.2)
-    assert thread.is_alive() and len(appended) <= 4
-    release.set()
-    thread.join(60)
-    assert len(appended) == 20
+    assert append_against(store, range(20), entered, release) <= 4
     assert max(most) <= 64
     store.close()
     assert_holds(tmp_path, range(20))
@@ -316,21 +323,7 @@ def test_what_is_being_written_counts_until_it_is_on_disk(tmp_path, monkeypatch)
     store.append(0, 0, 0, {"w": values(0)})
     store.commit()
     monkeypatch.setattr(LocalObjects, "_write_new", slow)
-    appended = []
-
-    def train():
-        for step in range(1, 40):
-            store.append(0, step, 0, {"w": values(step)})
-            appended.append(step)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    assert entered.wait(60)
-    thread.join(0.2)
-    assert thread.is_alive() and len(appended) == 8
-    release.set()
-    thread.join(60)
-    assert len(appended) == 39
+    assert append_against(store, range(1, 40), entered, release) == 8
     store.close()
     assert_holds(tmp_path, range(40))
 
