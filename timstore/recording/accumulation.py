@@ -198,14 +198,14 @@ class _Elements:
         spread = spread[spread < numel]
         self._positions = torch.cat([spread, spread[:1], spread[:1]])
         self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-        self._host = self._positions.numpy() if self._by_numpy else np.empty(0)
+        self._host = self._positions.numpy() if self._by_numpy else np.empty(0, np.int64)
 
     def chosen(self, parameter: torch.Tensor, extremes: bool) -> Values:
         """Return a copy of the elements of a gradient, chosen by it; the extremes of a table, which is mostly zero."""
-        if not extremes and bool((found := self.of(parameter)).any()):
+        if not extremes and _any(found := self.of(parameter)):
             return found
         if self._by_numpy:
-            numbers = _flat(parameter).numpy()
+            numbers = _numbers(parameter)
             self._host[-2:] = numbers.argmax(), numbers.argmin()
         else:
             flat = _flat(parameter)
@@ -215,8 +215,7 @@ class _Elements:
     def of(self, parameter: torch.Tensor) -> Values:
         """Return a copy of the elements that were chosen last, as they are now."""
         if self._by_numpy:
-            values: np.ndarray = _flat(parameter).numpy()[self._host]
-            return values
+            return _numbers(parameter).take(self._host)
         return _flat(parameter)[self._positions]
 
 
@@ -228,6 +227,15 @@ def _on_host(pieces: Sequence[Values]) -> np.ndarray:
     return np.concatenate(
         [one.cpu().double().numpy() if isinstance(one, torch.Tensor) else one for one in pieces]
     ).astype(np.float64)
+
+
+def _any(values: Values) -> bool:
+    return bool(values.any()) if isinstance(values, torch.Tensor) else bool(np.count_nonzero(values))
+
+
+def _numbers(parameter: torch.Tensor) -> np.ndarray:
+    assert parameter.grad is not None
+    return parameter.grad.detach().numpy().reshape(-1)
 
 
 def _flat(parameter: torch.Tensor) -> torch.Tensor:

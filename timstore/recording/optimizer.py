@@ -83,18 +83,13 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
 
 def norm_of_gradients(gradients: Collection[torch.Tensor]) -> float:
     """Return the norm of all gradients together; of float32 and less it is taken in float32, as clipping does."""
-    norms = [torch.linalg.vector_norm(one, dtype=_wide(one.dtype)) for one in gradients]
-    if not norms:
-        return 0.0
-    whole = float(torch.stack([one.to(norms[0].device, torch.float64) for one in norms]).norm())
+    exact = (torch.float32, torch.float64)
+    norms = [one if one.dtype in exact else torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+    whole = float(nn.utils.get_total_norm(norms))
     if math.isfinite(whole):
         return whole
     # Numbers whose squares are beyond float32, if they are finite at all.
-    return float(torch.stack([one.double().norm().to(norms[0].device) for one in gradients]).norm())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return float(nn.utils.get_total_norm([one.double().norm() for one in gradients]))
 
 
 def amp_scales(optimizer: torch.optim.Optimizer, scaler: Any) -> tuple[float, float]:
