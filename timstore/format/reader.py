@@ -237,9 +237,9 @@ class SegmentReader:
     def _chunk(self, array: str, layout: ArrayLayout, chunk: int) -> np.ndarray:
         shard, number = divmod(chunk, layout.chunks)
         path = f"z/{array}/c/{shard}/0"
-        alone = self._chunk_of(array, chunk)
 
         def decode() -> np.ndarray:
+            alone = self._chunk_of(array, chunk)
             if alone is not None:
                 piece: Any = np.frombuffer(read_part(self._objects, self._info(path), self._commit, alone), np.uint8)
                 return decode_piece(layout, piece, number, self._infos[path].path)

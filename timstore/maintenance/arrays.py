@@ -15,14 +15,17 @@ from timstore.maintenance.rows import Tables, samples_of, steps_of
 class ArrayCheck:
     """The arrays of one commit, one object in memory at a time.
 
+    Args:
+        chunks: what the commit says of chunks that are read by themselves, None when it says nothing.
+
     Attributes:
         layouts: of every array that the commit has; None where it cannot be read.
     """
 
-    def __init__(self, examiner: Examiner, commit: Commit) -> None:
+    def __init__(self, examiner: Examiner, commit: Commit, chunks: ChunkCheck | None) -> None:
         self._examiner = examiner
         self._commit = commit
-        self._chunks: ChunkCheck | None = None
+        self._chunks = chunks
         self._prefix = ""
         self._documents: dict[str, ObjectInfo] = {}
         self._shards: dict[str, dict[int, ObjectInfo]] = {}
@@ -69,15 +72,13 @@ class ArrayCheck:
                     data = Fault("malformed", f"it is that of an array w{layout.width}-{layout.dtype}")
             self._faults.append((name, info, data))
 
-    def run(self, slices: Slices | None, tables: Tables, bounds: np.ndarray | None, chunks: ChunkCheck | None) -> None:
+    def run(self, slices: Slices | None, tables: Tables, bounds: np.ndarray | None) -> None:
         """Read every shard, and decode its chunks.
 
         Args:
             slices: of the commit, None when they cannot be read.
             bounds: below what the row indices of each gradient must be, None when that is not known.
-            chunks: what the commit says of chunks that are read by themselves, None when it says nothing.
         """
-        self._chunks = chunks
         for name, info, fault in self._faults:
             self._add(fault, info.path, name, (0, 2**62), slices, tables)
         for name, shards in sorted(self._shards.items()):
@@ -95,9 +96,9 @@ class ArrayCheck:
                 fault = Fault("malformed", "the array needs this shard, and its record does not name it")
                 path = f"{self._prefix}/{name}/c/{number}/0"
                 self._add(fault, path, name, _span(layout, number), slices, tables)
-        if chunks is not None:
-            for message in chunks.unknown(self.layouts):
-                self._examiner.add("malformed", chunks.path, message, self._commit)
+        if self._chunks is not None:
+            for message in self._chunks.unknown(self.layouts):
+                self._examiner.add("malformed", self._chunks.path, message, self._commit)
 
     def _shard(
         self,

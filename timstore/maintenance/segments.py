@@ -58,7 +58,9 @@ def check_commit(
 
 
 def _check_numbers(examiner: Examiner, commit: Commit, tables: Tables, shapes: Shapes, path: str) -> None:
-    arrays = ArrayCheck(examiner, commit)
+    said = tables.get("chunks")
+    chunks = None if said is None else ChunkCheck(said, _path_of(commit, "chunks", path))
+    arrays = ArrayCheck(examiner, commit, chunks)
     arrays.read_layouts()
     table = tables.get("slices")
     if table is None and "slices" not in tables:
@@ -68,16 +70,17 @@ def _check_numbers(examiner: Examiner, commit: Commit, tables: Tables, shapes: S
     bounds = None
     if table is not None:
         slices = columns(table)
-        named = [info.path for info in commit.objects if info.kind == "slices"]
-        SliceCheck(examiner, commit, tables, (named or [path])[0], arrays.layouts, shapes).run(table, slices)
+        named = _path_of(commit, "slices", path)
+        SliceCheck(examiner, commit, tables, named, arrays.layouts, shapes).run(table, slices)
         gradients = tables.get("gradients")
         bounds = None if gradients is None else index_bounds(gradients, shapes)
     if (commit.writer, commit.seq) not in examiner.done:
-        chunks = tables.get("chunks")
-        named = [info.path for info in commit.objects if info.kind == "chunks"]
-        check = None if chunks is None else ChunkCheck(chunks, (named or [path])[0])
-        arrays.run(slices, tables, bounds, check)
+        arrays.run(slices, tables, bounds)
         examiner.done.add((commit.writer, commit.seq))
+
+
+def _path_of(commit: Commit, kind: str, otherwise: str) -> str:
+    return next((info.path for info in commit.objects if info.kind == kind), otherwise)
 
 
 def _check_other(examiner: Examiner, commit: Commit, info: ObjectInfo) -> None:
