@@ -80,13 +80,19 @@ class Store(_Store):
         budget: int | str | None = None,
         steps: int | None = None,
         epochs: int = 1,
-        rank: int = 0,
+        rank: int | None = None,
         allow_zero: bool = False,
+        capture: str = "modules",
+        batch_axis: int = 0,
+        id_column: str | None = None,
+        by_content: bool = False,
+        process_group: Any = None,
     ) -> "Recorder":
         """Record what the chosen samples do to the model while the `with` block trains it.
 
-        The batch carries `sample_ids`, one integer per row, among the model's keyword arguments; they are
-        taken out before the model sees them. Models called otherwise: `recorder.batch(ids)`.
+        The batch carries `sample_ids`, one integer per row (or per token, of packed rows), among the model's keyword
+        arguments; they are taken out before the model sees them. Models called otherwise: `recorder.batch(ids)`.
+        What Accelerate prepared is looked through, and DistributedDataParallel.
 
         Durability: committed when the block ends, and by itself every 256 MB or 30 s.
 
@@ -104,7 +110,16 @@ class Store(_Store):
             budget: bytes, or text like "20GB", that recording may take; refused at the first recorded step, by what
                 that step's records take, if `steps` optimizer steps (in which each sample is drawn `epochs` times)
                 would take more. `forecast` says so before.
+            rank: of this process; found when None.
             allow_zero: accept a sample whose every gradient is zero, such as one without a single label.
+            capture: `modules`, gradients as modules show them in the ordinary backward pass; `per-sample` also what
+                no module shows (an LSTM, a weight used directly), by one more backward pass for each recorded sample.
+            batch_axis: of the tensors that the model is given and returns.
+            id_column: of `samples`, by which ids that are text are looked up.
+            by_content: know the rows of a batch without `sample_ids` by their tokens: the id is the first 63 bits of
+                their hash, column `content_hash` of `samples`.
+            process_group: of processes that average their gradients, where the model is not given as its
+                DistributedDataParallel. Each process writes its own samples into the one store.
 
         Raises:
             CoverageError: a trained parameter's gradient cannot be seen per sample.
@@ -117,7 +132,7 @@ class Store(_Store):
             self,
             model,
             optimizer,
-            samples,
+            samples=samples,
             resume_from=resume_from,
             probe=probe,
             optimizer_history=optimizer_history,
@@ -128,6 +143,11 @@ class Store(_Store):
             epochs=epochs,
             rank=rank,
             allow_zero=allow_zero,
+            capture=capture,
+            batch_axis=batch_axis,
+            id_column=id_column,
+            by_content=by_content,
+            process_group=process_group,
         )
 
     def forecast(

@@ -27,12 +27,6 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
     return state.hexdigest()
 
 
-def row_hash(row: torch.Tensor) -> str:
-    """Return the sha256 of what one row of a batch consists of: its numbers, whatever dtype integers are held in."""
-    plain = row.detach().cpu() if row.is_floating_point() else row.detach().cpu().long()
-    return digest(plain)
-
-
 def digests(model: torch.nn.Module) -> dict[str, str]:
     """Return the digest of every named parameter."""
     named = dict(model.named_parameters())

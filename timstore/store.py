@@ -9,8 +9,9 @@ from typing import Any, Self
 import pyarrow as pa
 
 from timstore import errors, intake, lifetime
-from timstore.format.commits import Attempt, Scope
-from timstore.format.log import LogWriter, claim_attempt
+from timstore.attempts import CurrentAttempt
+from timstore.format.commits import Scope
+from timstore.format.log import LogWriter
 from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
@@ -52,7 +53,8 @@ class Store(Handle):
         durability: str | None = None,
     ) -> None:
         super().__init__(path, mode, {"precision": precision, "max_rel_error": max_rel_error, "durability": durability})
-        self._attempt: Attempt | None = self._snapshot.view.attempts[-1] if self._snapshot.view.attempts else None
+        attempts = self._snapshot.view.attempts
+        self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
         lifetime.begun(self)
@@ -243,26 +245,34 @@ class Store(Handle):
         known = dict(self._writing().parameters())
         from_epoch, from_step = intake.moment(from_epoch, from_step)
         self._end_writer()
-        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
+        attempt = self._attempt.begin(from_epoch, from_step, scope, ranks).attempt
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
-        self._put(*rows_items("parameters", parameter_rows(known.values(), self._attempt.attempt)), Item(0))
+        self._put(*rows_items("parameters", parameter_rows(known.values(), attempt)), Item(0))
         self.commit()
-        return self._attempt.attempt
+        return attempt
 
-    def claim_scope(self, scope: Scope) -> None:
-        """Say which samples the current attempt records: `all`, or the sorted ids.
+    def join_attempt(self, attempt: int) -> None:
+        """Go on in an attempt that another process began; what was appended before is committed first."""
+        self._check_writable()
+        if self._attempt.get().attempt != attempt or self._ledger is None:
+            self._end_writer()
+            self.refresh()
+            self._attempt.join(attempt, self._snapshot.view.attempts)
+
+    def claim_scope(self, scope: Scope, *, ranks: int = 1) -> None:
+        """Say which samples the current attempt records, `all` or the sorted ids, and in how many processes.
 
         Raises:
             StateError: if the attempt was begun with another scope.
         """
-        attempt = self._writing_attempt(scope)
-        if attempt.scope is not None and attempt.scope != scope:
-            raise errors.StateError(
-                f"attempt {attempt.attempt} of {self.path} records {_scope_text(attempt.scope)}, not "
-                f"{_scope_text(scope)}: keep the samples, or pass resume_from=(epoch, step) to begin a new attempt",
-                kind="other-scope",
-            )
+        self._check_writable()
+        self._attempt.claim(scope, ranks)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that is written, begun if there is none."""
+        return self._writing().attempt
 
     @property
     def samples(self) -> Samples:
@@ -356,17 +366,12 @@ class Store(Handle):
         if self.mode == "r":
             raise errors.ReadOnlyError(f"{self.path} was opened to read; open it with mode 'a' to write")
 
-    def _writing_attempt(self, scope: Scope = None) -> Attempt:
-        self._check_writable()
-        if self._attempt is None:
-            self._attempt = claim_attempt(self._objects, 0, 0, scope, 1, first=True)
-        return self._attempt
-
     def _writing(self) -> Ledger:
         """Return the ledger of the current attempt, begun if there is none."""
-        attempt = self._writing_attempt()
-        if self._ledger is None or self._ledger.attempt != attempt.attempt:
-            self._ledger = Ledger(attempt.attempt, self.snapshot, self.commit)
+        self._check_writable()
+        attempt = self._attempt.get().attempt
+        if self._ledger is None or self._ledger.attempt != attempt:
+            self._ledger = Ledger(attempt, self.snapshot, self.commit)
         return self._ledger
 
     def _put(self, *items: Item) -> None:
@@ -375,7 +380,7 @@ class Store(Handle):
         if self._writer is None:
             self._writer = BackgroundWriter(
                 LogWriter(self._objects, self.settings),
-                attempt=self._writing_attempt().attempt,
+                attempt=self._attempt.get().attempt,
                 precision=self.settings.precision,
                 max_rel_error=self.settings.max_rel_error,
                 roll_up=partial(roll_up, self._objects.synced(), self.settings),
@@ -393,7 +398,3 @@ class Store(Handle):
         check_columns(rows, self.snapshot().catalog.rows("SELECT * FROM samples LIMIT 0"))
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()
-
-
-def _scope_text(scope: Scope) -> str:
-    return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"

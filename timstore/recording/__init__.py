@@ -1,6 +1,5 @@
 """Recording: torch hooks to records, optimizer state to steps."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from timstore.errors import InvalidInputError
 from timstore.intake import byte_count, mean_unit
 from timstore.recording.forecast import Budget, Forecast
-from timstore.recording.recorder import Recorder
+from timstore.recording.recorder import Options, Recorder
 from timstore.recording.rehearsal import rehearse
 from timstore.store import Store
 
@@ -19,18 +18,13 @@ def record(
     store: Store,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    samples: Iterable[int] | None = None,
     *,
-    resume_from: tuple[int, int] | None = None,
-    probe: Iterable[Any] | None = None,
-    optimizer_history: str = "final",
-    scaler: Any = None,
+    samples: Any = None,
     mean_over: str | None = None,
     budget: int | str | None = None,
     steps: int | None = None,
     epochs: int = 1,
-    rank: int = 0,
-    allow_zero: bool = False,
+    **options: Any,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
     samples = None if samples is None else list(samples)
@@ -39,18 +33,11 @@ def record(
         if steps is None:
             raise InvalidInputError("budget= needs steps=, the number of optimizer steps to come (and epochs=)")
         count = None if samples is None else len(samples)
-        limit = Budget(byte_count(budget, "budget"), steps, epochs, count, optimizer_history)
+        history = options.get("optimizer_history", "final")
+        limit = Budget(byte_count(budget, "budget"), steps, epochs, count, history)
     return Recorder(
         store,
         model,
         optimizer,
-        samples,
-        resume_from=resume_from,
-        probe=probe,
-        optimizer_history=optimizer_history,
-        scaler=scaler,
-        mean_over=mean_unit(mean_over, "record"),
-        budget=limit,
-        rank=rank,
-        allow_zero=allow_zero,
+        Options(samples=samples, mean_over=mean_unit(mean_over, "record"), budget=limit, **options),
     )

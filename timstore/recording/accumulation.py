@@ -27,9 +27,12 @@ class Accumulation:
     Args:
         vanished: called when a backward pass finds that what was accumulated by earlier ones has been zeroed.
         whole: keep all of the accumulated gradients, which lets clipping by value be told from other changes.
+        averaged: gradients are averaged over several processes when backward ends, and looked at after that.
+        paused: whether a backward pass of our own runs, which accumulates nothing.
 
     Attributes:
         clip_value: the bound of a clipping by value that `ratio` found; None where there was none.
+        touched: names of the parameters that backward passes reached here since the last step.
         extremes: look at every number for the largest and smallest, the only ones that a clipping by value is sure to
             change. Without, as suffices for a step that no record is of, at some numbers alone.
     """
@@ -40,6 +43,8 @@ class Accumulation:
         vanished: Callable[[], None],
         *,
         whole: bool = False,
+        averaged: bool = False,
+        paused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
@@ -50,6 +55,12 @@ class Accumulation:
         self.extremes = True
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
         self._suspect = False
+        self._paused = paused
+        self._averaged = averaged
+        self._settling = False
+        # Until the first step has proved that it can be told from what is averaged.
+        self._local: dict[str, torch.Tensor] | None = {} if averaged else None
+        self.touched: set[str] = set()
         self._handles: list[Any] = []
         for name, parameter in parameters.items():
             self._handles.append(parameter.register_hook(self._before(name)))  # type: ignore[no-untyped-call]
@@ -64,6 +75,7 @@ class Accumulation:
     def clear(self) -> None:
         """Forget what was accumulated: the step is over, or was skipped."""
         self._kept.clear()
+        self.touched.clear()
         if self._whole is not None:
             self._whole.clear()
         self._suspect = False
@@ -160,7 +172,9 @@ class Accumulation:
 
     def _before(self, name: str) -> Callable[[torch.Tensor], None]:
         def arriving(_: torch.Tensor) -> None:
-            if not self._kept:
+            if self._paused():
+                return
+            if not self._kept and not self.touched:
                 if _nonzero(self._parameters[name]):
                     raise _stale(name)
             elif self._suspect and name in self._kept and bool(self._kept[name].any()):
@@ -174,14 +188,51 @@ class Accumulation:
         def arrived(parameter: torch.Tensor) -> None:
             if parameter.numel() == 0:
                 return
-            if name not in self._elements:
-                self._elements[name] = _Elements(parameter)
-            self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
-            if self._whole is not None:
+            self.touched.add(name)
+            if not self._averaged:
+                self._keep(name, parameter)
+                return
+            self.settle_later()
+            if self._local is not None:
                 assert parameter.grad is not None
-                self._whole[name] = parameter.grad.detach().clone()
+                self._local[name] = parameter.grad.detach().clone()
 
         return arrived
+
+    def _keep(self, name: str, parameter: torch.Tensor) -> None:
+        if name not in self._elements:
+            self._elements[name] = _Elements(parameter)
+        self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
+        if self._whole is not None:
+            assert parameter.grad is not None
+            self._whole[name] = parameter.grad.detach().clone()
+
+    def settle_later(self) -> None:
+        """Look at the gradients when this backward pass is over, where they are averaged at its end."""
+        if self._averaged and not self._settling:
+            self._settling = True
+            _when_over(lambda: _when_over(self._settle))  # behind what others want done by then
+
+    def _settle(self) -> None:
+        self._settling = False
+        for name, parameter in self._parameters.items():
+            # Also those that only other processes' samples reached.
+            if parameter.grad is not None and parameter.numel():
+                self._keep(name, parameter)
+
+    def take_local(self) -> dict[str, torch.Tensor]:
+        """Return what this process alone accumulated for the first step; it is not kept for others."""
+        local, self._local = self._local, None
+        return local or {}
+
+    def looked_up(self, local: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""
+        kept = torch.from_numpy(_on_host(list(self._kept.values())))
+        mine = [
+            self._elements[name].of_flat(local[name].reshape(-1)) if name in local else torch.zeros(len(held))
+            for name, held in self._kept.items()
+        ]
+        return kept, torch.from_numpy(_on_host(mine))
 
 
 class _Elements:
@@ -211,6 +262,11 @@ class _Elements:
             flat = _flat(parameter)
             self._positions[-2:] = torch.stack([flat.argmax(), flat.argmin()])
         return self.of(parameter)
+
+    def of_flat(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return these elements of other numbers, given flat."""
+        places = torch.from_numpy(self._host) if self._by_numpy else self._positions
+        return numbers[places.to(numbers.device)]
 
     def of(self, parameter: torch.Tensor) -> Values:
         """Return a copy of the elements that were chosen last, as they are now."""
@@ -245,6 +301,11 @@ def _flat(parameter: torch.Tensor) -> torch.Tensor:
 
 def _nonzero(parameter: torch.Tensor) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _when_over(work: Callable[[], None]) -> None:
+    """Have something done when the backward pass that runs is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(work)
 
 
 def _stale(name: str) -> StateError:

@@ -1,7 +1,8 @@
 """One forward and backward pass, and how the passes of a step become records."""
 
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 
 from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
-from timstore.recording.modules import Call, Input
+from timstore.recording.calls import Call, Input
+from timstore.recording.layouts import Layout, owners_of
 from timstore.records import Factors, Gradient, Rows
 
 
@@ -18,15 +20,27 @@ class MicroBatch:
     """One forward and backward pass.
 
     Attributes:
-        ids: the sample id of every row.
-        positions: rows to capture, None for all of them.
-        captured: parameters and, per captured row, a part of the gradient.
-        tokens: labels that count in each row, None when the batch holds none.
+        ids: the sample id of every row; of packed rows, of every sample in them.
+        positions: places in `ids` to capture, None for all of them.
+        rows_given: rows of the model's arguments.
+        layout: where the samples are in every tensor, when that was declared.
+        captured: parameters and, per captured place, a part of the gradient.
+        whole: parameters, by identity, whose gradient comes from a backward pass of each sample, not from modules.
+        passed: the passes of each sample were run.
+        unseen: modules, by identity, that ran without gradients: a checkpoint may compute them again in backward.
+        tokens: labels that count for each of `ids`, None when the batch holds none.
     """
 
-    def __init__(self, ids: list[int], positions: list[int] | None) -> None:
+    def __init__(
+        self, ids: list[int], positions: list[int] | None, rows_given: int | None = None, layout: Layout | None = None
+    ) -> None:
         self.ids = ids
         self.positions = positions
+        self.rows_given = len(ids) if rows_given is None else rows_given
+        self.layout = layout
+        self.whole: set[int] = set()
+        self.passed = False
+        self.unseen: set[int] = set()
         self.tokens: list[int] | None = None
         self.captured: list[tuple[nn.Parameter, list[Gradient]]] = []
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
@@ -97,8 +111,20 @@ def records_of(
     return {sample: gradients for sample, gradients in records.items() if gradients}
 
 
-def sample_ids(ids: Any) -> list[int]:
-    """Return sample ids as integers, from a tensor, an array or a sequence.
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Who is in a batch: the samples, the rows that the model is given, and a layout where rows are packed."""
+
+    samples: list[int]
+    rows: int
+    layout: Layout | None = None
+
+
+def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
+    """Return who is in a batch, from a tensor, an array or a sequence: an id per row, or per token of packed rows.
+
+    Args:
+        keys: the user's own names of samples, where there are any.
 
     Raises:
         InvalidInputError: if they are anything else.
@@ -106,19 +132,53 @@ def sample_ids(ids: Any) -> list[int]:
     values = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else ids
     if not isinstance(values, list) or not values or isinstance(ids, str):
         raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
-    return [whole_number(one, "sample id") for one in values]
+    if isinstance(values[0], list):
+        try:
+            packed = torch.as_tensor(values)
+        except (ValueError, TypeError):
+            raise _not_integers(values[0]) from None
+        if packed.ndim != 2 or packed.is_floating_point() or packed.dtype == torch.bool or not (packed >= 0).any():
+            raise _not_integers(values[0])
+        samples, layout = owners_of(packed)
+        return Ids(samples, len(packed), layout)
+    named = [_named(one, keys) if isinstance(one, str) else whole_number(one, "sample id") for one in values]
+    return Ids(named, len(named))
 
 
-def check_length(ids: Sequence[int], args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+def _named(name: str, keys: Mapping[str, int] | None) -> int:
+    """Return the sample that goes by a name."""
+    if keys is None:
+        raise InvalidInputError(
+            f"sample id {name!r} is text, and samples are integers: give each one with "
+            "store.samples.update([{'sample': 0, 'key': 'first'}, ...]) and pass id_column='key'",
+            kind="wrong-ids",
+        )
+    if name not in keys:
+        raise InvalidInputError(
+            f"no row of store.samples has the sample id {name!r}: add it with store.samples.update", kind="wrong-ids"
+        )
+    return keys[name]
+
+
+def _not_integers(ids: Any) -> InvalidInputError:
+    return InvalidInputError(
+        f"sample_ids for packed rows is (rows, tokens), an integer sample id for every token, negative for none; not "
+        f"{ids!r:.80}",
+        kind="wrong-ids",
+    )
+
+
+def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse ids of which no tensor that the model is given has as many rows.
 
     Raises:
         InvalidInputError: with both lengths.
     """
-    lengths = [len(one) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim]
-    if lengths and len(ids) not in lengths:
+    given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > axis]
+    lengths = [one.shape[axis] for one in given]
+    if lengths and rows not in lengths:
         raise InvalidInputError(
-            f"the batch has {lengths[0]} rows and {len(ids)} sample ids; give one id per row", kind="wrong-ids"
+            f"the batch has {lengths[0]} rows and {rows} sample ids; give one id per row", kind="wrong-ids"
         )
 
 
@@ -135,12 +195,6 @@ def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> list
         labels = labels[:, 1:]
     counts: list[int] = (labels != -100).sum(1).tolist()
     return counts
-
-
-def content(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int) -> torch.Tensor | None:
-    """Return what the rows of a batch consist of: `input_ids`, or the first tensor with a row for each id."""
-    given = [kwargs.get("input_ids"), *args, *kwargs.values()]
-    return next((one for one in given if isinstance(one, torch.Tensor) and one.shape[:1] == (rows,)), None)
 
 
 def on_host(batch: Any) -> Any:

@@ -1,19 +1,28 @@
-"""Hooks on the model's leaf modules: inputs going forward, gradients coming back, parts of each sample out.
+"""Hooks on the model's modules: inputs going forward, gradients coming back, parts of each sample out.
 
 A hook is a tensor's or a module's and holds neither the output nor, once its gradient has come, the input.
 """
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from timstore.errors import CoverageError, InvalidInputError, StateError
+from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.recording.attention import Projections
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
-from timstore.recording.modules import Call, EmbeddingKind, Input, Kind, check_separable, kind_of
+from timstore.recording.calls import Autocast, Call, Input
+from timstore.recording.kinds import hooked_modules
+from timstore.recording.layouts import Axis, Layout, Whole
+from timstore.recording.looking import Watch
+from timstore.recording.modules import EmbeddingKind, Kind
+
+WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 
 
 class Capture:
@@ -22,7 +31,13 @@ class Capture:
     Args:
         trained: the parameters to capture.
         current: returns the micro-batch of the forward pass that runs; None when there is none.
-        seen: told every hooked module's name and input while the order of samples is checked.
+        recomputed: the same of the backward pass that runs, for what a checkpoint computes again in it.
+        by_sample: what no module's hook can see is left to a backward pass of each sample, instead of refused.
+        scale: of the gradients that arrive in those that the optimizer consumes: 1 / ranks.
+
+    Attributes:
+        watch: filled instead of recording while the model is looked at.
+        layouts: module to where the samples are in what it is given, as far as that was looked for; None: nowhere.
     """
 
     def __init__(
@@ -30,19 +45,28 @@ class Capture:
         model: nn.Module,
         trained: Iterable[nn.Parameter],
         current: Callable[[], MicroBatch | None],
-        seen: Callable[[str, torch.Tensor], bool],
+        recomputed: Callable[[int], MicroBatch | None],
+        *,
+        by_sample: bool = False,
+        scale: float = 1.0,
     ) -> None:
         self._trained = {id(parameter) for parameter in trained}
         self._current = current
-        self._seen = seen
-        self._buffers = Buffers()
+        self._recomputed = recomputed
+        self._by_sample = by_sample
+        self._scale = scale
+        self.buffers = Buffers()
+        self.watch: Watch | None = None
+        self.layouts: dict[str, Layout | None] = {}
+        self._replays = 0
+        self._warned: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            for name, module in model.named_modules():
-                own = any(self._wanted(parameter) for parameter in module.parameters(recurse=False))
-                # A module with children and parameters of its own is no leaf: only the sum check sees those.
-                if own and not next(module.children(), None):
-                    self._hook(kind_of(name or type(module).__name__, module))
+            for kind in hooked_modules(model, lambda one: id(one) in self._trained, self.replaying):
+                if isinstance(kind, Kind):
+                    self._hook(kind)
+                else:
+                    self._hook_attention(*kind)
         except BaseException:
             self.remove()
             raise
@@ -53,72 +77,176 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _wanted(self, parameter: Any) -> bool:
-        return id(parameter) in self._trained
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a module is being computed again, or differentiated once more, by ourselves."""
+        return self._replays > 0
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let no hook of ours do anything."""
+        self._replays += 1
+        try:
+            yield
+        finally:
+            self._replays -= 1
 
     def _hook(self, kind: Kind) -> None:
-        def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._forward(kind, args, kwargs, output)
+        random: list[torch.Tensor] = []
 
+        def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self.is_replaying:
+                given = args[0] if args else next(iter(kwargs.values()), None)
+                self._seen(kind, given, output, (args, kwargs), random.pop() if random else None)
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if kind.needs_random and not self.is_replaying and torch.is_grad_enabled():
+                random[:] = [torch.get_rng_state()]
+
+        self._handles.append(kind.module.register_forward_pre_hook(before))
         self._handles.append(kind.module.register_forward_hook(forward, with_kwargs=True))
         if isinstance(kind, EmbeddingKind):
             self._handles.append(kind.module.register_forward_pre_hook(self._expand))
 
+    def _hook_attention(self, name: str, module: nn.MultiheadAttention) -> None:
+        def see(kind: Kind, given: torch.Tensor, output: torch.Tensor, layout: Layout) -> None:
+            if not self.is_replaying:
+                self._seen(kind, given, output, None, None, layout)
+
+        projections = Projections(name, module, see)
+        self._handles.append(module.register_forward_pre_hook(lambda *_: projections.begin()))
+        self._handles.append(module.register_forward_hook(lambda *_: projections.end(), always_call=True))
+
     def _expand(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give position ids (1, T) the batch's rows, so that each sample has a gradient of its own."""
-        batch = self._current()
-        if batch is None or batch.empty or not args or not torch.is_grad_enabled():
+        if self.is_replaying or not args:
             return None
-        ids, rows = args[0], len(batch.ids)
+        if self.watch is not None:
+            rows = self.watch.rows
+        else:
+            batch = self._batch(module)
+            if batch is None or batch.empty or not torch.is_grad_enabled():
+                return None
+            rows = batch.rows_given
+        ids = args[0]
         if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) == 1 and rows > 1:
             return (ids.expand(rows, -1), *args[1:])
         return None
 
-    def _forward(self, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(given, torch.Tensor) and self._seen(kind.name, given):
-            return
-        if not torch.is_grad_enabled():
-            return
+    def _batch(self, module: nn.Module) -> MicroBatch | None:
         batch = self._current()
+        if batch is None and _in_backward():
+            batch = self._recomputed(id(module))
+        return batch
+
+    def _seen(
+        self,
+        kind: Kind,
+        given: Any,
+        output: Any,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        random: torch.Tensor | None,
+        layout: Layout | None = None,
+    ) -> None:
+        if self.watch is not None:
+            if isinstance(given, torch.Tensor) and layout is None:
+                self.watch.note(kind.name, given)
+            return
+        batch = self._batch(kind.module)
+        if not torch.is_grad_enabled():
+            if batch is not None:
+                batch.unseen.add(id(kind.module))
+            return
         if batch is None:
-            if isinstance(output, torch.Tensor) and not output.requires_grad:
-                return
-            if torch._C._current_graph_task_id() != -1:
-                return  # a checkpoint computes again during backward; its first pass has the hooks
+            if _in_backward() or not _requires_grad(output):
+                return  # a checkpoint that computes again what has its hooks
             raise InvalidInputError(
                 f"module {kind.name} ran a training forward without sample ids: pass sample_ids=... to the model, use "
                 "recorder.batch(ids), or wrap what is no training in torch.no_grad()",
                 kind="no-ids",
             )
-        if batch.empty:
+        if batch.empty or not _requires_grad(output):
             return
-        if not isinstance(output, torch.Tensor) or not isinstance(given, torch.Tensor):
-            raise CoverageError(
-                f"module {kind.name} ({type(kind.module).__name__}) does not map one tensor to one tensor: its "
-                "gradient cannot be taken per sample; freeze it, or build it from Linear layers",
-                module=kind.name,
-            )
-        if not output.requires_grad:
+        try:
+            placed = layout or self._place(kind, given, output, batch)
+        except CoverageError:
+            if not self._by_sample:
+                raise
+            batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
             return
-        check_separable(kind.name, kind.module)
-        rows = len(batch.ids)
-        if given.shape[:1] != (rows,) or output.shape[:1] != (rows,):
-            raise CoverageError(
-                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
-                "sample ids: axis 0 must be the batch. Keep it so, or freeze the module",
-                module=kind.name,
-            )
-        arguments = (_detached(args), _detached(kwargs)) if kind.needs_arguments else None
+        self._check_separable(kind)
+        kept = (_detached(arguments[0]), _detached(arguments[1])) if kind.needs_arguments and arguments else None
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
-        call = Call(rows, batch.chosen(output.device), shared, given._version, output.shape, arguments, self._buffers)
+        call = Call(
+            len(batch.ids),
+            batch.positions,
+            batch.chosen(output.device),
+            placed,
+            shared,
+            given._version,
+            output.shape,
+            kept,
+            Autocast.now(output.device),
+            random,
+            self.buffers,
+        )
         batch.watch(call)
         _hooked(output).register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
 
+    def _place(self, kind: Kind, given: Any, output: Any, batch: MicroBatch) -> Layout:
+        """Return where the samples are.
+
+        Raises:
+            CoverageError: they cannot be told apart there.
+        """
+        if not isinstance(output, torch.Tensor) or not isinstance(given, torch.Tensor):
+            raise CoverageError(
+                f"module {kind.name} ({type(kind.module).__name__}) does not map one tensor to one tensor: its "
+                f"gradient cannot be taken per sample; {WAY_OUT}, or build it from Linear layers",
+                module=kind.name,
+            )
+        rows = len(batch.ids)
+        found = batch.layout if batch.layout is not None else self.layouts.get(kind.name, Axis(0))
+        if rows == 1 and batch.layout is None:
+            found = found if found is not None and found.fits(given.shape, 1) else Whole()
+        if found is None:
+            raise CoverageError(
+                f"module {kind.name}: its input {tuple(given.shape)} does not follow the order of the batch's rows on "
+                f"any axis; no gradient could be told from another. Keep the batch on axis 0; or {WAY_OUT}",
+                kind="order-check",
+                module=kind.name,
+            )
+        if not found.fits(given.shape, rows) or not found.fits(output.shape, rows):
+            raise CoverageError(
+                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
+                f"sample ids: no axis of it is the batch. Keep axis 0 so; or {WAY_OUT}",
+                module=kind.name,
+            )
+        return found
+
+    def _check_separable(self, kind: Kind) -> None:
+        """Warn of a module whose output for one sample depends on the others."""
+        module = kind.module
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm) and kind.name not in self._warned:
+            self._warned.add(kind.name)
+            if isinstance(module, nn.SyncBatchNorm):
+                raise CoverageError(
+                    f"module {kind.name} (SyncBatchNorm) mixes the samples of several processes; put it in eval mode",
+                    module=kind.name,
+                )
+            warnings.warn(
+                f"module {kind.name} ({type(module).__name__}) mixes the samples of a batch in training mode: a record "
+                "holds what came through its sample's row, a part of which other samples' losses caused, and the "
+                "running statistics keep what a rollback removes from the parameters. The records still add up to the "
+                f"gradient. To keep samples apart: {kind.name}.eval(), or GroupNorm or LayerNorm",
+                TimstoreWarning,
+                stacklevel=2,
+            )
+
     def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
-            if not self._handles:
+            if not self._handles or self.is_replaying:
                 return
             batch = owner()
             if batch is None or call.released:
@@ -127,9 +255,26 @@ class Capture:
                     "to; run every backward before the step",
                     kind="late-backward",
                 )
-            batch.captured.extend(kind.capture(call, gradient, self._wanted))
+            whole = batch.whole
+            scaled = gradient.reshape(call.output_shape)
+            scaled = scaled if self._scale == 1.0 else scaled * self._scale
+            batch.captured.extend(
+                kind.capture(call, scaled, lambda one: id(one) in self._trained and id(one) not in whole)
+            )
 
         return arrived
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _requires_grad(output: Any) -> bool:
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad
+    if isinstance(output, tuple | list):
+        return any(_requires_grad(one) for one in output)
+    return isinstance(output, dict) and _requires_grad(list(output.values()))
 
 
 def _hooked(output: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ class History:
     ) -> None:
         if kind not in KINDS:
             raise InvalidInputError(f"optimizer_history is {' or '.join(map(repr, KINDS))}, not {kind!r}")
-        self.keeps_gradients = kind == "gradients" and rank == 0
+        self.needs_products = kind == "gradients"
+        self.keeps_gradients = self.needs_products and rank == 0
         self._keeps_moments = rank == 0
         self._store = store
         self._optimizer = optimizer

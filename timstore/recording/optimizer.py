@@ -17,12 +17,8 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Return name to (parameter, group number) of the model's parameters that the optimizer trains.
 
     Raises:
-        InvalidInputError: if there is none, or `optimizer` is no torch optimizer.
+        InvalidInputError: if there is none, or they cannot be recorded.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidInputError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     groups = {
         id(parameter): number for number, group in enumerate(optimizer.param_groups) for parameter in group["params"]
     }

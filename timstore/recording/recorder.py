@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,89 +10,92 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError, StateError
-from timstore.fingerprints import digests, row_hash
+from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import whole_number
-from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
-from timstore.recording.batches import (
-    MicroBatch,
-    check_length,
-    content,
-    on_host,
-    sample_ids,
-    token_counts,
-)
+from timstore.recording.batches import MicroBatch, on_host
 from timstore.recording.capture import Capture
 from timstore.recording.forecast import Budget
+from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
-from timstore.recording.optimizer import check_untrained, is_skipped, trained_parameters
-from timstore.recording.steps import Ahead, look_ahead
-from timstore.records import Gradient, Parameter
+from timstore.recording.optimizer import trained_parameters
+from timstore.recording.passes import Passes
+from timstore.recording.ranks import Ranks
+from timstore.recording.stepping import Stepping
+from timstore.recording.wrappers import inner_model, inner_optimizer
+from timstore.records import Parameter
 from timstore.store import Store
+
+CAPTURES = ("modules", "per-sample")
 
 _recorded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to record; see `timstore.Store.record`."""
+
+    samples: Iterable[int] | None = None
+    resume_from: tuple[int, int] | None = None
+    probe: Iterable[Any] | None = None
+    optimizer_history: str = "final"
+    scaler: Any = None
+    mean_over: str | None = None
+    budget: Budget | None = None
+    rank: int | None = None
+    allow_zero: bool = False
+    capture: str = "modules"
+    batch_axis: int = 0
+    id_column: str | None = None
+    by_content: bool = False
+    process_group: Any = None
+
+
 class Recorder:
-    """Records a training loop while its `with` block runs; made by `Store.record`.
+    """Records a training loop while its `with` block runs; made by `Store.record`."""
 
-    Attributes:
-        step: the number of the next optimizer step, counted over the whole run.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        samples: Iterable[int] | None,
-        *,
-        resume_from: tuple[int, int] | None = None,
-        probe: Iterable[Any] | None = None,
-        optimizer_history: str = "final",
-        scaler: Any = None,
-        mean_over: str | None = None,
-        budget: Budget | None = None,
-        rank: int = 0,
-        allow_zero: bool = False,
-    ) -> None:
+    def __init__(self, store: Store, model: nn.Module, optimizer: torch.optim.Optimizer, options: Options) -> None:
         self._store = store
-        self._model = model
-        self._optimizer = optimizer
-        self._samples = None if samples is None else frozenset(whole_number(one, "sample id") for one in samples)
-        if self._samples is not None and not self._samples:
-            raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
-        self._resume_from = None if resume_from is None else _moment(resume_from)
-        self._probe = None if probe is None else [on_host(batch) for batch in probe]
-        self._scaler = scaler
-        self._mean_over = mean_over
-        self._budget = budget
-        self._rank = rank
-        self._allow_zero = allow_zero
-        self._trained = trained_parameters(model, optimizer)
-        self._names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
+        self._model, group = inner_model(model)
+        self._optimizer, scaler = inner_optimizer(optimizer)
+        self._ranks = Ranks(options.process_group if options.process_group is not None else group)
+        self._samples = _chosen(options.samples)
+        if options.capture not in CAPTURES:
+            raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {options.capture!r}")
+        self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
+        self._probe = None if options.probe is None else [on_host(batch) for batch in options.probe]
+        rank = self._ranks.rank if options.rank is None else options.rank
+        self._trained = trained_parameters(self._model, self._optimizer)
+        names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        self._history = History(store, optimizer, self._names, optimizer_history, rank)
-        self._untrained = {id(one): name for name, one in model.named_parameters() if id(one) not in self._names}
-        self._epoch = 0
-        self.step = 0
-        self._pending: list[MicroBatch] = []
-        self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
-        self._current: MicroBatch | None = None
-        self._held = False
-        self._watched: list[tuple[str, torch.Tensor]] | None = None
-        self._order_checked = False
-        self._sum_checked = False
-        self._last: tuple[int, int] | None = None
+        untrained = {id(one): name for name, one in self._model.named_parameters() if id(one) not in names}
+        self._history = History(store, self._optimizer, names, options.optimizer_history, rank)
+        self._forwards = Forwards(
+            store,
+            self._model,
+            samples=self._samples,
+            axis=whole_number(options.batch_axis, "batch_axis"),
+            keys=None if options.id_column is None else _keys(store, options.id_column),
+            by_content=options.by_content,
+            keeps_gradients=self._history.keeps_gradients,
+        )
+        self._options = options
+        self._stepping_options = {
+            "history": self._history,
+            "ranks": self._ranks,
+            "samples": self._samples,
+            "scaler": options.scaler if options.scaler is not None else scaler,
+            "mean_over": options.mean_over,
+            "budget": options.budget,
+            "rank": rank,
+            "allow_zero": options.allow_zero,
+        }
+        self._untrained = untrained
+        self._epoch, self._step = 0, 0
         self._kept_at: tuple[int, int] | None = None
-        self._ahead: Ahead | None = None
-        self._consumed: dict[str, torch.Tensor] = {}
-        self._skipped = 0
-        self._hashed: set[int] = set()
         self._handles: list[Any] = []
-        self._capture: Capture | None = None
-        self._accumulation: Accumulation | None = None
+        self._stepping: Stepping | None = None
 
     @property
     def epoch(self) -> int:
@@ -104,11 +108,18 @@ class Recorder:
         if number < self._epoch:
             raise InvalidInputError(f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from")
         self._epoch = number
+        if self._stepping is not None:
+            self._stepping.epoch = number
+
+    @property
+    def step(self) -> int:
+        """The number of the next optimizer step, counted over the whole run."""
+        return self._step if self._stepping is None else self._stepping.step
 
     def batch(self, ids: Any) -> "_Batch":
         """Name the samples of the next forward pass, or of every one in a `with` block, for models called otherwise."""
-        self._begin(ids)
-        return _Batch(self)
+        self._forwards.begin(ids)
+        return _Batch(self._forwards)
 
     def __enter__(self) -> Self:
         if self._model in _recorded:
@@ -125,9 +136,12 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        last = self._release()
         try:
-            self.checkpoint()
+            if error is None or self._ranks.alone:
+                self._keep(last)
+            else:
+                self._store.commit()  # the other processes may never come to an agreement
         except Exception as failure:
             if error is None:
                 raise
@@ -137,35 +151,85 @@ class Recorder:
     def checkpoint(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
 
-        The end of the block does so by itself. Cost: at most 2 bytes per trained parameter for Adam's second
-        moment, a digest per parameter.
+        The end of the block does so by itself. Of several processes each calls it: what one of them acknowledges, all
+        have on disk. Cost: at most 2 bytes per trained parameter for Adam's second moment, a digest per parameter.
 
         Raises:
             StorageError, ReadOnlyError, StateError: as `Store.commit`.
         """
-        if self._last is not None and self._last != self._kept_at:
-            self._store.append_fingerprints(*self._last, digests(self._model))
-            self._history.checkpoint(*self._last)
+        self._keep(self._stepping.last if self._stepping is not None else None)
+
+    def _keep(self, last: tuple[int, int] | None) -> None:
         self._store.commit()
-        self._kept_at = self._last
+        if last is None or last == self._kept_at:
+            return
+        self._ranks.wait()
+        if self._ranks.rank == 0:
+            self._store.append_fingerprints(*last, digests(self._model))
+            self._history.checkpoint(*last)
+            self._store.commit()
+        self._kept_at = last
 
     def _hook(self) -> None:
-        self._capture = Capture(self._model, self._parameters.values(), lambda: self._current, self._see)
-        self._accumulation = Accumulation(self._parameters, self._skip, whole=self._history.keeps_gradients)
-        model, optimizer, keep = self._model, self._optimizer, self._handles.append
-        keep(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
-        keep(model.register_forward_hook(self._after_forward, always_call=True))
-        keep(optimizer.register_step_pre_hook(self._before_step))
-        keep(optimizer.register_step_post_hook(self._after_step))
+        forwards, keep, options = self._forwards, self._handles.append, self._options
+        by_sample, scale = options.capture == "per-sample", 1 / self._ranks.count
+
+        def recomputed(module: int) -> MicroBatch | None:
+            return passes.running(module)
+
+        capture = Capture(
+            self._model,
+            self._parameters.values(),
+            lambda: forwards.current,
+            recomputed,
+            by_sample=by_sample,
+            scale=scale,
+        )
+        keep(capture)
+        accumulation = Accumulation(
+            self._parameters,
+            forwards.skip,
+            whole=self._history.keeps_gradients,
+            averaged=not self._ranks.alone,
+            paused=lambda: capture.is_replaying,
+        )
+        keep(accumulation)
+        passes = Passes(
+            self._parameters,
+            capture,
+            by_sample=by_sample,
+            axis=options.batch_axis,
+            scale=scale,
+            arriving=accumulation.settle_later,
+        )
+        forwards.attach(capture, accumulation, passes, keep)
+        self._stepping = Stepping(
+            self._store,
+            self._model,
+            self._optimizer,
+            self._parameters,
+            self._untrained,
+            forwards=forwards,
+            accumulation=accumulation,
+            **self._stepping_options,
+        )
+        keep(self._stepping)
 
     def _begin_attempt(self) -> None:
+        assert self._stepping is not None
+        number, self._epoch, self._stepping.step = self._ranks.lead(self._claim)
+        self._stepping.epoch = self._epoch
+        self._store.join_attempt(number)
+
+    def _claim(self) -> tuple[int, int, int]:
+        """Begin the attempt, or go on with it; returns its number and where it goes on."""
         scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
         if self._resume_from is not None:
-            self._store.begin_attempt(*self._resume_from, scope=scope)
-            self._epoch, self.step = self._resume_from
+            self._store.begin_attempt(*self._resume_from, scope=scope, ranks=self._ranks.count)
+            moment = self._resume_from
         else:
-            self._continue()
-            self._store.claim_scope(scope)
+            moment = self._continue()
+            self._store.claim_scope(scope, ranks=self._ranks.count)
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
@@ -174,12 +238,15 @@ class Recorder:
         )
         if self._probe is not None:
             self._store.keep_probe(self._probe, loss="cross_entropy")
+        if not self._ranks.alone:
+            self._store.commit()
+        return self._store.attempt, *moment
 
-    def _continue(self) -> None:
-        """Take up the count where the store's history ends, if the model is still the one it ended with."""
+    def _continue(self) -> tuple[int, int]:
+        """Return where the store's history ends, if the model is still the one it ended with."""
         frontier = self._store.frontier
         if frontier is None:
-            return
+            return 0, 0
         known = self._store.latest_fingerprints()
         where = f"epoch {frontier[0]}, step {frontier[1]}"
         resume = (
@@ -194,190 +261,62 @@ class Recorder:
             )
         if known[2] != digests(self._model):
             raise StateError(f"the model changed since recording stopped at {where}: {resume}", kind="model-changed")
-        self._epoch, self.step = frontier[0], frontier[1] + 1
+        return frontier[0], frontier[1] + 1
 
-    def _release(self) -> None:
+    def _release(self) -> tuple[int, int] | None:
+        """Take all hooks off; returns the latest step."""
+        stepping = self._stepping
+        if stepping is not None:
+            self._forwards.discard()
+            self._forwards.end()
+            self._epoch, self._step = stepping.epoch, stepping.step
+            self._stepping = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for held in (self._capture, self._accumulation):
-            if held is not None:
-                held.remove()
-        self._discard(len(self._pending))
-        self._current = None
         _recorded.discard(self._model)
-
-    # --- forward ---------------------------------------------------------------------------------------
-
-    def _before_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._watched is not None:
-            return None
-        ids = kwargs.pop("sample_ids", None)
-        if not torch.is_grad_enabled():
-            return args, kwargs
-        if ids is not None:
-            self._begin(ids)
-        if self._current is None:
-            if module.training:
-                raise InvalidInputError(
-                    "a training forward without sample ids: pass sample_ids=... (one integer per row) to the model, or "
-                    "call recorder.batch(ids) before it; wrap evaluation in torch.no_grad()",
-                    kind="no-ids",
-                )
-            return args, kwargs
-        check_length(self._current.ids, args, kwargs)
-        self._current.tokens = token_counts(module, kwargs, len(self._current.ids))
-        self._keep_hashes(self._current.ids, args, kwargs)
-        if not self._order_checked and len(self._current.ids) > 1:
-            self._check_order(args, kwargs, len(self._current.ids))
-        return args, kwargs
-
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._watched is not None or self._held or not torch.is_grad_enabled():
-            return
-        if output is None and self._current in self._pending:
-            self._pending.remove(self._current)  # the forward pass failed
-        self._current = None
-
-    def _begin(self, ids: Any) -> None:
-        checked = sample_ids(ids)
-        assert self._accumulation is not None
-        if self._accumulation.begun:
-            self._earlier = len(self._pending)
-            if self._accumulation.lost():
-                self._skip()
-        positions = None
-        # Until the first step has proved that the parts add up, all of them are needed.
-        if self._samples is not None and self._sum_checked:
-            positions = [position for position, one in enumerate(checked) if one in self._samples]
-        self._current = MicroBatch(checked, positions)
-        self._pending.append(self._current)
-        self._accumulation.extremes = self._history.keeps_gradients or not all(one.empty for one in self._pending)
-
-    def _keep_hashes(self, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
-        rows = content(args, kwargs, len(ids))
-        new = {
-            sample: position
-            for position, sample in enumerate(ids)
-            if sample not in self._hashed and (self._samples is None or sample in self._samples)
-        }
-        if rows is not None and new:
-            self._hashed.update(new)
-            self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
-
-    def _skip(self) -> None:
-        """The gradients accumulated so far were zeroed without a step."""
-        self._skipped += 1
-        self._discard(self._earlier)
-
-    def _discard(self, count: int) -> None:
-        """Drop the first micro-batches: the step that they were for is over, or was skipped."""
-        for batch in self._pending[:count]:
-            batch.release()
-        del self._pending[:count]
-        self._earlier = 0
-        if self._accumulation is not None:
-            self._accumulation.clear()
-
-    def _check_order(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        self._watched = []
-        try:
-            checks.check_order(self._model, args, kwargs, rows, self._watched)
-        finally:
-            self._watched = None
-        self._order_checked = True
-
-    def _see(self, name: str, given: torch.Tensor) -> bool:
-        if self._watched is None:
-            return False
-        self._watched.append((name, checks.summary(given)))
-        return True
-
-    # --- step ------------------------------------------------------------------------------------------
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(one is not None for one in (*args[1:], *kwargs.values())):
-            raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
-        assert self._accumulation is not None
-        check_untrained(optimizer, self._untrained)
-        self._ahead = None
-        if is_skipped(optimizer):
-            return
-        ratio = self._accumulation.ratio()
-        gradients = self._accumulation.gradients()
-        self._check_step(ratio, gradients)
-        self._ahead = look_ahead(
-            optimizer,
-            self._scaler,
-            [batch for batch in self._pending if batch.used],
-            gradients,
-            ratio=ratio,
-            clip_value=self._accumulation.clip_value,
-            mean_over=self._mean_over,
-            # Elsewhere they are of no use, or can be had from the records of the whole step when it comes to it.
-            products=self._history.keeps_gradients,
-            samples=self._samples,
-            names=self._names,
-        )
-        if self._budget is not None and self._ahead.records:
-            self._budget.check(self._store, self._optimizer, self._ahead.records, gradients, self._parameters)
-            self._budget = None
-        self._history.before_step(self._epoch, self.step, self._parameters)
-        # Copied before the step, which may write into them.
-        self._consumed = self._history.copied(gradients)
-
-    def _check_step(self, ratio: float, gradients: dict[str, torch.Tensor]) -> None:
-        found: dict[int, list[Gradient]] = {}
-        for batch in self._pending:
-            for parameter, parts in batch.captured:
-                found.setdefault(id(parameter), []).extend(parts)
-        if not self._sum_checked:
-            checks.check_sum(self._model, self._parameters, gradients, found, ratio)
-            self._sum_checked = True
-        elif not any(batch.empty for batch in self._pending):
-            # A module that only an empty batch went through is rightly not among them.
-            checks.check_captured(self._model, self._parameters, found)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ahead, self._ahead = self._ahead, None
-        self._discard(len(self._pending))
-        if ahead is None:
-            self._skipped += 1
-            return
-        moment = self._epoch, self.step
-        self.step += 1
-        self._last = moment
-        skipped, self._skipped = self._skipped, 0
-        self._store.append_step(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
-        self._history.after_step(*moment, self._consumed)
-        for sample, gradients in ahead.records.items():
-            self._store.append(
-                *moment,
-                sample,
-                gradients,
-                tokens=ahead.tokens.get(sample),
-                dot=ahead.dots.get(sample),
-                rank=self._rank,
-                allow_zero=self._allow_zero,
-                copy=False,
-            )
+        return None if stepping is None else stepping.last
 
 
 class _Batch:
     """What `Recorder.batch` returns: nothing to keep, or a `with` block over several forward passes."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, forwards: Forwards) -> None:
+        self._forwards = forwards
 
     def __enter__(self) -> None:
-        self._recorder._held = True
+        self._forwards.held = True
 
     def __exit__(self, *_: object) -> None:
-        self._recorder._held = False
-        self._recorder._current = None
+        self._forwards.end()
+
+
+def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
+    if samples is None:
+        return None
+    chosen = frozenset(whole_number(one, "sample id") for one in samples)
+    if not chosen:
+        raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
+    return chosen
+
+
+def _keys(store: Store, column: str) -> dict[str, int]:
+    """Return the user's names of samples, from a column of the samples table.
+
+    Raises:
+        InvalidInputError: there is no such column, or a name is two samples'.
+    """
+    rows = store.snapshot().catalog.rows("SELECT * FROM samples")
+    if column not in rows.column_names:
+        raise InvalidInputError(
+            f"store.samples has no column {column!r} (it has {', '.join(rows.column_names)}): name the samples with "
+            f"store.samples.update([{{'sample': 0, {column!r}: 'first'}}, ...]) before recording"
+        )
+    keys: dict[str, int] = {}
+    for sample, key in zip(rows["sample"].to_pylist(), rows[column].to_pylist(), strict=True):
+        if key is not None and keys.setdefault(str(key), sample) != sample:
+            raise InvalidInputError(f"store.samples: {column} {key!r} names samples {keys[str(key)]} and {sample}")
+    return keys
 
 
 def _moment(given: Any) -> tuple[int, int]:

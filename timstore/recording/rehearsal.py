@@ -9,7 +9,7 @@ from torch import nn
 from timstore.errors import InvalidInputError
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
-from timstore.recording.recorder import Recorder
+from timstore.recording.recorder import Options, Recorder
 from timstore.store import Store
 from timstore.undisturbed import undisturbed
 
@@ -61,7 +61,7 @@ def _recorded_bytes(
         one.grad = None
 
     def fill(temporary: Store) -> None:
-        recorder = Recorder(temporary, model, optimizer, None, allow_zero=True)
+        recorder = Recorder(temporary, model, optimizer, Options(allow_zero=True))
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))

@@ -11,8 +11,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timstore.content import content_rows, row_hash
 from timstore.errors import InvalidInputError
-from timstore.fingerprints import row_hash
 from timstore.undisturbed import undisturbed
 
 LOSSES = ("cross_entropy", "mse")
@@ -94,9 +94,7 @@ class Probe:
         """Return a hash of what each row of the batches consists of, as the recorder keeps one of each sample."""
         found: set[str] = set()
         for args, kwargs in self._batches:
-            given = kwargs.get("input_ids", next(iter((*args, *kwargs.values())), None))
-            if isinstance(given, torch.Tensor) and given.ndim:
-                found.update(row_hash(row) for row in given)
+            found.update(row_hash(row) for row in content_rows(args, kwargs) or ())
         return found
 
     def answers(self, tensors: Mapping[str, torch.Tensor], first: int = 0) -> Iterator[Answer]:

@@ -1,0 +1,62 @@
+"""Which attempt a handle writes into: the latest one, one of its own, or the one that its fellow processes write."""
+
+import os
+from collections.abc import Iterable
+
+from timstore.errors import StateError
+from timstore.format.commits import Attempt, Scope
+from timstore.format.log import claim_attempt
+from timstore.format.objects import Objects
+
+
+class CurrentAttempt:
+    """The attempt that a handle writes into.
+
+    Args:
+        latest: the last one that was there when the store was opened.
+    """
+
+    def __init__(self, objects: Objects, path: str | os.PathLike[str], latest: Attempt | None) -> None:
+        self._objects = objects
+        self._path = path
+        self._attempt = latest
+
+    def get(self, scope: Scope = None, ranks: int = 1) -> Attempt:
+        """Return it; the first one is begun, with these, where there is none."""
+        if self._attempt is None:
+            self._attempt = claim_attempt(self._objects, 0, 0, scope, ranks, first=True)
+        return self._attempt
+
+    def begin(self, from_epoch: int, from_step: int, scope: Scope, ranks: int) -> Attempt:
+        """Begin a new one."""
+        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
+        return self._attempt
+
+    def join(self, number: int, known: Iterable[Attempt]) -> None:
+        """Go on in one that another process began.
+
+        Raises:
+            StateError: it is not among the known ones.
+        """
+        found = next((one for one in known if one.attempt == number), None)
+        if found is None:
+            raise StateError(f"{self._path} has no attempt {number}: the processes do not write into one store")
+        self._attempt = found
+
+    def claim(self, scope: Scope, ranks: int) -> None:
+        """Say which samples it records, and in how many processes.
+
+        Raises:
+            StateError: it was begun with another scope.
+        """
+        attempt = self.get(scope, ranks)
+        if attempt.scope is not None and attempt.scope != scope:
+            raise StateError(
+                f"attempt {attempt.attempt} of {self._path} records {_scope_text(attempt.scope)}, not "
+                f"{_scope_text(scope)}: keep the samples, or pass resume_from=(epoch, step) to begin a new attempt",
+                kind="other-scope",
+            )
+
+
+def _scope_text(scope: Scope) -> str:
+    return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"

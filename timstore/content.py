@@ -1,0 +1,49 @@
+"""What a sample consists of: a hash of its tokens, and the id that follows from it.
+
+A row's number in a file or a split is no identity, its content is: another split, with its own numbering, finds its
+rows again. Padding is not content.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from timstore.fingerprints import digest
+
+_ID_DIGITS = 16
+
+
+def content_rows(
+    args: Iterable[Any], kwargs: Mapping[str, Any], rows: int | None = None, *, masked: bool = False
+) -> list[torch.Tensor] | None:
+    """Return what each row of a batch consists of: `input_ids` without padding, or the first tensor with its rows.
+
+    Args:
+        rows: of the batch; None for as many as the first tensor has.
+        masked: tokens may be hidden, as for a masked language model: the labels say which were there.
+    """
+    tensors = [one for one in (kwargs.get("input_ids"), *args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+    given = next((one for one in tensors if one.ndim and (rows is None or len(one) == rows)), None)
+    if given is None:
+        return None
+    given = given.detach().cpu()
+    labels, attended = kwargs.get("labels"), kwargs.get("attention_mask")
+    if masked and isinstance(labels, torch.Tensor) and labels.shape == given.shape:
+        labels = labels.detach().cpu()
+        given = torch.where(labels != -100, labels, given)
+    if isinstance(attended, torch.Tensor) and attended.shape == given.shape and given is not attended:
+        kept = attended.detach().cpu().bool()
+        return [row[mask] for row, mask in zip(given, kept, strict=True)]
+    return list(given)
+
+
+def row_hash(row: torch.Tensor) -> str:
+    """Return the sha256 of what one row of a batch consists of: its numbers, whatever dtype integers are held in."""
+    plain = row.detach().cpu() if row.is_floating_point() else row.detach().cpu().long()
+    return digest(plain)
+
+
+def sample_of(content_hash: str) -> int:
+    """Return the sample id that a content hash gives: its first 63 bits."""
+    return int(content_hash[:_ID_DIGITS], 16) >> 1

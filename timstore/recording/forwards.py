@@ -1,0 +1,186 @@
+"""The forward side: who is in the batch that runs, and which batches await their step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from timstore.content import content_rows, row_hash, sample_of
+from timstore.errors import InvalidInputError
+from timstore.recording.accumulation import Accumulation
+from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
+from timstore.recording.capture import Capture
+from timstore.recording.looking import find_layouts
+from timstore.recording.passes import Passes
+from timstore.store import Store
+
+
+class Forwards:
+    """Watches the model's forward passes and keeps their micro-batches until the step that consumes them.
+
+    Args:
+        samples: the ids to record, None for all.
+        axis: of the batch in the model's arguments.
+        keys: the user's own names of samples, None where they have none.
+        by_content: a batch without ids is known by what its rows consist of.
+        keeps_gradients: whole gradients are kept of every step, recorded samples in it or not.
+
+    Attributes:
+        pending: micro-batches since the last step.
+        skipped: steps that were skipped since the last one.
+        proved: parts were seen to add up, so that only the chosen samples are captured from here on.
+        held: a block names the batch of several forward passes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        model: nn.Module,
+        *,
+        samples: frozenset[int] | None,
+        axis: int,
+        keys: Mapping[str, int] | None,
+        by_content: bool,
+        keeps_gradients: bool,
+    ) -> None:
+        self._store = store
+        self._model = model
+        self._samples = samples
+        self._axis = axis
+        self._keys = keys
+        self._by_content = by_content
+        self._keeps_gradients = keeps_gradients
+        self._masked = "MaskedLM" in type(model).__name__
+        self.pending: list[MicroBatch] = []
+        self.skipped = 0
+        self.proved = False
+        self.held = False
+        self._current: MicroBatch | None = None
+        self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
+        self._looked = False
+        self._hashed: set[int] = set()
+
+    def attach(self, capture: Capture, accumulation: Accumulation, passes: Passes, keep: Callable[[Any], Any]) -> None:
+        """Put hooks on the model; `keep` is given each of their handles."""
+        self._capture, self._accumulation, self._passes = capture, accumulation, passes
+        keep(self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+        keep(self._model.register_forward_hook(self._after, always_call=True))
+
+    @property
+    def current(self) -> MicroBatch | None:
+        """The micro-batch of the forward pass that runs."""
+        return self._current
+
+    def begin(self, ids: Any) -> None:
+        """Name the samples of the next forward pass."""
+        self._begin(sample_ids(ids, self._keys))
+
+    def end(self) -> None:
+        """Name no samples any more."""
+        self.held = False
+        self._current = None
+
+    def skip(self) -> None:
+        """The gradients accumulated so far were zeroed without a step."""
+        self.skipped += 1
+        self.discard(self._earlier)
+
+    def discard(self, count: int | None = None) -> None:
+        """Drop the first micro-batches, or all: the step that they were for is over, or was skipped."""
+        for batch in self.pending[:count]:
+            batch.release()
+        del self.pending[:count]
+        self._earlier = 0
+        self._accumulation.clear()
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._idle:
+            return None
+        ids = kwargs.pop("sample_ids", None)
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        if ids is not None:
+            self.begin(ids)
+        elif self._current is None and self._by_content:
+            self._begin(self._content_ids(args, kwargs))
+        if self._current is None:
+            if module.training:
+                raise InvalidInputError(
+                    "a training forward without sample ids: pass sample_ids=... (one integer per row) to the model, or "
+                    "call recorder.batch(ids) before it; wrap evaluation in torch.no_grad()",
+                    kind="no-ids",
+                )
+            return args, kwargs
+        batch = self._current
+        try:
+            check_length(batch.rows_given, self._axis, args, kwargs)
+        except InvalidInputError:
+            self.pending.remove(batch)
+            self._current = None
+            raise
+        if batch.layout is None:
+            batch.tokens = token_counts(module, kwargs, len(batch.ids))
+            self._keep_hashes(batch.ids, args, kwargs)
+        if not self._looked and len(batch.ids) > 1 and batch.layout is None:
+            self._look(args, kwargs, len(batch.ids))
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._idle or not torch.is_grad_enabled():
+            return
+        batch = self._current
+        if batch is not None and output is not None:
+            self._passes.watch(output, batch)
+        if self.held:
+            return
+        if output is None and batch in self.pending:
+            self.pending.remove(batch)  # the forward pass failed
+        self._current = None
+
+    @property
+    def _idle(self) -> bool:
+        return self._capture.watch is not None or self._capture.is_replaying
+
+    def _begin(self, given: Ids) -> None:
+        if self._accumulation.begun:
+            self._earlier = len(self.pending)
+            if self._accumulation.lost():
+                self.skip()
+        positions = None
+        # Until the first step has proved that the parts add up, all of them are needed.
+        if self._samples is not None and self.proved:
+            positions = [position for position, one in enumerate(given.samples) if one in self._samples]
+        layout = given.layout
+        self._current = MicroBatch(given.samples, positions, given.rows, layout)
+        self.pending.append(self._current)
+        self._accumulation.extremes = self._keeps_gradients or not all(one.empty for one in self.pending)
+
+    def _content_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
+        rows = content_rows(args, kwargs, masked=self._masked)
+        if rows is None or any(row.is_floating_point() for row in rows):
+            raise InvalidInputError(
+                "the rows of this batch are no tokens to be known by: name the column that holds their ids "
+                "(id_column=...), or pass sample_ids=... to the model",
+                kind="no-ids",
+            )
+        return Ids([sample_of(row_hash(row)) for row in rows], len(rows))
+
+    def _keep_hashes(self, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
+        new = {
+            sample: position
+            for position, sample in enumerate(ids)
+            if sample not in self._hashed and (self._samples is None or sample in self._samples)
+        }
+        rows = content_rows(args, kwargs, len(ids), masked=self._masked) if new else None
+        if rows is not None:
+            self._hashed.update(new)
+            self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
+        found = find_layouts(self._model, args, kwargs, rows, self._capture, self._axis)
+        self._capture.layouts = found
+        self._looked = True

@@ -1,0 +1,149 @@
+"""The model's output: where a backward pass enters it, and may be run once more for each sample.
+
+A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. With
+`capture="per-sample"` the gradient that arrives at the model's output is sent back once more for each recorded sample,
+with zeros for all others, to those parameters alone. What runs this way is found out: modules say so in the forward
+pass, and at the first step one backward pass to all parameters shows where the modules' parts do not add up.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+
+from timstore.errors import CoverageError
+from timstore.recording.batches import MicroBatch
+from timstore.recording.capture import Capture
+from timstore.recording.checks import unlike
+from timstore.recording.layouts import Axis, Layout, only
+from timstore.records import Gradient
+
+
+class Passes:
+    """Watches the gradients that arrive at the model's output.
+
+    Args:
+        by_sample: run them once more for each sample where modules cannot tell.
+        axis: of the batch in the model's output.
+        scale: as for `Capture`.
+        arriving: called when a gradient enters the model.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        capture: Capture,
+        *,
+        by_sample: bool,
+        axis: int,
+        scale: float,
+        arriving: Callable[[], None],
+    ) -> None:
+        self._parameters = parameters
+        self._capture = capture
+        self._by_sample = by_sample
+        self._axis = axis
+        self._scale = scale
+        self._arriving = arriving
+        self._used_directly: set[int] | None = None
+        self._latest: tuple[int, ref[MicroBatch]] | None = None
+        self._several = False
+
+    def watch(self, output: Any, batch: MicroBatch) -> None:
+        """Put hooks on what the model returned for a batch.
+
+        Raises:
+            CoverageError: none of it has an axis for the samples that are to be told apart.
+        """
+        separable = False
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                layout = self._layout(tensor, batch)
+                separable |= layout is not None
+                tensor.register_hook(self._arrived(ref(tensor), layout, ref(batch)))  # type: ignore[no-untyped-call]
+        if batch.whole and not separable and not batch.empty:
+            raise CoverageError(
+                "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
+                "states): the loss alone cannot be told apart"
+            )
+
+    def running(self, module: int) -> MicroBatch | None:
+        """Return the batch whose backward pass runs, where it had this module's forward pass without gradients.
+
+        Raises:
+            CoverageError: it could be another batch's.
+        """
+        batch = self._latest[1]() if self._latest is not None else None
+        if batch is None or module not in batch.unseen:
+            return None
+        if self._several:
+            raise CoverageError(
+                "two batches run backward at once under a checkpoint with use_reentrant=True, so that what is computed "
+                "again cannot be told apart; use use_reentrant=False, or a backward pass for each batch"
+            )
+        return batch
+
+    def _layout(self, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
+        layout = batch.layout or Axis(self._axis)
+        return layout if tensor.ndim and layout.fits(tensor.shape, len(batch.ids)) else None
+
+    def _arrived(
+        self, output: "ref[torch.Tensor]", layout: Layout | None, owner: "ref[MicroBatch]"
+    ) -> Callable[[torch.Tensor], None]:
+        def arrived(gradient: torch.Tensor) -> None:
+            batch, tensor = owner(), output()
+            if batch is None or self._capture.is_replaying:
+                return
+            self._arriving()
+            task = torch._C._current_graph_task_id()
+            if self._latest is None or self._latest[1]() is not batch:
+                self._several = self._latest is not None and self._latest[0] == task
+                self._latest = task, ref(batch)
+            if layout is not None and tensor is not None and self._by_sample and not batch.empty and not batch.passed:
+                batch.passed = True
+                self._run(tensor, gradient, layout, batch)
+
+        return arrived
+
+    def _run(self, output: torch.Tensor, gradient: torch.Tensor, layout: Layout, batch: MicroBatch) -> None:
+        if self._used_directly is None:
+            self._used_directly = self._look(output, gradient, batch)
+        batch.whole |= self._used_directly
+        whole = [one for one in self._parameters.values() if id(one) in batch.whole]
+        if not whole:
+            return
+        found: list[list[Gradient]] = [[] for _ in whole]
+        with self._capture.replaying():
+            for position in range(len(batch.ids)) if batch.positions is None else batch.positions:
+                masked = only(gradient, layout, len(batch.ids), position)
+                grads = torch.autograd.grad(output, whole, masked, retain_graph=True, allow_unused=True)
+                for parts, parameter, grad in zip(found, whole, grads, strict=True):
+                    scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale
+                    parts.append(self._capture.buffers.copy(scaled))
+        batch.captured.extend(zip(whole, found, strict=True))
+
+    def _look(self, output: torch.Tensor, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
+        """Return the parameters that something else than hooked modules uses: their modules' parts fall short."""
+        names = [name for name, one in self._parameters.items() if id(one) not in batch.whole]
+        tried = [self._parameters[name] for name in names]
+        grads = torch.autograd.grad(output, tried, gradient, retain_graph=True, allow_unused=True)
+        parts: dict[int, list[Gradient]] = {}
+        for parameter, captured in batch.captured:
+            parts.setdefault(id(parameter), []).extend(captured)
+        batch.captured = []
+        known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+        off = unlike(self._parameters, known, parts, 1 / self._scale)
+        return {id(self._parameters[name]) for name in off}
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for one in output.values():
+            yield from _tensors(one)
+    elif isinstance(output, tuple | list):
+        for one in output:
+            yield from _tensors(one)

@@ -1,0 +1,214 @@
+"""Modules computed again, alone, to know one sample's gradient: norms, layers of one's own, bare parameters."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from timstore.errors import CoverageError
+from timstore.recording.calls import Call, rows_of
+from timstore.recording.layouts import Axis, only
+from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up, wide_dtype
+from timstore.records import Gradient
+
+
+class ReplayedKind(Kind):
+    """A module whose own parameters get a vector-Jacobian product for each sample.
+
+    Norms, layers of one's own, and modules that hold parameters beside their children, such as a class token. Where
+    nothing is left to chance it is computed from one sample's rows; else from all of them, with the random numbers it
+    had, and the gradient at its output masked.
+
+    Args:
+        replaying: a context in which no module's hook of ours does anything.
+        apart: parameters, by identity, that are captured elsewhere.
+    """
+
+    needs_arguments = True
+
+    def __init__(
+        self, name: str, module: nn.Module, replaying: Callable[[], Any], *, apart: Collection[int] = ()
+    ) -> None:
+        super().__init__(name, module)
+        self._replaying = replaying
+        self._held = {key: one for key, one in module.named_parameters(recurse=False) if id(one) not in apart}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._held.values())
+
+    @property
+    def needs_random(self) -> bool:  # type: ignore[override]
+        """Whether chance has a part in it: it, or a module in it, drops out."""
+        return any(module.training and _drops_out(module) for module in self.module.modules())
+
+    def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
+        assert call.arguments is not None
+        if call.held()._version != call.version:
+            raise CoverageError(
+                f"module {self.name} ({type(self.module).__name__}): its input was changed in place after it ran, so "
+                "its gradient cannot be computed again for one sample; use the operation that makes a new tensor",
+                module=self.name,
+            )
+        held = {name: one for name, one in self._held.items() if wanted(one)}
+        if not held:
+            return []
+        sliced = call.layout == Axis(0) and call.random is None
+        compute = self._from_rows if sliced else self._from_all
+        parts: dict[str, list[Gradient]] = {name: [] for name in held}
+        with self._replaying(), torch.enable_grad(), call.autocast.again():
+            for grads in compute(call, gradient.reshape(call.output_shape), held):
+                for name, grad in zip(held, grads, strict=True):
+                    # Copied: a gradient may be a view of the one that came in, which autograd goes on adding to.
+                    parts[name].append(call.buffers.copy(grad))
+        return [(held[name], found) for name, found in parts.items()]
+
+    def _from_rows(
+        self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        assert call.arguments is not None
+        for position in call.captured:
+            args, kwargs = _row(call.arguments, position, call.batch)
+            leaves = _leaves(held)
+            output = self._run(leaves, args, kwargs)
+            yield _pull_back(output, leaves, gradient[position : position + 1])
+
+    def _from_all(
+        self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        assert call.arguments is not None
+        args, kwargs = call.arguments
+        leaves = _leaves(held)
+        with _random_state(call.random):
+            output = self._run(leaves, args, kwargs)
+        for position in call.captured:
+            yield _pull_back(output, leaves, only(gradient, call.layout, call.batch, position))
+
+    def _run(self, leaves: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
+        # Statistics that the module keeps have seen this pass already.
+        buffers = {f"module.{name}": one.clone() for name, one in self.module.named_buffers()}
+        output: torch.Tensor = functional_call(_Unhooked(self.module), {**leaves, **buffers}, args, kwargs)
+        return output
+
+
+class BatchNormKind(Kind):
+    """Batch norm in training mode: its scale and shift, by the row that a gradient comes through."""
+
+    def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
+        module: Any = self.module
+        with torch.no_grad():
+            normal = nn.functional.batch_norm(call.held().float(), None, None, None, None, True, 0.0, module.eps)
+            given = gradient.reshape(normal.shape)
+            of_weight = call.samples(given * normal)
+            of_bias = call.samples(given)
+        captured: Captured = []
+        for parameter, parts in ((module.weight, of_weight), (module.bias, of_bias)):
+            if isinstance(parameter, nn.Parameter) and wanted(parameter):
+                summed = [part.reshape(len(parameter), -1).sum(1, dtype=wide_dtype(part.dtype)) for part in parts]
+                captured.append((parameter, [call.buffers.copy(one.to(parameter.dtype)) for one in summed]))
+        return captured
+
+
+class LookUpKind(Kind):
+    """A table with a forward of its own, such as Gemma's scaled one: computed again, to see what it looks up."""
+
+    needs_arguments = True
+
+    def __init__(self, name: str, module: nn.Embedding, replaying: Callable[[], Any]) -> None:
+        super().__init__(name, module)
+        check_embedding(name, module)
+        self._replaying = replaying
+
+    def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
+        weight = self.module.weight
+        assert call.arguments is not None and isinstance(weight, nn.Parameter)
+        if not wanted(weight):
+            return []
+        args, kwargs = call.arguments
+        seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+        with self._replaying(), torch.enable_grad(), call.autocast.again(), _LookUps(weight, seen):
+            output = self.module.forward(*args, **kwargs)
+        if len(seen) != 1:
+            raise CoverageError(
+                f"module {self.name} ({type(self.module).__name__}) looks up {len(seen)} times in one call, where one "
+                "can be followed; freeze it",
+                module=self.name,
+            )
+        ids, rows, padding = seen[0]
+        (grads,) = torch.autograd.grad(output, rows, gradient.reshape(output.shape))
+        found: list[Gradient] = [
+            looked_up(call, one.reshape(-1), rows_of(part), weight, padding)
+            for one, part in zip(call.samples(ids), call.samples(grads), strict=True)
+        ]
+        return [(weight, found)]
+
+
+class _LookUps(torch.overrides.TorchFunctionMode):
+    """Notes what is looked up in a table, as leaves of their own."""
+
+    def __init__(self, weight: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor, Any]]) -> None:
+        super().__init__()
+        self._weight = weight
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.embedding or len(args) < 2 or args[1] is not self._weight:
+            return func(*args, **kwargs)
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        rows = self._weight.detach()[args[0]].requires_grad_()
+        self._seen.append((args[0], rows, padding))
+        return rows
+
+
+class _Unhooked(nn.Module):
+    """Computes a module again without its hooks, ours and the user's: they have seen this pass already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _drops_out(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Layers of one's own that call functional.dropout say so by an attribute of this name.
+    probability = getattr(module, "dropout", 0)
+    return isinstance(probability, float) and probability > 0
+
+
+def _leaves(held: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {f"module.{name}": one.detach().requires_grad_() for name, one in held.items()}
+
+
+def _pull_back(
+    output: torch.Tensor, leaves: Mapping[str, torch.Tensor], gradient: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    return torch.autograd.grad(
+        output, list(leaves.values()), gradient, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+
+
+@contextmanager
+def _random_state(state: torch.Tensor | None) -> Iterator[None]:
+    """Run with the random numbers that a call had; the generator is then where it was."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        yield
+
+
+def _row(arguments: tuple[Sequence[Any], Mapping[str, Any]], position: int, batch: int) -> tuple[Any, dict[str, Any]]:
+    def one(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.shape[:1] == (batch,)
+        return value[position : position + 1] if whole else value
+
+    args, kwargs = arguments
+    return tuple(one(value) for value in args), {name: one(value) for name, value in kwargs.items()}
