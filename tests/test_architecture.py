@@ -24,15 +24,18 @@ LAYERS = [
     ["timstore.ledger"],
     ["timstore.writing"],
     ["timstore.states"],
+    ["timstore.attempts"],
     ["timstore.handle"],
     ["timstore.lifetime"],
     ["timstore.store"],
     ["timstore.fingerprints"],
+    ["timstore.content"],
     ["timstore.undisturbed"],
     ["timstore.progress"],
     ["timstore.optimizers"],
     ["timstore.recording", "timstore.rollbacks", "timstore.maintenance"],
     ["timstore"],
+    ["timstore.integrations"],
 ]
 
 OWNERS = {
@@ -43,14 +46,16 @@ OWNERS = {
     "duckdb": ["timstore.catalog", "timstore.handle"],
     "torch": [
         "timstore.fingerprints",
+        "timstore.content",
         "timstore.undisturbed",
         "timstore.optimizers",
         "timstore.recording",
         "timstore.rollbacks",
         "timstore",
+        "timstore.integrations",
     ],
     "rich": ["timstore.progress", "timstore.rollbacks", "timstore.maintenance"],
-    "transformers": [],
+    "transformers": ["timstore.integrations"],
 }
 
 

@@ -56,6 +56,44 @@ def check_columns(table: pa.Table, known: pa.Table) -> None:
             raise InvalidInputError(f"the samples column {name} holds {held}, not {given}", column=name) from None
 
 
+def names_of_samples(rows: pa.Table, column: str) -> dict[str, int] | None:
+    """Return what a column of the samples table calls each sample, None where there is no such column.
+
+    Raises:
+        InvalidInputError: a name is two samples'.
+    """
+    if column not in rows.column_names:
+        return None
+    names: dict[str, int] = {}
+    for sample, name in zip(rows["sample"].to_pylist(), rows[column].to_pylist(), strict=True):
+        if name is not None and names.setdefault(str(name), sample) != sample:
+            raise InvalidInputError(f"store.samples: {column} {name!r} names samples {names[str(name)]} and {sample}")
+    return names
+
+
+def sample_named(name: str, names: Mapping[str, int] | None, column: str | None = None) -> int:
+    """Return the sample that goes by a name.
+
+    Args:
+        names: what samples are called, None where no column says so.
+
+    Raises:
+        InvalidInputError: with how to name samples.
+    """
+    if names is None:
+        column = column or "key"
+        raise InvalidInputError(
+            f"sample id {name!r} is text, and samples are integers: give each its number with store.samples.update("
+            f"[{{'sample': 0, {column!r}: {name!r}}}, ...]) and pass id_column={column!r}",
+            kind="wrong-ids",
+        )
+    if name not in names:
+        raise InvalidInputError(
+            f"no row of store.samples has the sample id {name!r}: add it with store.samples.update", kind="wrong-ids"
+        )
+    return names[name]
+
+
 def _as_table(rows: Any) -> pa.Table:
     if isinstance(rows, pa.Table):
         return rows

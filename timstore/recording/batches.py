@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
 from timstore.recording.calls import Call, Input
 from timstore.recording.layouts import Layout, owners_of
 from timstore.records import Factors, Gradient, Rows
+from timstore.samples import sample_named
 
 
 class MicroBatch:
@@ -26,7 +28,7 @@ class MicroBatch:
         layout: where the samples are in every tensor, when that was declared.
         captured: parameters and, per captured place, a part of the gradient.
         whole: parameters, by identity, whose gradient comes from a backward pass of each sample, not from modules.
-        passed: the passes of each sample were run.
+        entries: where a backward pass enters the model, and where the samples are there.
         unseen: modules, by identity, that ran without gradients: a checkpoint may compute them again in backward.
         tokens: labels that count for each of `ids`, None when the batch holds none.
     """
@@ -39,7 +41,7 @@ class MicroBatch:
         self.rows_given = len(ids) if rows_given is None else rows_given
         self.layout = layout
         self.whole: set[int] = set()
-        self.passed = False
+        self.entries: list[tuple[GradientEdge, Layout]] = []
         self.unseen: set[int] = set()
         self.tokens: list[int] | None = None
         self.captured: list[tuple[nn.Parameter, list[Gradient]]] = []
@@ -89,6 +91,7 @@ class MicroBatch:
         for call in self._calls:
             call.release()
         self.captured = []
+        self.entries = []
 
 
 def records_of(
@@ -141,23 +144,8 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
             raise _not_integers(values[0])
         samples, layout = owners_of(packed)
         return Ids(samples, len(packed), layout)
-    named = [_named(one, keys) if isinstance(one, str) else whole_number(one, "sample id") for one in values]
+    named = [sample_named(one, keys) if isinstance(one, str) else whole_number(one, "sample id") for one in values]
     return Ids(named, len(named))
-
-
-def _named(name: str, keys: Mapping[str, int] | None) -> int:
-    """Return the sample that goes by a name."""
-    if keys is None:
-        raise InvalidInputError(
-            f"sample id {name!r} is text, and samples are integers: give each one with "
-            "store.samples.update([{'sample': 0, 'key': 'first'}, ...]) and pass id_column='key'",
-            kind="wrong-ids",
-        )
-    if name not in keys:
-        raise InvalidInputError(
-            f"no row of store.samples has the sample id {name!r}: add it with store.samples.update", kind="wrong-ids"
-        )
-    return keys[name]
 
 
 def _not_integers(ids: Any) -> InvalidInputError:

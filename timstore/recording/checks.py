@@ -53,15 +53,18 @@ def unlike(
     """Return the parameters whose parts do not add up to the gradient, and by how much; arguments as `check_sum`."""
     norms = [float(one.double().norm()) for one in gradients.values()]
     noise = _NOISE * sum(norm * norm for norm in norms) ** 0.5
+    # What comes through a half-precision layer (autocast) is no better than that anywhere before it.
+    captured = _dtypes([part for held in parts.values() for part in held])
+    tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in captured) if captured else 0.0
     found = {}
     for name, gradient in gradients.items():
         parameter = parameters[name]
         mine = parts.get(id(parameter), ())
         total, bound = _total(mine, gradient)
-        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in (parameter.dtype, *_dtypes(mine)))
         off = float((total * ratio - gradient.double()).norm())
         missing = not mine and bool(gradient.any())
-        if missing or off > tolerance * max(bound * abs(ratio), float(gradient.double().norm()), noise, 1e-30):
+        allowed = max(tolerance, _TOLERANCE.get(parameter.dtype, _HALF_TOLERANCE))
+        if missing or off > allowed * max(bound * abs(ratio), float(gradient.double().norm()), noise, 1e-30):
             found[name] = off
     return found
 

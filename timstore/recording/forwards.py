@@ -1,5 +1,6 @@
 """The forward side: who is in the batch that runs, and which batches await their step."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 from torch import nn
 
 from timstore.content import content_rows, row_hash, sample_of
-from timstore.errors import InvalidInputError
+from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
-from timstore.recording.looking import find_layouts
+from timstore.recording.looking import look
 from timstore.recording.passes import Passes
 from timstore.store import Store
 
@@ -181,6 +182,15 @@ class Forwards:
             self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        found = find_layouts(self._model, args, kwargs, rows, self._capture, self._axis)
-        self._capture.layouts = found
+        seen = look(self._model, args, kwargs, rows, self._capture, self._axis)
+        self._capture.layouts = seen.layouts
         self._looked = True
+        if seen.tied:
+            warnings.warn(
+                f"the loss of {type(self._model).__name__} ties the samples of a batch together (it is no mean or sum "
+                "over them, as with contrastive losses or the balance of experts): a record holds what came through "
+                "its sample's row, a part of which other samples caused, and what it did to theirs stays when it is "
+                "rolled back",
+                TimstoreWarning,
+                stacklevel=2,
+            )

@@ -12,6 +12,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError
 from timstore.recording.batches import MicroBatch
@@ -62,7 +63,13 @@ class Passes:
             if tensor.requires_grad:
                 layout = self._layout(tensor, batch)
                 separable |= layout is not None
-                tensor.register_hook(self._arrived(ref(tensor), layout, ref(batch)))  # type: ignore[no-untyped-call]
+                number = len(batch.entries)
+                if self._by_sample and layout is not None and not batch.empty:
+                    # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
+                    batch.entries.append((get_gradient_edge(tensor), layout))
+                else:
+                    number = -1
+                tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
         if batch.whole and not separable and not batch.empty:
             raise CoverageError(
                 "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
@@ -89,11 +96,9 @@ class Passes:
         layout = batch.layout or Axis(self._axis)
         return layout if tensor.ndim and layout.fits(tensor.shape, len(batch.ids)) else None
 
-    def _arrived(
-        self, output: "ref[torch.Tensor]", layout: Layout | None, owner: "ref[MicroBatch]"
-    ) -> Callable[[torch.Tensor], None]:
+    def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
-            batch, tensor = owner(), output()
+            batch = owner()
             if batch is None or self._capture.is_replaying:
                 return
             self._arriving()
@@ -101,13 +106,14 @@ class Passes:
             if self._latest is None or self._latest[1]() is not batch:
                 self._several = self._latest is not None and self._latest[0] == task
                 self._latest = task, ref(batch)
-            if layout is not None and tensor is not None and self._by_sample and not batch.empty and not batch.passed:
-                batch.passed = True
-                self._run(tensor, gradient, layout, batch)
+            if entry >= 0 and batch.entries:
+                output, layout = batch.entries[entry]
+                batch.entries.clear()  # a second one would hold what has come through this one
+                self._run(output, gradient, layout, batch)
 
         return arrived
 
-    def _run(self, output: torch.Tensor, gradient: torch.Tensor, layout: Layout, batch: MicroBatch) -> None:
+    def _run(self, output: GradientEdge, gradient: torch.Tensor, layout: Layout, batch: MicroBatch) -> None:
         if self._used_directly is None:
             self._used_directly = self._look(output, gradient, batch)
         batch.whole |= self._used_directly
@@ -118,21 +124,24 @@ class Passes:
         with self._capture.replaying():
             for position in range(len(batch.ids)) if batch.positions is None else batch.positions:
                 masked = only(gradient, layout, len(batch.ids), position)
-                grads = torch.autograd.grad(output, whole, masked, retain_graph=True, allow_unused=True)
+                grads = torch.autograd.grad([output], whole, [masked], retain_graph=True, allow_unused=True)
                 for parts, parameter, grad in zip(found, whole, grads, strict=True):
                     scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale
                     parts.append(self._capture.buffers.copy(scaled))
+        batch.captured = [pair for pair in batch.captured if id(pair[0]) not in batch.whole]
         batch.captured.extend(zip(whole, found, strict=True))
 
-    def _look(self, output: torch.Tensor, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
+    def _look(self, output: GradientEdge, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
         """Return the parameters that something else than hooked modules uses: their modules' parts fall short."""
         names = [name for name, one in self._parameters.items() if id(one) not in batch.whole]
         tried = [self._parameters[name] for name in names]
-        grads = torch.autograd.grad(output, tried, gradient, retain_graph=True, allow_unused=True)
+        # The module whose output this is has seen its gradient already, and will see the rest after this.
+        before, batch.captured = batch.captured, []
+        grads = torch.autograd.grad([output], tried, [gradient], retain_graph=True, allow_unused=True)
+        shown, batch.captured = batch.captured, before
         parts: dict[int, list[Gradient]] = {}
-        for parameter, captured in batch.captured:
+        for parameter, captured in shown:
             parts.setdefault(id(parameter), []).extend(captured)
-        batch.captured = []
         known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
         off = unlike(self._parameters, known, parts, 1 / self._scale)
         return {id(self._parameters[name]) for name in off}

@@ -25,6 +25,7 @@ from timstore.recording.ranks import Ranks
 from timstore.recording.stepping import Stepping
 from timstore.recording.wrappers import inner_model, inner_optimizer
 from timstore.records import Parameter
+from timstore.samples import names_of_samples
 from timstore.store import Store
 
 CAPTURES = ("modules", "per-sample")
@@ -147,6 +148,11 @@ class Recorder:
                 raise
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: what was recorded last could not be committed: {failure}")
+
+    def stop(self) -> None:
+        """End recording, and commit; the parameters are not taken for those that the last step left."""
+        self._release()
+        self._store.commit()
 
     def checkpoint(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
@@ -307,15 +313,12 @@ def _keys(store: Store, column: str) -> dict[str, int]:
         InvalidInputError: there is no such column, or a name is two samples'.
     """
     rows = store.snapshot().catalog.rows("SELECT * FROM samples")
-    if column not in rows.column_names:
+    keys = names_of_samples(rows, column)
+    if keys is None:
         raise InvalidInputError(
             f"store.samples has no column {column!r} (it has {', '.join(rows.column_names)}): name the samples with "
             f"store.samples.update([{{'sample': 0, {column!r}: 'first'}}, ...]) before recording"
         )
-    keys: dict[str, int] = {}
-    for sample, key in zip(rows["sample"].to_pylist(), rows[column].to_pylist(), strict=True):
-        if key is not None and keys.setdefault(str(key), sample) != sample:
-            raise InvalidInputError(f"store.samples: {column} {key!r} names samples {keys[str(key)]} and {sample}")
     return keys
 
 

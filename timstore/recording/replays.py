@@ -94,12 +94,15 @@ class ReplayedKind(Kind):
 
 
 class BatchNormKind(Kind):
-    """Batch norm in training mode: its scale and shift, by the row that a gradient comes through."""
+    """Batch norm: its scale and shift, by the row that a gradient comes through."""
 
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
         module: Any = self.module
+        mean, variance = (None, None) if module.training else (module.running_mean, module.running_var)
         with torch.no_grad():
-            normal = nn.functional.batch_norm(call.held().float(), None, None, None, None, True, 0.0, module.eps)
+            normal = nn.functional.batch_norm(
+                call.held().float(), mean, variance, training=mean is None, momentum=0.0, eps=module.eps
+            )
             given = gradient.reshape(normal.shape)
             of_weight = call.samples(given * normal)
             of_bias = call.samples(given)

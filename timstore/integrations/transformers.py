@@ -1,0 +1,291 @@
+"""Recording a transformers `Trainer`: one callback."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from timstore import Store
+from timstore import open as open_store
+from timstore.content import content_rows, row_hash, sample_of
+from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.recording import Recorder
+from timstore.recording.ranks import world
+from timstore.samples import names_of_samples, sample_named
+
+__all__ = ["TrajectoryCallback", "content_ids"]
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Records what chosen samples do while a Trainer trains: `Trainer(..., callbacks=[TrajectoryCallback(store)])`.
+
+    Rows are known by `id_column`, or without one by their tokens. The column travels through collator and workers
+    whatever `remove_unused_columns` says, and never reaches the model. Evaluation and prediction record nothing.
+
+    Durability: committed before a checkpoint is saved, when training ends, and by itself every 256 MB or 30 s. Training
+    that goes on from a checkpoint begins a new attempt there, which supersedes what was recorded after it.
+
+    Args:
+        store: an open store, or the path of one, which is opened for the training and closed after it.
+        samples: ids to record (`content_ids(split)` without an `id_column`); all when None.
+        id_column: of the training set: integers, or text that a column of this name in `store.samples` knows.
+        options: of `Store.record`: `probe`, `optimizer_history`, `capture`, ...
+
+    Raises, at the first step or before:
+        InvalidInputError: the rows carry no such column, or ids that cannot be right.
+        CoverageError: the model is compiled, spread over processes, or cannot be recorded.
+        StateError: steps between the store's last one and the checkpoint were never recorded.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | os.PathLike[str],
+        samples: Iterable[int | str] | None = None,
+        *,
+        id_column: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._given = store
+        self._samples = None if samples is None else list(samples)
+        self._column = id_column
+        self._options = options
+        self._trainer: Trainer | None = None
+        self._store: Store | None = None
+        self._recorder: Recorder | None = None
+        self._epoch: int | None = None
+        self._check: Any = None
+
+    def attach(self, trainer: Any) -> None:
+        """Have the trainer's rows carry their ids. Done by itself when the callback is given to the Trainer's maker."""
+        self._trainer = trainer
+        trainer.model.register_forward_pre_hook(_without_ids, with_kwargs=True)
+        if self._column is not None:
+            trainer._set_signature_columns_if_needed()
+            trainer._signature_columns.append(self._column)
+            trainer.data_collator = _WithIds(trainer.data_collator, self._column)
+
+    def close(self) -> None:
+        """End a recording whose training ended in an error: what was recorded is committed, the hooks come off."""
+        if self._recorder is not None:
+            self._end(StateError("training did not end"))
+
+    # --- what the Trainer calls ------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.attach(_maker_of(self))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        if self._trainer is None:
+            raise StateError(
+                "this TrajectoryCallback came to the Trainer after it was made: pass it in callbacks=[...], or call "
+                "callback.attach(trainer) before trainer.train()"
+            )
+        _check_arguments(args)
+        self._epoch = _epoch_of(args, state)
+        self._store = self._given if isinstance(self._given, Store) else open_store(self._given)
+        keys = self._keys(self._store)
+        if isinstance(self._trainer.data_collator, _WithIds):
+            self._trainer.data_collator.keys = keys
+        recorder = self._store.record(
+            kwargs["model"],
+            kwargs["optimizer"],
+            samples=self._named(keys),
+            resume_from=self._resumed(self._store, state.global_step),
+            by_content=self._column is None,
+            process_group=world() if args.world_size > 1 else None,
+            **self._options,
+        )
+        self._recorder = recorder.__enter__()
+        if self._column is not None:
+            self._check = kwargs["model"].register_forward_pre_hook(self._ids_came, with_kwargs=True, prepend=True)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._recorder is not None and self._epoch is not None:
+            self._recorder.epoch = self._epoch
+            self._epoch += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before a checkpoint is saved, not after: one that counts has everything up to it on disk. And before the best
+        # model takes the last one's place.
+        if self._recorder is not None and (control.should_save or control.should_training_stop):
+            self._recorder.checkpoint()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Another callback may have asked for it after ours.
+        if self._recorder is not None:
+            self._recorder.checkpoint()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._recorder is not None:
+            # By now the parameters may be those of another moment.
+            self._end(None, known=not args.load_best_model_at_end)
+
+    # --- the way there ---------------------------------------------------------------------------------
+
+    def _end(self, error: BaseException | None, *, known: bool = True) -> None:
+        recorder, store, self._recorder, self._store = self._recorder, self._store, None, None
+        assert recorder is not None and store is not None
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
+        try:
+            if known:
+                recorder.__exit__(None if error is None else type(error), error, None)
+            else:
+                recorder.stop()
+        finally:
+            if store is not self._given:
+                store.close()
+
+    def _ids_came(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and model.training and "sample_ids" not in kwargs:
+            raise InvalidInputError(
+                f"the rows of the training set carry no {self._column!r}: name the column that holds their ids, or "
+                "leave id_column out to know them by their tokens",
+                kind="no-ids",
+            )
+
+    def _keys(self, store: Store) -> dict[str, int] | None:
+        """Return what `store.samples` calls the samples, where it has a column of that name."""
+        if self._column is None:
+            return None
+        return names_of_samples(store.snapshot().catalog.rows("SELECT * FROM samples"), self._column)
+
+    def _named(self, keys: Mapping[str, int] | None) -> list[int] | None:
+        if self._samples is None:
+            return None
+        return [sample_named(one, keys, self._column) if isinstance(one, str) else one for one in self._samples]
+
+    def _resumed(self, store: Store, steps: int) -> tuple[int, int] | None:
+        """Return where a training that has had so many steps goes on.
+
+        Raises:
+            StateError: steps before that are not in the store.
+        """
+        if steps == 0:
+            return None
+        assert self._epoch is not None
+        frontier = store.frontier
+        if frontier is None:
+            warnings.warn(
+                f"training goes on from step {steps}, and this store has nothing of the steps before it: what samples "
+                "did in them cannot be rolled back",
+                TimstoreWarning,
+                stacklevel=3,
+            )
+        elif frontier[1] < steps - 1:
+            raise StateError(
+                f"training goes on from step {steps}, and {store.path} ends at step {frontier[1]}: what lies between "
+                "was never recorded. Go on from a checkpoint no later than that, or record into a new store",
+                kind="hole",
+            )
+        return self._epoch, steps
+
+
+def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return the ids that rows are recorded under without an `id_column`: of their tokens, padding left out.
+
+    A split with rows of its own numbering finds them again: `store.rollback(model, content_ids(forget_split))`. Rows of
+    the same tokens are one sample.
+
+    Args:
+        dataset: rows with `input_ids`, and an `attention_mask` where they are padded.
+
+    Raises:
+        InvalidInputError: a row has no `input_ids`.
+    """
+    found = []
+    for number, row in enumerate(dataset):
+        if "input_ids" not in row:
+            raise InvalidInputError(f"row {number} has no input_ids, by which it could be known: {sorted(row)}")
+        given = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "attention_mask") if name in row}
+        (tokens,) = content_rows((), given) or [torch.empty(0)]
+        found.append(sample_of(row_hash(tokens)))
+    return found
+
+
+class _WithIds:
+    """A collator that takes the ids out before another one, and hands them on beside its batch.
+
+    Attributes:
+        keys: the samples that go by names.
+    """
+
+    def __init__(self, collate: Any, column: str) -> None:
+        self._collate = collate
+        self._column = column
+        self.keys: Mapping[str, int] | None = None
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        named = [isinstance(row, Mapping) and self._column in row for row in features]
+        if not any(named):
+            return self._collate(features)  # rows for evaluation need none
+        if not all(named):
+            raise InvalidInputError(f"row {named.index(False)} of a batch has no {self._column!r}, and others have")
+        ids = [self._id(row[self._column]) for row in features]
+        batch = self._collate([{name: row[name] for name in row if name != self._column} for row in features])
+        batch["sample_ids"] = torch.tensor(ids)
+        return batch
+
+    def _id(self, value: Any) -> int:
+        if isinstance(value, str):
+            return sample_named(value, self.keys, self._column)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise InvalidInputError(
+                f"{self._column} holds {value!r}: a sample's id is an integer, or text", kind="wrong-ids"
+            )
+        return int(value)
+
+
+def _without_ids(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Keep ids from a model that is not being recorded."""
+    kwargs.pop("sample_ids", None)
+    return args, kwargs
+
+
+def _maker_of(callback: TrainerCallback) -> Trainer:
+    """Return the Trainer that is being made with this callback.
+
+    A Trainer tells its callbacks nothing of itself, and it alone knows which columns it is going to drop.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise StateError("no Trainer is being made: call callback.attach(trainer)")
+
+
+def _check_arguments(args: Any) -> None:
+    """Refuse ways to train in which no process sees a whole model's gradients in its hooks."""
+    for is_on, what in (
+        (getattr(args, "torch_compile", False), "torch_compile=True hides the model from hooks"),
+        (
+            args.n_gpu > 1,
+            "several GPUs in one process (DataParallel) copy the model: use torchrun",
+        ),
+        (getattr(args, "deepspeed", None), "DeepSpeed spreads gradients over processes"),
+        (getattr(args, "fsdp", None), "FSDP spreads parameters over processes"),
+    ):
+        if is_on:
+            raise CoverageError(f"this training cannot be recorded: {what}")
+
+
+def _epoch_of(args: Any, state: Any) -> int:
+    """Return the epoch that training is about to begin or go on in, as the Trainer counts it."""
+    if state.global_step == 0:
+        return 0
+    if args.max_steps <= 0:
+        return int(state.global_step // max(1, round(state.max_steps / args.num_train_epochs)))
+    return int(state.epoch or 0)
