@@ -13,8 +13,8 @@ from timstore import Store
 from timstore import open as open_store
 from timstore.content import content_rows, row_hash, sample_of
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.ranks import world
 from timstore.recording import Recorder
-from timstore.recording.ranks import world
 from timstore.samples import names_of_samples, sample_named
 
 __all__ = ["TrajectoryCallback", "content_ids"]

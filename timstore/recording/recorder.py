@@ -13,6 +13,7 @@ from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import whole_number
+from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import MicroBatch, on_host
 from timstore.recording.capture import Capture
@@ -21,12 +22,11 @@ from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
 from timstore.recording.optimizer import trained_parameters
 from timstore.recording.passes import Passes
-from timstore.recording.ranks import Ranks
 from timstore.recording.stepping import Stepping
-from timstore.recording.wrappers import inner_model, inner_optimizer
 from timstore.records import Parameter
 from timstore.samples import names_of_samples
 from timstore.store import Store
+from timstore.wrappers import inner_model, inner_optimizer
 
 CAPTURES = ("modules", "per-sample")
 
@@ -234,8 +234,8 @@ class Recorder:
             self._store.begin_attempt(*self._resume_from, scope=scope, ranks=self._ranks.count)
             moment = self._resume_from
         else:
-            moment = self._continue()
             self._store.claim_scope(scope, ranks=self._ranks.count)
+            moment = self._continue()
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)

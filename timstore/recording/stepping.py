@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError, StateError
+from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
 from timstore.recording.optimizer import check_untrained, is_skipped
-from timstore.recording.ranks import Ranks
 from timstore.recording.steps import Ahead, look_ahead
 from timstore.records import Gradient
 from timstore.store import Store

@@ -1,7 +1,6 @@
 """Plan, stream, filter, audit, apply: the way of a rollback, in this order and no other."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError, TimstoreWarning
+from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError
 from timstore.fingerprints import digests
 from timstore.format.cache import ByteCache
 from timstore.intake import byte_count
@@ -71,8 +70,6 @@ def rollback(
     started = time.perf_counter()
     request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
     limit_bytes = byte_count(memory_limit, "memory_limit")
-    if not isinstance(model, torch.nn.Module):
-        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
     if accumulate not in _DTYPES:
         raise InvalidInputError(f"accumulate is {' or '.join(_DTYPES)}, not {accumulate!r}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
@@ -160,10 +157,7 @@ def rollback(
             apply(changed, delta, workspace, budget.workers)
             if optimizer is not None:
                 correction.apply(optimizer, changed)
-    report = replace(report, seconds=time.perf_counter() - started)
-    for warning in report.warnings:
-        warnings.warn(warning, TimstoreWarning, stacklevel=3)
-    return report
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def _probe(

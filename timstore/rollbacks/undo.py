@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from timstore.errors import CorruptionError, CoverageError, InvalidInputError, NotFoundError, ReadOnlyError, StateError
+from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
 from timstore.records import Parameter
@@ -17,8 +17,6 @@ _CACHE_BYTES = 64 * 1024 * 1024
 
 def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
     """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
-    if not isinstance(model, torch.nn.Module):
-        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
     if store.mode == "r":
         raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
     snapshot = store.snapshot()

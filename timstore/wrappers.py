@@ -16,12 +16,7 @@ def inner_model(model: Any) -> tuple[nn.Module, Any]:
         InvalidInputError: it is no module.
         CoverageError: something around it hides the samples from hooks, or spreads its parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):
-        inner, group = model.module, model.process_group
-    else:
-        inner, group = model, None
+    inner, group = unwrapped(model)
     if isinstance(inner, DataParallel):
         raise CoverageError(
             "DataParallel copies the model in every forward pass, out of reach of hooks: use DistributedDataParallel "
@@ -40,6 +35,19 @@ def inner_model(model: Any) -> tuple[nn.Module, Any]:
             "gradient: record under DistributedDataParallel"
         )
     return inner, group
+
+
+def unwrapped(model: Any) -> tuple[nn.Module, Any]:
+    """Return the model itself and the process group of its DistributedDataParallel, None where it has none.
+
+    Raises:
+        InvalidInputError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model is a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel):
+        return model.module, model.process_group
+    return model, None
 
 
 def inner_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
