@@ -86,7 +86,7 @@ def test_a_rollback_gives_both_processes_the_same_bits_and_is_written_once(plain
         assert torch.equal(back[0][name], back[1][name])
         torch.testing.assert_close(back[0][name], value, rtol=0, atol=2e-6)
     with timstore.open(plain / "s", "r") as store:
-        methods = store.sql("SELECT method FROM rollbacks ORDER BY at").fetchall()
+        methods = store.sql('SELECT method FROM rollbacks ORDER BY "at"').fetchall()
         assert methods == [("closed form",), ("undo",)]
 
 

@@ -132,13 +132,6 @@ def test_a_parameter_that_is_unfrozen_on_the_way_is_refused(store: timstore.Stor
     assert names == {name for name, _ in model.named_parameters()}
 
 
-def test_a_step_with_a_closure_is_refused(store: timstore.Store) -> None:
-    model = network()
-    optimizer = sgd(model)
-    with store.record(model, optimizer), pytest.raises(InvalidInputError, match="closure"):
-        optimizer.step(lambda: 0.0)
-
-
 def test_a_record_of_nothing_but_zeros_is_refused_by_name_or_accepted(tmp_path: Path) -> None:
     def run(**options: Any) -> list[tuple[int, int, int]]:
         model = network()

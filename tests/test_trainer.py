@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:first order"),
-    pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
 ]
 

@@ -17,6 +17,24 @@ from timstore.recording.layouts import Layout, owners_of
 from timstore.records import Factors, Gradient, Rows
 from timstore.samples import sample_named
 
+# Parameter (by identity) and, per captured sample, its part of the gradient.
+Captured = list[tuple[nn.Parameter, list[Gradient]]]
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One of the model's outputs, where a backward pass may enter it.
+
+    Attributes:
+        arrived: its gradient came.
+        through: what of its gradient comes through other outputs.
+    """
+
+    edge: GradientEdge
+    layout: Layout
+    arrived: bool = False
+    through: torch.Tensor | None = None
+
 
 class MicroBatch:
     """One forward and backward pass.
@@ -26,9 +44,11 @@ class MicroBatch:
         positions: places in `ids` to capture, None for all of them.
         rows_given: rows of the model's arguments.
         layout: where the samples are in every tensor, when that was declared.
-        captured: parameters and, per captured place, a part of the gradient.
+        sizes: shapes of the model's arguments for one sample.
+        captured: parameters and, per captured place, a part of the gradient, as modules show it.
+        passed: the same from a backward pass of each sample.
         whole: parameters, by identity, whose gradient comes from a backward pass of each sample, not from modules.
-        entries: where a backward pass enters the model, and where the samples are there.
+        entries: where a backward pass may enter the model.
         unseen: modules, by identity, that ran without gradients: a checkpoint may compute them again in backward.
         tokens: labels that count for each of `ids`, None when the batch holds none.
     """
@@ -41,10 +61,12 @@ class MicroBatch:
         self.rows_given = len(ids) if rows_given is None else rows_given
         self.layout = layout
         self.whole: set[int] = set()
-        self.entries: list[tuple[GradientEdge, Layout]] = []
+        self.entries: list[Entry] = []
+        self.passed: Captured = []
+        self.sizes: list[tuple[int, ...]] = []
         self.unseen: set[int] = set()
         self.tokens: list[int] | None = None
-        self.captured: list[tuple[nn.Parameter, list[Gradient]]] = []
+        self.captured: Captured = []
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._chosen: torch.Tensor | None = None
@@ -58,7 +80,11 @@ class MicroBatch:
     @property
     def used(self) -> bool:
         """Whether its backward pass came, as far as can be told: nothing is captured of an empty one."""
-        return self.empty or bool(self.captured)
+        return self.empty or bool(self.captured or self.passed)
+
+    def parts(self) -> Captured:
+        """Return parameters and, per captured place, a part of the gradient."""
+        return [pair for pair in self.captured if id(pair[0]) not in self.whole] + self.passed
 
     def rows(self) -> Iterator[tuple[int, int]]:
         """Yield (index among the captured rows, sample id)."""
@@ -90,8 +116,7 @@ class MicroBatch:
         """Let go of every tensor: a loss that the user keeps still holds the graph, and the graph our hooks."""
         for call in self._calls:
             call.release()
-        self.captured = []
-        self.entries = []
+        self.captured, self.passed, self.entries = [], [], []
 
 
 def records_of(
@@ -105,11 +130,12 @@ def records_of(
     """
     records: dict[int, dict[str, list[Gradient]]] = {}
     for batch in batches:
+        found = batch.parts()
         for index, sample in batch.rows():
             if samples is not None and sample not in samples:
                 continue
             gradients = records.setdefault(sample, {})
-            for parameter, parts in batch.captured:
+            for parameter, parts in found:
                 _join(gradients.setdefault(names[id(parameter)], []), parts[index])
     return {sample: gradients for sample, gradients in records.items() if gradients}
 

@@ -153,12 +153,12 @@ class Autocast:
 
 def tokens(parts: torch.Tensor) -> torch.Tensor:
     """Return (n, T, d): everything between batch and features is tokens."""
-    return parts.reshape(len(parts), -1, parts.shape[-1]) if parts.numel() else parts[:, None, :]
+    return parts.reshape(len(parts), math.prod(parts.shape[1:-1]), parts.shape[-1])
 
 
 def rows_of(part: torch.Tensor) -> torch.Tensor:
     """Return (T, d) of one sample's part."""
-    return part.reshape(-1, part.shape[-1])
+    return part.reshape(math.prod(part.shape[:-1]), part.shape[-1])
 
 
 def _gram(rows: np.ndarray) -> torch.Tensor:

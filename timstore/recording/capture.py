@@ -19,7 +19,7 @@ from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Autocast, Call, Input
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
-from timstore.recording.looking import Watch
+from timstore.recording.looking import Look, Watch
 from timstore.recording.modules import EmbeddingKind, Kind
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
@@ -37,7 +37,7 @@ class Capture:
 
     Attributes:
         watch: filled instead of recording while the model is looked at.
-        layouts: module to where the samples are in what it is given, as far as that was looked for; None: nowhere.
+        seen: where each module has the samples, once that was looked for.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Capture:
         self._scale = scale
         self.buffers = Buffers()
         self.watch: Watch | None = None
-        self.layouts: dict[str, Layout | None] = {}
+        self.seen: Look | None = None
         self._replays = 0
         self._warned: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -207,13 +207,19 @@ class Capture:
                 module=kind.name,
             )
         rows = len(batch.ids)
-        found = batch.layout if batch.layout is not None else self.layouts.get(kind.name, Axis(0))
-        if rows == 1 and batch.layout is None:
-            found = found if found is not None and found.fits(given.shape, 1) else Whole()
+        found: Layout | None
+        if batch.layout is not None:
+            found = batch.layout
+        elif rows == 1:
+            found = Axis(0) if Axis(0).fits(given.shape, 1) else Whole()
+        else:
+            # Layers that are called one by one, in a block of `recorder.batch`, have the batch on axis 0.
+            found = Axis(0) if self.seen is None else self.seen.layout(kind.name, given.shape, rows, batch.sizes)
         if found is None:
             raise CoverageError(
                 f"module {kind.name}: its input {tuple(given.shape)} does not follow the order of the batch's rows on "
-                f"any axis; no gradient could be told from another. Keep the batch on axis 0; or {WAY_OUT}",
+                "any axis, or did not while the batch was looked at (some layers run in training only, or for some "
+                f"data): no gradient could be told from another. Keep the batch on axis 0; or {WAY_OUT}",
                 kind="order-check",
                 module=kind.name,
             )
@@ -229,12 +235,12 @@ class Capture:
         """Warn of a module whose output for one sample depends on the others."""
         module = kind.module
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm) and kind.name not in self._warned:
-            self._warned.add(kind.name)
             if isinstance(module, nn.SyncBatchNorm):
                 raise CoverageError(
                     f"module {kind.name} (SyncBatchNorm) mixes the samples of several processes; put it in eval mode",
                     module=kind.name,
                 )
+            self._warned.add(kind.name)
             warnings.warn(
                 f"module {kind.name} ({type(module).__name__}) mixes the samples of a batch in training mode: a record "
                 "holds what came through its sample's row, a part of which other samples' losses caused, and the "

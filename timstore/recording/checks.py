@@ -21,6 +21,8 @@ def check_sum(
     gradients: Mapping[str, torch.Tensor],
     parts: Mapping[int, Sequence[Gradient]],
     ratio: float,
+    *,
+    by_sample: bool = False,
 ) -> None:
     """Hold the sum of all samples' parts to the gradient that was accumulated of them, or that is consumed.
 
@@ -28,6 +30,7 @@ def check_sum(
         gradients: of the parameters that have one.
         parts: parameter (by identity) to every part of every sample of the step.
         ratio: of the gradients over the sum of the parts.
+        by_sample: what modules do not show came from backward passes of each sample.
 
     Raises:
         CoverageError: naming the parameter that something else than the hooked modules reaches.
@@ -37,8 +40,13 @@ def check_sum(
             raise _not_captured(model, name)
         raise CoverageError(
             f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
-            f"{off:.2g} in norm). Something besides its module uses it, which capture='per-sample' sees by a backward "
-            "pass of each recorded sample; or samples of the batch are coupled",
+            f"{off:.2g} in norm). "
+            + (
+                "The loss takes something from the model that it does not return with the batch on an axis"
+                if by_sample
+                else "Something besides its module uses it, which capture='per-sample' sees by a backward pass of each "
+                "recorded sample; or samples of the batch are coupled"
+            ),
             kind="sum-check",
             parameter=name,
         )

@@ -12,7 +12,7 @@ from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
-from timstore.recording.looking import look
+from timstore.recording.looking import look, sizes_of
 from timstore.recording.passes import Passes
 from timstore.store import Store
 
@@ -125,6 +125,7 @@ class Forwards:
         if batch.layout is None:
             batch.tokens = token_counts(module, kwargs, len(batch.ids))
             self._keep_hashes(batch.ids, args, kwargs)
+        batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
         if not self._looked and len(batch.ids) > 1 and batch.layout is None:
             self._look(args, kwargs, len(batch.ids))
         return args, kwargs
@@ -183,7 +184,7 @@ class Forwards:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         seen = look(self._model, args, kwargs, rows, self._capture, self._axis)
-        self._capture.layouts = seen.layouts
+        self._capture.seen = seen
         self._looked = True
         if seen.tied:
             warnings.warn(

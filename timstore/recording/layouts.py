@@ -29,6 +29,10 @@ class Layout(Protocol):
         """Return a view per sample: (B, ...), or one (tokens, ...) each where they differ in length."""
         ...
 
+    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
+        """Return the shape of one sample's part, of a tensor that fits."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -41,6 +45,9 @@ class Axis:
 
     def parts(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         return tensor.movedim(self.number, 0)
+
+    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
+        return (*shape[: self.number], *shape[self.number + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +62,11 @@ class Folded:
     def parts(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         rest = tensor.shape[1:]
         if self.token_major:
-            return tensor.reshape(-1, batch, *rest).movedim(1, 0)
-        return tensor.reshape(batch, -1, *rest)
+            return tensor.reshape(len(tensor) // batch, batch, *rest).movedim(1, 0)
+        return tensor.reshape(batch, len(tensor) // batch, *rest)
+
+    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
+        return (shape[0] // batch, *shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,9 @@ class Whole:
 
     def parts(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         return tensor[None]
+
+    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
+        return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +98,9 @@ class Owners:
         assert axes is not None
         flat = tensor.reshape(self.count, *tensor.shape[axes:])
         return [flat[places.to(flat.device)] for places in self.tokens]
+
+    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
+        return tuple(shape)  # which differs from sample to sample
 
     def _leading(self, shape: Sequence[int]) -> int | None:
         return next((axes for axes in range(1, len(shape) + 1) if math.prod(shape[:axes]) == self.count), None)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from timstore.recording.batches import token_counts
-from timstore.recording.layouts import CANDIDATES, Layout
+from timstore.recording.layouts import CANDIDATES, Folded, Layout
 from timstore.undisturbed import undisturbed
 
 # Samples, tokens, and one: what a loss may have been divided by.
@@ -28,18 +28,30 @@ class Watch:
 
     Attributes:
         rows: of the batch.
-        given: module and, for each layout that fits, a summary of every sample's part; with the shape.
+        calls: of each module: the shape that it was given and, for each layout that fits, a summary of every sample.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.given: list[tuple[str, torch.Size, dict[Layout, torch.Tensor]]] = []
+        self.calls: dict[str, list[tuple[torch.Size, dict[Layout, torch.Tensor]]]] = {}
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """Note what a module is given."""
-        fitting = [layout for layout in CANDIDATES if layout.fits(tensor.shape, self.rows)]
+        fitting = [layout for layout in CANDIDATES if tensor.numel() and layout.fits(tensor.shape, self.rows)]
         summaries = {layout: _summary(layout.parts(tensor.detach(), self.rows)) for layout in fitting}
-        self.given.append((name, tensor.shape, summaries))
+        self.calls.setdefault(name, []).append((tensor.shape, summaries))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module has the samples.
+
+    Attributes:
+        tokens: of a sample, where batch and tokens are one axis.
+    """
+
+    layout: Layout
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +59,28 @@ class Look:
     """What was seen.
 
     Attributes:
-        layouts: where each module has the samples, None where they are nowhere to be seen.
+        places: where each module has the samples, None where they are nowhere to be seen.
+        sizes: shapes of the model's arguments for one sample.
         tied: the model's loss is not a mean or a sum over samples.
     """
 
-    layouts: dict[str, Layout | None]
+    places: dict[str, Place | None]
+    sizes: list[tuple[int, ...]]
     tied: bool
+
+    def layout(self, name: str, shape: torch.Size, rows: int, sizes: list[tuple[int, ...]]) -> Layout | None:
+        """Return where a module that is given a tensor of this shape has the samples, None where that is not known.
+
+        A module that was not seen is not known: it may have its input from anywhere.
+        """
+        place = self.places.get(name)
+        if place is None or not isinstance(place.layout, Folded) or sizes == self.sizes:
+            known = place is not None and (not place.tokens or shape[0] == place.tokens * rows)
+            return place.layout if place is not None and known else None
+        # Other lengths than those that were seen: some argument must have them too. Where tokens are chosen by what
+        # they hold, as for an expert, their number fits only by chance.
+        lengths = {size[0] for size in sizes if size}
+        return place.layout if shape[0] % rows == 0 and shape[0] // rows in lengths else None
 
 
 def look(
@@ -91,8 +119,6 @@ def look(
             _, last_loss, last_counts = run(1, lambda value, place: value.narrow(place, rows - 1, 1))
         except Exception:  # a model may be made for one size of batch
             fewer, first_loss, last_loss = straight, None, None
-    if len(fewer.given) != len(straight.given):
-        fewer = straight  # a path through the model that hangs on the data
     tied = False
     if loss is not None and first_loss is not None and last_loss is not None:
         tied = not any(
@@ -101,17 +127,34 @@ def look(
             <= _ADDS_UP * abs(loss * counts[unit])
             for unit in range(3)
         )
-    return Look(_layouts(straight, reverse, fewer), tied)
+    return Look(_places(straight, reverse, fewer), sizes_of(args, kwargs, rows, axis), tied)
 
 
-def _layouts(straight: Watch, reverse: Watch, fewer: Watch) -> dict[str, Layout | None]:
-    found: dict[str, list[Layout]] = {}
-    passes = zip(straight.given, reverse.given, fewer.given, strict=False)
-    for (name, _, before), (_, _, after), (_, shape, _) in passes:
-        likely = [layout for layout in before if layout in after and layout.fits(shape, fewer.rows)]
-        alike = [layout for layout in likely if _turned_alike(before[layout], after[layout])]
-        found[name] = [layout for layout in found.get(name, alike) if layout in alike]
-    return {name: layouts[0] if layouts else None for name, layouts in found.items()}
+def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: int) -> list[tuple[int, ...]]:
+    """Return the shapes of the model's arguments for one sample."""
+    found = []
+    for value in (*args, *kwargs.values()):
+        place = _batch_axis(value, rows, axis)
+        if place is not None:
+            found.append((*value.shape[:place], *value.shape[place + 1 :]))
+    return found
+
+
+def _places(straight: Watch, reverse: Watch, fewer: Watch) -> dict[str, Place | None]:
+    found: dict[str, Place | None] = {}
+    for name, calls in straight.calls.items():
+        others = reverse.calls.get(name, []), fewer.calls.get(name, [])
+        places: list[Place] | None = None if len(calls) == len(others[0]) == len(others[1]) else []
+        for (whole, before), (_, after), (less, _) in zip(calls, *others, strict=False):
+            alike = []
+            for layout, summary in before.items():
+                sample = layout.of_one(whole, straight.rows)
+                shrunk = layout.fits(less, fewer.rows) and layout.of_one(less, fewer.rows) == sample
+                if shrunk and layout in after and _turned_alike(summary, after[layout]):
+                    alike.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0))
+            places = [place for place in (alike if places is None else places) if place in alike]
+        found[name] = places[0] if places else None
+    return found
 
 
 def _batch_axis(value: Any, rows: int, axis: int) -> int | None:

@@ -6,7 +6,7 @@ with zeros for all others, to those parameters alone. What runs this way is foun
 pass, and at the first step one backward pass to all parameters shows where the modules' parts do not add up.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -15,11 +15,14 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError
-from timstore.recording.batches import MicroBatch
+from timstore.recording.batches import Entry, MicroBatch
 from timstore.recording.capture import Capture
 from timstore.recording.checks import unlike
-from timstore.recording.layouts import Axis, Layout, only
+from timstore.recording.layouts import Axis, only
 from timstore.records import Gradient
+
+# Of a gradient that came through another output: what rounding leaves of it.
+_NOTHING = 1e-4
 
 
 class Passes:
@@ -48,7 +51,9 @@ class Passes:
         self._axis = axis
         self._scale = scale
         self._arriving = arriving
-        self._used_directly: set[int] | None = None
+        self._used_directly: set[int] = set()
+        self._looked_at: set[int] = set()
+        self._looking = False
         self._latest: tuple[int, ref[MicroBatch]] | None = None
         self._several = False
 
@@ -58,19 +63,16 @@ class Passes:
         Raises:
             CoverageError: none of it has an axis for the samples that are to be told apart.
         """
-        separable = False
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                layout = self._layout(tensor, batch)
-                separable |= layout is not None
-                number = len(batch.entries)
-                if self._by_sample and layout is not None and not batch.empty:
-                    # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
-                    batch.entries.append((get_gradient_edge(tensor), layout))
-                else:
-                    number = -1
-                tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
-        if batch.whole and not separable and not batch.empty:
+        for tensor in {id(one): one for one in _tensors(output) if one.requires_grad}.values():
+            layout = batch.layout or Axis(self._axis)
+            number = len(batch.entries)
+            if self._by_sample and not batch.empty and tensor.ndim and layout.fits(tensor.shape, len(batch.ids)):
+                # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
+                batch.entries.append(Entry(get_gradient_edge(tensor), layout))
+            else:
+                number = -1
+            tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
+        if batch.whole and not batch.entries and not batch.empty:
             raise CoverageError(
                 "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
                 "states): the loss alone cannot be told apart"
@@ -92,14 +94,10 @@ class Passes:
             )
         return batch
 
-    def _layout(self, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
-        layout = batch.layout or Axis(self._axis)
-        return layout if tensor.ndim and layout.fits(tensor.shape, len(batch.ids)) else None
-
     def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
             batch = owner()
-            if batch is None or self._capture.is_replaying:
+            if batch is None or self._capture.is_replaying or self._looking:
                 return
             self._arriving()
             task = torch._C._current_graph_task_id()
@@ -107,15 +105,32 @@ class Passes:
                 self._several = self._latest is not None and self._latest[0] == task
                 self._latest = task, ref(batch)
             if entry >= 0 and batch.entries:
-                output, layout = batch.entries[entry]
-                batch.entries.clear()  # a second one would hold what has come through this one
-                self._run(output, gradient, layout, batch)
+                self._enter(batch.entries[entry], gradient, batch)
 
         return arrived
 
-    def _run(self, output: GradientEdge, gradient: torch.Tensor, layout: Layout, batch: MicroBatch) -> None:
-        if self._used_directly is None:
-            self._used_directly = self._look(output, gradient, batch)
+    def _enter(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        """Send on what enters the model here, but for what has come through another of its outputs."""
+        others = [one for one in batch.entries if one is not entry and not one.arrived]
+        entry.arrived = True
+        if entry.through is not None:
+            whole, gradient = gradient, gradient - entry.through
+            if float(gradient.norm()) <= _NOTHING * float(whole.norm()):
+                return
+        if others:
+            with self._capture.replaying():
+                edges = [one.edge for one in others]
+                through = self._back(entry.edge, edges, gradient)
+            for one, more in zip(others, through, strict=True):
+                if more is not None:
+                    one.through = more if one.through is None else one.through + more
+        self._run(entry, gradient, batch)
+
+    def _run(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        place = batch.entries.index(entry)
+        if place not in self._looked_at:
+            self._looked_at.add(place)
+            self._used_directly |= self._look(entry, gradient, batch)
         batch.whole |= self._used_directly
         whole = [one for one in self._parameters.values() if id(one) in batch.whole]
         if not whole:
@@ -123,21 +138,35 @@ class Passes:
         found: list[list[Gradient]] = [[] for _ in whole]
         with self._capture.replaying():
             for position in range(len(batch.ids)) if batch.positions is None else batch.positions:
-                masked = only(gradient, layout, len(batch.ids), position)
-                grads = torch.autograd.grad([output], whole, [masked], retain_graph=True, allow_unused=True)
+                masked = only(gradient, entry.layout, len(batch.ids), position)
+                grads = self._back(entry.edge, whole, masked)
                 for parts, parameter, grad in zip(found, whole, grads, strict=True):
                     scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale
                     parts.append(self._capture.buffers.copy(scaled))
-        batch.captured = [pair for pair in batch.captured if id(pair[0]) not in batch.whole]
-        batch.captured.extend(zip(whole, found, strict=True))
+        batch.passed.extend(zip(whole, found, strict=True))
 
-    def _look(self, output: GradientEdge, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
+    def _back(self, output: GradientEdge, inputs: Sequence[Any], gradient: torch.Tensor) -> Sequence[Any]:
+        """Return the gradients at inputs, None where nothing comes; the graph stays for the pass that runs."""
+        try:
+            return torch.autograd.grad([output], inputs, [gradient], retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise CoverageError(
+                "capture='per-sample' cannot go through a checkpoint with use_reentrant=True: use use_reentrant=False"
+            ) from error
+
+    def _look(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
         """Return the parameters that something else than hooked modules uses: their modules' parts fall short."""
         names = [name for name, one in self._parameters.items() if id(one) not in batch.whole]
         tried = [self._parameters[name] for name in names]
         # The module whose output this is has seen its gradient already, and will see the rest after this.
         before, batch.captured = batch.captured, []
-        grads = torch.autograd.grad([output], tried, [gradient], retain_graph=True, allow_unused=True)
+        self._looking = True
+        try:
+            grads = self._back(entry.edge, tried, gradient) if tried else ()
+        finally:
+            self._looking = False
         shown, batch.captured = batch.captured, before
         parts: dict[int, list[Gradient]] = {}
         for parameter, captured in shown:
@@ -148,6 +177,7 @@ class Passes:
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in what a model returned: in mappings, sequences, and objects with attributes."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -156,3 +186,5 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, tuple | list):
         for one in output:
             yield from _tensors(one)
+    elif hasattr(output, "__dict__") and not isinstance(output, type):
+        yield from (one for one in vars(output).values() if isinstance(one, torch.Tensor))

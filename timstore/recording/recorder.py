@@ -91,6 +91,7 @@ class Recorder:
             "budget": options.budget,
             "rank": rank,
             "allow_zero": options.allow_zero,
+            "by_sample": options.capture == "per-sample",
         }
         self._untrained = untrained
         self._epoch, self._step = 0, 0

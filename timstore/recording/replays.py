@@ -20,7 +20,8 @@ class ReplayedKind(Kind):
 
     Norms, layers of one's own, and modules that hold parameters beside their children, such as a class token. Where
     nothing is left to chance it is computed from one sample's rows; else from all of them, with the random numbers it
-    had, and the gradient at its output masked.
+    had, and the gradient at its output masked. A module that was seen to do no more than to scale and to shift by its
+    parameters (norms) is computed once for all samples.
 
     Args:
         replaying: a context in which no module's hook of ours does anything.
@@ -35,6 +36,7 @@ class ReplayedKind(Kind):
         super().__init__(name, module)
         self._replaying = replaying
         self._held = {key: one for key, one in module.named_parameters(recurse=False) if id(one) not in apart}
+        self._only_scales: bool | None = None  # not known yet
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._held.values())
@@ -55,15 +57,48 @@ class ReplayedKind(Kind):
         held = {name: one for name, one in self._held.items() if wanted(one)}
         if not held:
             return []
-        sliced = call.layout == Axis(0) and call.random is None
-        compute = self._from_rows if sliced else self._from_all
-        parts: dict[str, list[Gradient]] = {name: [] for name in held}
+        # Other tensors than the input may have as many rows by chance.
+        sliced = call.layout == Axis(0) and call.random is None and _tensors_in(call.arguments) == 1
+        gradient = gradient.reshape(call.output_shape)
         with self._replaying(), torch.enable_grad(), call.autocast.again():
-            for grads in compute(call, gradient.reshape(call.output_shape), held):
-                for name, grad in zip(held, grads, strict=True):
-                    # Copied: a gradient may be a view of the one that came in, which autograd goes on adding to.
-                    parts[name].append(call.buffers.copy(grad))
-        return [(held[name], found) for name, found in parts.items()]
+            quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
+            if quick is None or self._only_scales is None:
+                compute = self._from_rows if sliced else self._from_all
+                rows = [torch.stack(list(of_one)) for of_one in zip(*compute(call, gradient, held), strict=True)]
+                if sliced:
+                    self._only_scales = quick is not None and all(map(_alike, quick, rows))
+            else:
+                rows = quick
+            # Copied: a gradient may be a view of the one that came in, which autograd goes on adding to.
+            copies = [call.buffers.copy(one) for one in rows]
+        return [(parameter, list(parts)) for parameter, parts in zip(held.values(), copies, strict=True)]
+
+    def _from_scales(
+        self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
+    ) -> list[torch.Tensor] | None:
+        """Return (n, *shape) for each parameter, as if the output were linear in them, element by element.
+
+        None where it surely is not: where parameters have other shapes than the output's last axes.
+        """
+        assert call.arguments is not None
+        shapes = [tuple(one.shape) for one in held.values()]
+        if any(not shape or tuple(call.output_shape[-len(shape) :]) != shape for shape in shapes):
+            return None
+        args, kwargs = _rows(call.arguments, call.chosen, call.batch)
+        grads = call.samples(gradient)
+        assert isinstance(grads, torch.Tensor)
+        with torch.no_grad():
+            without = {f"module.{name}": torch.zeros_like(one) for name, one in held.items()}
+            base = self._run(without, args, kwargs)
+            found, combined = [], base
+            for name, one in held.items():
+                scale = self._run({**without, f"module.{name}": torch.ones_like(one)}, args, kwargs) - base
+                product = (grads * scale).reshape(len(grads), -1, *one.shape)
+                found.append(product.sum(1, dtype=wide_dtype(product.dtype)).to(one.dtype))
+                combined = combined + scale * one
+            if self._only_scales is None and not _alike(combined, self._run(_leaves(held), args, kwargs)):
+                return None
+        return found
 
     def _from_rows(
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
@@ -206,6 +241,33 @@ def _random_state(state: torch.Tensor | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
         yield
+
+
+def _tensors_in(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return 1
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_tensors_in, value)) if isinstance(value, tuple | list) else 0
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two ways to compute the same numbers agree up to rounding."""
+    allowed = 1e-4 if wide_dtype(other.dtype) == other.dtype else 2e-2
+    return float((one - other).norm()) <= allowed * float(other.norm())
+
+
+def _rows(arguments: tuple[Any, Any], chosen: torch.Tensor | None, batch: int) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments for the chosen samples."""
+
+    def taken(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.shape[:1] == (batch,)
+        return value.index_select(0, chosen) if whole else value
+
+    args, kwargs = arguments
+    if chosen is None:
+        return args, kwargs
+    return tuple(taken(value) for value in args), {name: taken(value) for name, value in kwargs.items()}
 
 
 def _row(arguments: tuple[Sequence[Any], Mapping[str, Any]], position: int, batch: int) -> tuple[Any, dict[str, Any]]:

@@ -50,6 +50,7 @@ class Stepping:
         budget: Budget | None,
         rank: int,
         allow_zero: bool,
+        by_sample: bool,
     ) -> None:
         self._store = store
         self._model = model
@@ -67,6 +68,7 @@ class Stepping:
         self._budget = budget
         self._rank = rank
         self._allow_zero = allow_zero
+        self._by_sample = by_sample
         self.epoch = 0
         self.step = 0
         self.last: tuple[int, int] | None = None
@@ -116,11 +118,11 @@ class Stepping:
         batches = self._forwards.pending
         found: dict[int, list[Gradient]] = {}
         for batch in batches:
-            for parameter, parts in batch.captured:
+            for parameter, parts in batch.parts():
                 found.setdefault(id(parameter), []).extend(parts)
         if not self._forwards.proved:
             if self._ranks.alone:
-                checks.check_sum(self._model, self._parameters, gradients, found, ratio)
+                checks.check_sum(self._model, self._parameters, gradients, found, ratio, by_sample=self._by_sample)
             else:
                 self._check_mine(found)
             self._forwards.proved = True
@@ -132,7 +134,9 @@ class Stepping:
         """Hold the parts to what was accumulated here, and the mean of that over all processes to what arrived."""
         mine = self._accumulation.take_local()
         # The records hold this process's share of the mean.
-        checks.check_sum(self._model, self._parameters, mine, found, float(self._ranks.count))
+        checks.check_sum(
+            self._model, self._parameters, mine, found, float(self._ranks.count), by_sample=self._by_sample
+        )
         kept, local = self._accumulation.looked_up(mine)
         mean = self._ranks.mean(local)
         if not torch.allclose(mean, kept, rtol=1e-2, atol=1e-3 * float(kept.abs().max())):
