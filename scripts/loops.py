@@ -57,13 +57,22 @@ class Transformer(nn.Module):
         return F.layer_norm(x, (x.shape[-1],)) @ self.table.T
 
 
+def token_mean(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the loss of predicting each next token: a mean over the tokens of a whole batch."""
+    summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return summed / (BATCH * (tokens.shape[1] - 1))
+
+
 @dataclass(frozen=True)
 class Work:
     """What is trained on what.
 
     Attributes:
-        tokens: (sequences, T); batches of BATCH are taken in order, over and over.
-        logits: of a model and tokens, with keyword arguments for the model.
+        tokens: (samples, T), of sequences or of whatever `logits` and `loss` take, as an image's pixels and its label;
+            batches of BATCH are taken in order, over and over.
+        logits: of a model and rows of `tokens`, with keyword arguments for the model.
+        loss: of what `logits` returned and the same rows, which may be fewer than BATCH: a sum over samples, divided
+            by what a whole batch has of them.
         moments: when the step number `SETTLED` began in the latest run, and when the last one was over.
     """
 
@@ -71,6 +80,7 @@ class Work:
     logits: Callable[..., torch.Tensor]
     tokens: torch.Tensor
     steps: int
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_mean
     moments: list[float] = field(default_factory=list)
 
     @property
@@ -88,10 +98,6 @@ class Work:
             yield torch.arange(step * BATCH, (step + 1) * BATCH) % len(self.tokens)
         if self.moments:
             self.moments.append(time.perf_counter())
-
-    def loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        summed = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-        return summed / (BATCH * (tokens.shape[1] - 1))
 
     def begin(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

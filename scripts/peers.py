@@ -18,23 +18,37 @@ PINS = Path(__file__).with_name("constraints.txt")
 PEERS = {"opacus": "Opacus GradSampleModule, npy", "dattri-llm": "dattri-LLM, factors"}
 
 
+def cached(name: str) -> Path:
+    """Return the folder in the user's cache for what is installed once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timstore-benchmarks" / name
+
+
+def install(python: str | Path, *options: str | Path) -> None:
+    """Run `pip install`.
+
+    Raises:
+        RuntimeError: with one line that says why it cannot be installed.
+    """
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(next(iter(reversed(answer.stderr.strip().splitlines())), "pip failed"))
+
+
 def environment(peer: str) -> Path:
     """Return the Python of a peer's environment, made at the first call and kept in the user's cache.
 
     Raises:
         RuntimeError: with one line that says why the peer cannot be installed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timstore-benchmarks" / peer
+    cache = cached(peer)
     python, done = cache / "bin" / "python", cache / "complete"
     pins = PINS.read_text()
     if done.exists() and done.read_text() == pins:
         return python
     print(f"installing {peer} into an environment of its own", file=sys.stderr)
     venv.create(cache, clear=True, with_pip=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", PINS, "numpy", peer]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
-        raise RuntimeError(next(iter(reversed(answer.stderr.strip().splitlines())), "pip failed"))
+    install(python, "-c", PINS, "numpy", peer)
     done.write_text(pins)
     return python
 

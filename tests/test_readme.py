@@ -1,4 +1,4 @@
-"""Every block of Python in the README runs, in order, as a reader would run it."""
+"""Every block of Python in the README and the docs runs, in order, as a reader would run it."""
 
 import re
 import warnings
@@ -7,24 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_code_is_shown_by_line_twenty() -> None:
     assert "```python" in "\n".join(README.splitlines()[:20])
 
 
-def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
+def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
-    assert len(BLOCKS) >= 4
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) >= 4
     with warnings.catch_warnings():
         # The toy models of a README move a lot; the warnings about that are the library's own and wanted.
         warnings.filterwarnings("ignore", category=__import__("timstore").TimstoreWarning)
-        for block in BLOCKS:
-            exec(compile(block, "README.md", "exec"), namespace)
+        for block in blocks:
+            exec(compile(block, page, "exec"), namespace)
+
+
+def test_the_recipe_for_a_trainer_takes_five_lines() -> None:
+    recipe = re.search(r"(from timstore\.integrations\.transformers import .*?)```", README, re.DOTALL)
+    assert recipe is not None
+    assert len([line for line in recipe[1].splitlines() if line.strip()]) <= 5
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^(scripts/\w+)", README, re.MULTILINE))))

@@ -155,9 +155,9 @@ def test_rows_without_a_column_are_known_by_their_tokens_in_any_split(tmp_path: 
 
 def test_text_ids_are_looked_up_in_the_samples_table_or_refused_with_how(tmp_path: Path) -> None:
     dataset = Rows(rows(text=True))
-    with timstore.open(tmp_path / "s") as store:
-        with pytest.raises(InvalidInputError, match=r"'document \d+' is text.*store\.samples\.update.*id_column='idx'"):
-            trained(new_model("llama"), [recorder(store)], tmp_path / "t", dataset)
+    how = r"'document \d+' is text.*store\.samples\.update.*id_column='idx'"
+    with timstore.open(tmp_path / "s") as store, pytest.raises(InvalidInputError, match=how):
+        trained(new_model("llama"), [recorder(store)], tmp_path / "t", dataset)
     with timstore.open(tmp_path / "u") as store:
         store.samples.update([{"sample": number, "idx": f"document {number}"} for number in range(ROWS)])
         trained(new_model("llama"), [recorder(store, ["document 3"])], tmp_path / "t", dataset)
@@ -225,7 +225,7 @@ def test_going_on_from_a_checkpoint_that_the_store_does_not_reach_is_refused(tmp
         trained(new_model("llama"), [recorder(store)], tmp_path / "t", **options)
     with timstore.open(tmp_path / "s") as store:
         trained(new_model("llama"), [recorder(store)], tmp_path / "u", max_steps=2)
-        with pytest.raises(StateError, match="goes on from step 6.*ends at step 1.*never recorded") as caught:
+        with pytest.raises(StateError, match=r"goes on from step 6.*ends at step 1.*never recorded") as caught:
             trained(new_model("llama"), [recorder(store)], tmp_path / "t", resume=str(tmp_path / "t" / "checkpoint-6"))
         assert caught.value.kind == "hole"
     with timstore.open(tmp_path / "new") as store, pytest.warns(timstore.TimstoreWarning, match="nothing of the steps"):

@@ -1,0 +1,397 @@
+"""What the first step cannot show: losses, layouts, sizes and routes that change from step to step.
+
+The claim: a record that is wrong is never written silently. Every record that a store holds when its recording is over,
+or was refused on the way, is held to autograd one sample at a time.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from coverage_models import Applied, Checkpointed, folded, folded_by_token
+from networks import Net, sgd
+from references import Batch, Gradients, Loss, bound, largest_error, one_by_one
+from torch import nn
+
+import timstore
+from timstore.errors import CoverageError
+
+FLOAT32, HALF = 1e-5, 1e-2
+BY_SAMPLE = {"capture": "per-sample"}
+BOTH = pytest.mark.parametrize("options", [{}, BY_SAMPLE], ids=["modules", "per-sample"])
+IDS = [11, 5, 8, 2]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Model(Applied):
+    """Modules and what is done with them, of any arguments."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._applied(self, *args, **kwargs)
+
+
+def lstm() -> nn.LSTM:
+    return nn.LSTM(6, 6, batch_first=True)
+
+
+def rows(output: torch.Tensor) -> torch.Tensor:
+    """Return a loss for each row, of which no norm of the model makes a constant."""
+    return (2 * output).sin().flatten(1).sum(1) + output.square().flatten(1).mean(1)
+
+
+def weighted(each: Callable[[Any], torch.Tensor]) -> Loss:
+    return lambda model, batch, weights: (each(model(**batch)) * weights).mean()
+
+
+EACH = weighted(rows)
+
+
+@dataclass
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        ids: of the rows of each micro-batch; of packed rows, of the samples in the order in which they come.
+        named: what the model is given as `sample_ids`, where that is not `ids`.
+        prepare: makes of the model what it is in this step.
+    """
+
+    batches: list[Batch]
+    ids: list[list[int]] = field(default_factory=lambda: [IDS])
+    loss: Loss = EACH
+    named: list[Any] | None = None
+    prepare: Callable[[Any], None] = lambda model: None
+    limit: float = FLOAT32
+
+
+def of(*shape: int, **options: Any) -> Step:
+    """A step on four samples of this shape."""
+    return Step([{"x": torch.randn(4, *shape)}], **options)
+
+
+def sized(*sizes: tuple[int, int]) -> Step:
+    """A step of a micro-batch for each (samples, tokens)."""
+    return Step([{"x": torch.randn(*size, 6)} for size in sizes], [list(range(7, 7 + count)) for count, _ in sizes])
+
+
+def record(path: Path, model: nn.Module, steps: list[Step], *, block: bool = False, **options: Any) -> None:
+    """Record steps that change nothing; whatever ends it, the records that the store holds then are right."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wanted = []
+    for step in steps:
+        step.prepare(model)
+        wanted.append(one_by_one(model, step.batches, step.ids, step.loss))
+    with timstore.open(path) as store:
+        try:
+            with store.record(model, optimizer, **options) as recorder:
+                for step in steps:
+                    step.prepare(model)
+                    for batch, ids, named in zip(step.batches, step.ids, step.named or step.ids, strict=True):
+                        given = batch if block else {**batch, "sample_ids": named}
+                        with recorder.batch(named) if block else nullcontext():
+                            loss = step.loss(model, given, torch.ones(len(ids)))
+                        (loss / len(step.batches)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        finally:
+            check(store, wanted, [step.limit for step in steps], options.get("samples"))
+
+
+def check(store: timstore.Store, wanted: list[Gradients], limits: list[float], chosen: Any = None) -> None:
+    found: dict[int, tuple[Gradients, dict[tuple[int, str], float]]] = {}
+    for one in store.read():
+        got, bounds = found.setdefault(one.step, ({}, {}))
+        got[one.sample] = {name: one.dense(name) for name in one.gradients}
+        bounds.update({(one.sample, name): sum(map(bound, parts)) for name, parts in one.gradients.items()})
+        unknown = got[one.sample].keys() - wanted[one.step][one.sample].keys()
+        assert not any(got[one.sample][name].any() for name in unknown)
+    for number, (got, bounds) in found.items():
+        samples = [one for one in wanted[number] if chosen is None or one in chosen]
+        assert largest_error(got, wanted[number], bounds, samples) <= limits[number], f"step {number}"
+
+
+def record_or_refuse(path: Path, model: nn.Module, steps: list[Step], what: str) -> None:
+    """Record what is refused, by name, without a pass of each sample, and right with it."""
+    record(path / "by sample", model, steps, **BY_SAMPLE)
+    with pytest.raises(CoverageError, match=what + ".*capture='per-sample'"):
+        record(path / "by module", model, steps)
+
+
+# --- what the loss takes of the model's outputs ----------------------------------------------------------------
+
+
+Output = make_dataclass("Output", ["hidden", "pooled", "logits"])
+
+
+def as_tuple(**outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(outputs.values())
+
+
+def chained(form: Callable[..., Any]) -> nn.Module:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        hidden = self.lstm(x)[0]
+        pooled = self.pool(hidden.mean(1)).tanh()
+        return form(hidden=hidden, pooled=pooled, logits=self.head(pooled))
+
+    return Model(forward, lstm=lstm(), pool=nn.Linear(6, 5), head=nn.Linear(5, 3))
+
+
+def taking(names: str) -> Loss:
+    def each(output: Any) -> torch.Tensor:
+        named = output if isinstance(output, dict) else getattr(output, "__dict__", None)
+        named = named or dict(zip(("hidden", "pooled", "logits"), output, strict=True))
+        return torch.stack([rows(named[name]) for name in names.split()]).sum(0)
+
+    return weighted(each)
+
+
+@pytest.mark.parametrize("form", [as_tuple, dict, SimpleNamespace, Output])
+@pytest.mark.parametrize("first", ["logits", "pooled", "hidden", "hidden logits", "hidden pooled logits"])
+def test_outputs_that_are_made_of_each_other_are_counted_once(tmp_path: Path, first: str, form: Any) -> None:
+    later = ["pooled", "hidden pooled", "logits", "hidden", "hidden pooled logits"]
+    record(tmp_path / "s", chained(form), [of(5, 6, loss=taking(names)) for names in (first, *later)], **BY_SAMPLE)
+
+
+@pytest.mark.parametrize("takes", [([0], [0, 1], [1]), ([0, 1], [1], [0])], ids=["later", "from the start"])
+def test_a_second_head_may_join_the_loss(tmp_path: Path, takes: tuple[list[int], ...]) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        hidden = self.lstm(x)[0]
+        return self.first(hidden), self.second(hidden) @ self.second.weight
+
+    model = Model(forward, lstm=lstm(), first=nn.Linear(6, 2), second=nn.Linear(6, 3))
+    losses = [weighted(lambda output, take=take: sum(rows(output[one]) for one in take)) for take in takes]  # type: ignore[misc]
+    record(tmp_path / "s", model, [of(5, 6, loss=loss) for loss in losses], **BY_SAMPLE)
+
+
+def test_the_hidden_states_of_all_layers_may_be_returned(tmp_path: Path) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        states = [x, first := self.first(x)[0], self.second(first)[0]]
+        return self.head(states[-1]), states
+
+    model = Model(forward, first=lstm(), second=lstm(), head=nn.Linear(6, 2))
+    of_head = weighted(lambda output: rows(output[0]))
+    of_all = weighted(lambda output: rows(output[0]) + sum(rows(one) for one in output[1][1:]))
+    record(tmp_path / "s", model, [of(5, 6, loss=loss) for loss in (of_head, of_all, of_head)], **BY_SAMPLE)
+
+
+@BOTH
+@pytest.mark.parametrize("uses", [("one", "both"), ("both", "other", "one")], ids=str)
+def test_of_two_passes_in_one_block_any_may_be_used(tmp_path: Path, uses: tuple[str, ...], options: Any) -> None:
+    def used(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        one, other = rows(model(batch["x"])), rows(model(batch["y"]))
+        return ({"one": one, "other": other, "both": one * other}[batch["use"]] * weights).mean()
+
+    forward = lambda self, x: self.head(self.lstm(x)[0] if options else x.tanh())  # noqa: E731
+    model = Model(forward, head=nn.Linear(6, 2), **({"lstm": lstm()} if options else {}))
+    steps = [of(5, 6, loss=used) for _ in uses]
+    for step, use in zip(steps, uses, strict=True):
+        step.batches[0].update(y=torch.randn(4, 3, 6), use=use)
+    record(tmp_path / "s", model, steps, block=True, **options)
+
+
+# --- where the batch is ------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [(5, 4), (4, 5, 4)], ids=str)
+def test_another_argument_of_as_many_rows_is_not_the_batch(tmp_path: Path, lengths: Any, options: Any) -> None:
+    places = torch.arange(30.0).view(5, 6) / 9
+    forward = lambda self, x: self.out(self.places(self.layer(x), places[: x.shape[1]]))  # noqa: E731
+    own = Model(lambda self, x, places: x + self.weight * places, weight=nn.Parameter(torch.rand(6)))
+    model = Applied(forward, layer=nn.Linear(6, 6), places=own, out=nn.Linear(6, 2))
+    record(tmp_path / "s", model, [of(length, 6) for length in lengths], **options)
+
+
+def turned(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run a layer with the batch on axis 1."""
+    out: torch.Tensor = layer(x.transpose(0, 1)).transpose(0, 1)
+    return out
+
+
+AT_TIMES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "runs in training only": lambda self, x: turned(self.late, x) if self.training else 0,
+    "is not reached at first": lambda self, x: turned(self.late, x) if x.shape[1] < 5 else 0,
+    "is not reached at first, on axis 0": lambda self, x: self.late(x) if x.shape[1] < 5 else 0,
+    "is first used later, directly too": lambda self, x: self.late(x) @ self.late.weight if x.shape[1] < 5 else 0,
+    "has the batch on two axes": lambda self, x: self.late(x) + turned(self.late, x),
+}
+
+
+@pytest.mark.parametrize("name", AT_TIMES)
+def test_a_layer_needs_a_pass_of_each_sample_where_it(tmp_path: Path, name: str) -> None:
+    forward = lambda self, x: self.always(x).tanh() + AT_TIMES[name](self, x.tanh())  # noqa: E731
+    model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
+    record_or_refuse(tmp_path / "other lengths", model, [of(5, 6), of(4, 6), of(3, 6)], "late")
+    if "first" not in name:
+        record_or_refuse(tmp_path / "as many tokens as samples", model, [of(4, 6), of(4, 6)], "late")
+
+
+LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {
+    "(B * T, d)": folded,
+    "(T * B, d)": folded_by_token,
+    "(T, B, d)": lambda self, x: turned(self.norm, turned(self.layer, x).tanh()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, BY_SAMPLE, {"samples": [7, 9]}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [(4, 3), (4, 4), (1, 3), (2, 2)], ids=str)
+def test_batches_may_change_in_size_and_length(tmp_path: Path, layout: str, first: Any, options: Any) -> None:
+    model = Applied(LAYOUTS[layout], layer=nn.Linear(6, 5), norm=nn.LayerNorm(5))
+    later = [sized((4, 4)), sized((1, 5)), sized((3, 3), (2, 5), (1, 1)), sized((3, 1)), sized((4, 7), (4, 4))]
+    record(tmp_path / "s", model, [sized(first), *later], **options)
+
+
+@BOTH
+@pytest.mark.parametrize("draws", [[[7, 7, 7, 7], [3, 7, 3, 3], IDS], [IDS, [7, 7, 7, 7]]], ids=str)
+def test_a_sample_may_be_drawn_several_times(tmp_path: Path, draws: list[list[int]], options: Any) -> None:
+    model = Applied(folded_by_token, layer=nn.Linear(6, 5), norm=nn.LayerNorm(5))
+    samples = torch.randn(12, 3, 6)
+    record(tmp_path / "s", model, [Step([{"x": samples[ids]}], [ids]) for ids in draws], **options)
+
+
+# --- tokens that are routed ----------------------------------------------------------------------------------------
+
+
+def routed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Send each token to one of several Linear layers, by the largest of its first numbers."""
+    flat, chosen = self.inside(x).tanh().flatten(0, 1), x[..., :3].flatten(0, 1).argmax(1)
+    out = torch.zeros_like(flat)
+    for number, expert in enumerate(self.experts):
+        places = (chosen == number).nonzero().flatten()
+        if len(places) or self.calls_idle:
+            out = out.index_add(0, places, expert(flat[places]))
+    return out.view_as(x)
+
+
+def choosing(*choices: int) -> Step:
+    step = of(len(choices) // 4, 6)
+    step.batches[0]["x"].view(-1, 6)[torch.arange(len(choices)), torch.tensor(choices)] += 9
+    return step
+
+
+# Eight tokens, two of each sample.
+ROUTES = {
+    "all to one": [0] * 8,
+    "as many as samples": [0, 0, 0, 1, 1, 1, 1, 0],
+    "some to each": [2, 1, 1, 0, 2, 2, 1, 0],
+    "all to another": [1] * 8,
+}
+
+
+@pytest.mark.parametrize("calls_idle", [False, True], ids=["idle ones are not called", "idle ones are called"])
+@pytest.mark.parametrize("first", ROUTES)
+def test_experts_need_a_pass_of_each_sample(tmp_path: Path, first: str, calls_idle: bool) -> None:
+    model = Applied(routed, inside=nn.Linear(6, 6), experts=nn.ModuleList(nn.Linear(6, 6) for _ in range(3)))
+    model.calls_idle = calls_idle
+    later = [[0, 0, 1] * 4, [0, 1] * 4, *ROUTES.values()]
+    record_or_refuse(tmp_path, model, [choosing(*one) for one in (ROUTES[first], *later)], r"experts\.\d")
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 12])
+@pytest.mark.parametrize("numbers", [torch.zeros, torch.ones, torch.rand])
+def test_a_table_of_the_models_own_needs_a_pass_of_each_sample(tmp_path: Path, numbers: Any, count: int) -> None:
+    forward = lambda self, x: self.out(x + self.layer(self.table).sum(0))  # noqa: E731
+    table = nn.Parameter(numbers(count, 6))
+    model = Applied(forward, layer=nn.Linear(6, 6), table=table, out=nn.Linear(6, 2))
+    record_or_refuse(tmp_path, model, [of(6), of(6)], "layer")
+
+
+def packed(*ids: list[int]) -> Step:
+    flat = [one for row in ids for one in row]
+    samples = list(dict.fromkeys(one for one in flat if one >= 0))
+    places = torch.tensor([samples.index(one) if one >= 0 else len(samples) for one in flat])
+
+    def loss(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        each = torch.cat([weights, torch.zeros(1)])[places]
+        return (rows(model(**batch).flatten(0, 1)) * each).sum() / len(weights)
+
+    return Step([{"x": torch.randint(0, 20, (len(ids), len(ids[0])))}], [samples], loss, [torch.tensor(ids)])
+
+
+@BOTH
+def test_packed_samples_may_lie_in_several_rows_beside_tokens_of_nobody(tmp_path: Path, options: Any) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.layer(self.table(x)))
+        out: torch.Tensor = self.out(hidden @ self.layer.weight if options else hidden)
+        return out
+
+    layers = {"table": nn.Embedding(20, 6), "layer": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "out": nn.Linear(6, 2)}
+    steps = [
+        packed([1, 1, 2, 2, -1], [3, 3, 3, 1, 1]),
+        packed([4, 4, 4, 4, 2, 2, -7]),
+        packed([1, 2], [2, 1], [-1, -1]),
+    ]
+    record(tmp_path / "s", Applied(forward, **layers), [*steps, packed([5, 5, 5])], **options)
+
+
+# --- what is switched on and off, and what is refused --------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("switched", [(True, False, True), (False, True, False)], ids=str)
+def test_autocast_may_be_switched_on_and_off(tmp_path: Path, switched: tuple[bool, ...], options: Any) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.on):
+            out: torch.Tensor = self.out(self.norm(self.layer(x)[0] if options else self.layer(x)))
+        return out.float()
+
+    def switch(on: bool) -> Step:
+        return of(5, 6, prepare=lambda model: setattr(model, "on", on), limit=HALF if on else FLOAT32)
+
+    layer = lstm() if options else nn.Linear(6, 6)
+    model = Applied(forward, layer=layer, norm=nn.LayerNorm(6), out=nn.Linear(6, 2))
+    record(tmp_path / "s", model, list(map(switch, switched)), **options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_is_refused_by_name_where_each_sample_has_a_pass(tmp_path: Path) -> None:
+    forward = lambda self, x: self.inner(self.lstm(x)[0])  # noqa: E731
+    other, refused = (Applied(forward, lstm=lstm(), inner=Checkpointed(one).eval()) for one in (False, True))
+    record(tmp_path / "other", other, [of(5, 6), of(4, 6)], **BY_SAMPLE)
+    with pytest.raises(CoverageError, match="use_reentrant=True: use use_reentrant=False"):
+        record(tmp_path / "refused", refused, [of(5, 6)], **BY_SAMPLE)
+
+
+@BOTH
+def test_synchronised_batch_norm_is_refused_however_often_it_is_tried(store: timstore.Store, options: Any) -> None:
+    model = Net(nn.SyncBatchNorm(5), nn.Linear(6, 2))
+    with store.record(model, sgd(model), **options):
+        for _ in range(3):
+            with pytest.raises(CoverageError, match="SyncBatchNorm"):
+                model(x=torch.randn(4, 5, 6), sample_ids=IDS)
+    assert store.sql("SELECT count(*) FROM steps").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("taken", ["logits", "hidden pooled logits"])
+def test_no_activation_outlives_its_step_where_each_sample_has_a_pass(store: timstore.Store, taken: str) -> None:
+    model, losses = chained(as_tuple), []
+    alive: list[weakref.ref[Any]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        given = (*args, *(output if isinstance(output, tuple) else [output]))
+        alive.extend(weakref.ref(one.untyped_storage()) for one in given if isinstance(one, torch.Tensor))
+
+    for module in model.modules():
+        module.register_forward_hook(note)
+    with store.record(model, (optimizer := sgd(model)), **BY_SAMPLE):
+        for _ in range(3):
+            losses.append(taking(taken)(model, {"x": torch.randn(4, 5, 6), "sample_ids": IDS}, torch.ones(4)))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()
+        assert len(alive) > 20
+        assert [one() for one in alive if one() is not None] == []
+    assert len(losses) == 3
