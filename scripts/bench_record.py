@@ -10,12 +10,12 @@ Settings, all with AdamW, clipping and batches of 8 samples:
 - width 128, width 512: a transformer of depth 4 on sequences of 64 tokens of the standard library, with 655,360 and
   10.5 million weights (a fifth of the steps, which take ten times as long);
 - demo's Llama: on the same sequences;
-- ViT, ResNet: transformers' own, of 2.7 and 2.8 million weights, on scikit-learn's digits at 32 x 32 pixels (a fourth
-  and a half of the steps);
+- ViT, ResNet: transformers' own, of 2.7 and 2.8 million weights, on scikit-learn's digits at 32 x 32 pixels (an
+  eighth and a third of the steps);
 - GPT-2 + LoRA: transformers' GPT-2 of width 256 and depth 6 with peft's adapters, 196,608 weights, on the same
-  sequences as the Llama (an eighth of the steps);
+  sequences as the Llama (a tenth of the steps);
 - sentence encoder: all-MiniLM-L6-v2, 22.6 million weights, on functions of the standard library and docstrings, of 64
-  tokens each, where a sample is two rows of the model's batch (a twentieth of the steps). Its weights come from the
+  tokens each, where a sample is two rows of the model's batch (a 25th of the steps). Its weights come from the
   package index at the first call, and stay in the user's cache.
 
 Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured there at width

@@ -197,8 +197,8 @@ def share(steps: int, part: int) -> int:
 
 # Given the number of steps of the smallest setting of bench_record.py, of which the longer ones take a part.
 REAL_MODELS: dict[str, Callable[[int], Work]] = {
-    "ViT": lambda steps: of_digits(vit, share(steps, 4)),
-    "ResNet": lambda steps: of_digits(resnet, share(steps, 2)),
-    "GPT-2 + LoRA": lambda steps: gpt2_work(share(steps, 8)),
-    "sentence encoder": lambda steps: encoder_work(share(steps, 20)),
+    "ViT": lambda steps: of_digits(vit, share(steps, 8)),
+    "ResNet": lambda steps: of_digits(resnet, share(steps, 3)),
+    "GPT-2 + LoRA": lambda steps: gpt2_work(share(steps, 10)),
+    "sentence encoder": lambda steps: encoder_work(share(steps, 25)),
 }

@@ -19,7 +19,7 @@ from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Autocast, Call, Input
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
-from timstore.recording.looking import Look, Watch
+from timstore.recording.looking import Look, Place, Watch
 from timstore.recording.modules import EmbeddingKind, Kind
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
@@ -149,7 +149,8 @@ class Capture:
         layout: Layout | None = None,
     ) -> None:
         if self.watch is not None:
-            if isinstance(given, torch.Tensor) and layout is None:
+            # Of an attention's projections the first ones, (L, N, E), say where the samples are.
+            if isinstance(given, torch.Tensor) and (layout is None or given.ndim == 3):
                 self.watch.note(kind.name, given)
             return
         batch = self._batch(kind.module)
@@ -168,7 +169,9 @@ class Capture:
         if batch.empty or not _requires_grad(output):
             return
         try:
-            placed = layout or self._place(kind, given, output, batch)
+            placed = self._place(kind, given, output, batch) if layout is None else layout
+            if layout is not None:
+                self._check_attention(kind, given, batch, layout)
         except CoverageError:
             if not self._by_sample:
                 raise
@@ -230,6 +233,19 @@ class Capture:
                 module=kind.name,
             )
         return found
+
+    def _check_attention(self, kind: Kind, given: torch.Tensor, batch: MicroBatch, layout: Layout) -> None:
+        """Refuse an attention whose own axis of samples is not the batch."""
+        rows = len(batch.ids)
+        place = self.seen.places.get(kind.name) if self.seen is not None and rows > 1 else Place(Axis(1))
+        seen = batch.layout is None and place is not None and place.layout == Axis(1)
+        if not seen or not layout.fits(given.shape, rows):
+            raise CoverageError(
+                f"module {kind.name} (MultiheadAttention) has the batch of {rows} samples on another axis than it "
+                f"takes for it (batch_first={kind.module.batch_first}), or packed: {WAY_OUT}",
+                kind="order-check",
+                module=kind.name,
+            )
 
     def _check_separable(self, kind: Kind) -> None:
         """Warn of a module whose output for one sample depends on the others."""

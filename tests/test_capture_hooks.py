@@ -1,0 +1,175 @@
+"""What the loop does beside the model: hooks of the user's own, several backward passes, refusals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from coverage_models import Applied
+from networks import Net
+from references import Batch, one_by_one
+from test_capture_later_steps import (
+    BOTH,
+    BY_SAMPLE,
+    FLOAT32,
+    IDS,
+    Model,
+    Step,
+    check,
+    lstm,
+    of,
+    record,
+    record_or_refuse,
+    rows,
+)
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import timstore
+from timstore.errors import CoverageError
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("taken", ["inside an object in the output", "not returned", "summed over samples"])
+def test_what_is_not_returned_by_sample_is_refused_in_the_first_loss(tmp_path: Path, taken: str) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        hidden = self.lstm(x)[0]
+        self.kept = [hidden]
+        inside = SimpleNamespace(states=(hidden,)) if taken.startswith("inside") else None
+        return SimpleNamespace(logits=self.head(hidden), inside=inside, total=rows(hidden).sum())
+
+    def loss(model: Any, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        output = model(**batch)
+        if taken == "summed over samples":
+            return (rows(output.logits) * weights).mean() + output.total
+        return ((rows(output.logits) + rows(model.kept[0])) * weights).mean()
+
+    model = Model(forward, lstm=lstm(), head=nn.Linear(6, 2))
+    with pytest.raises(CoverageError, match="takes something from the model that it does not return"):
+        record(tmp_path / "s", model, [of(5, 6, loss=loss)], **BY_SAMPLE)
+
+
+@BOTH
+def test_a_sequence_may_run_more_often_later(tmp_path: Path, options: Any) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(x.shape[1] - 2):
+            x = self.block(x)
+        return x
+
+    model = Model(forward, block=nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.LayerNorm(6)))
+    record(tmp_path / "s", model, [of(3, 6), of(5, 6), of(4, 6)], **options)
+
+
+@BOTH
+@pytest.mark.parametrize("first", [False, True])
+def test_inputs_may_require_gradients_or_not(tmp_path: Path, first: bool, options: Any) -> None:
+    steps = [of(5, 6) for _ in range(3)]
+    for number, step in enumerate(steps):
+        step.batches[0]["x"].requires_grad_(first == (number % 2 == 0))
+    record(tmp_path / "s", Net(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)), steps, **options)
+
+
+def steered(kind: str) -> tuple[nn.Module, Callable[[bool], Step]]:
+    """A model with a hook that changes something while it is on."""
+    switch = {"on": False}
+    first, out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def thrice(gradients: Any) -> Any:
+        return (gradients[0] * 3,) if switch["on"] and gradients[0] is not None else None
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        if kind == "of a tensor" and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * 3 if switch["on"] else None)
+        return self.out(hidden.tanh())  # type: ignore[no-any-return]
+
+    if kind == "before a module":
+        out.register_forward_pre_hook(lambda module, args: (args[0] * 3,) if switch["on"] else None)
+    elif kind == "after a module":
+        first.register_forward_hook(lambda module, args, output: output * 3 if switch["on"] else None)
+    elif kind == "backward":
+        out.register_full_backward_hook(lambda module, given, gradients: thrice(given))
+    elif kind == "before backward":
+        out.register_full_backward_pre_hook(lambda module, gradients: thrice(gradients))
+    elif kind == "of a parameter":
+        first.weight.register_hook(lambda gradient: gradient * 3 if switch["on"] else gradient)  # type: ignore[no-untyped-call]
+    return Model(forward, first=first, out=out), lambda on: of(5, 6, prepare=lambda model: switch.update(on=on))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["of a tensor", "before a module", "backward", "before backward"])
+def test_hooks_of_the_users_own_may_begin_to_change_things_later(tmp_path: Path, kind: str, options: Any) -> None:
+    model, step = steered(kind)
+    record(tmp_path / "s", model, [step(False), step(True), step(False)], **options)
+
+
+@pytest.mark.parametrize("kind", ["after a module", "of a parameter"])
+def test_hooks_that_change_what_is_recorded_from_the_start_need_a_pass_of_each_sample(
+    tmp_path: Path, kind: str
+) -> None:
+    model, step = steered(kind)
+    record_or_refuse(tmp_path, model, [step(True), step(True)], r"first\.weight.*add up to something else")
+
+
+def test_a_weight_that_is_computed_needs_a_pass_of_each_sample(tmp_path: Path) -> None:
+    model = Net(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2))
+    record_or_refuse(tmp_path, model, [of(5, 6), of(4, 6)], "parametrizations")
+
+
+@BOTH
+def test_one_forward_pass_may_have_several_backward_passes(tmp_path: Path, options: Any) -> None:
+    model = Model(
+        lambda self, x: self.norm(self.layer(x)[0] if options else self.layer(x)),
+        layer=lstm() if options else nn.Linear(6, 6),
+        norm=nn.LayerNorm(6),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = [of(5, 6) for _ in range(2)]
+    wanted = [one_by_one(model, step.batches, step.ids, step.loss) for step in steps]
+    with timstore.open(tmp_path / "s") as store:
+        with store.record(model, optimizer, **options):
+            for parts, step in zip(((1.0,), (0.25, 0.75)), steps, strict=True):
+                loss = step.loss(model, {**step.batches[0], "sample_ids": IDS}, torch.ones(4))
+                for part in parts:
+                    (part * loss).backward(retain_graph=True)
+                optimizer.step()
+                optimizer.zero_grad()
+        check(store, wanted, [FLOAT32] * 2)
+
+
+@BOTH
+def test_gradients_that_are_asked_for_and_not_accumulated_are_refused_at_first(
+    store: timstore.Store, options: Any
+) -> None:
+    model = Net(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with store.record(model, optimizer, **options):
+        loss = rows(model(x=torch.randn(4, 5, 6), sample_ids=IDS)).mean()
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        loss.backward()
+        with pytest.raises(CoverageError, match="add up to something else"):
+            optimizer.step()
+
+
+def test_a_batch_that_was_refused_leaves_no_trace_in_the_next_step(tmp_path: Path) -> None:
+    forward = lambda self, x: self.always(x).tanh() + (self.late(x) if x.shape[1] < 5 else 0)  # noqa: E731
+    model = Applied(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = [of(5, 6) for _ in range(3)]
+    wanted = [one_by_one(model, step.batches, step.ids, step.loss) for step in steps]
+    with timstore.open(tmp_path / "s") as store:
+        with store.record(model, optimizer):
+            for step in steps:
+                step.loss(model, {**step.batches[0], "sample_ids": IDS}, torch.ones(4)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with pytest.raises(CoverageError, match="late"):
+                    model(x=torch.randn(4, 4, 6), sample_ids=[1, 2, 3, 4])
+        check(store, wanted, [FLOAT32] * 3)
+        assert store.sql("SELECT DISTINCT sample_ids FROM steps").fetchall() == [(IDS,)]
