@@ -22,7 +22,8 @@ Opacus and dattri-LLM are installed into environments of their own (in the user'
 128 against the bare loop there. `torch.func` is measured with the first three settings alone. A pass of each sample is
 not measured with the ResNet, whose BatchNorm makes another loss of a batch of one.
 
-Run: python scripts/bench_record.py (about RUNTIME minutes on two cores; --quick for a look; --sweep for growth)
+Run: python scripts/bench_record.py (about 25 minutes on two cores, 15 of them for the last four settings; --quick for a
+look; --sweep for growth)
 """
 
 import math
