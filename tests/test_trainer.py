@@ -1,8 +1,11 @@
 """Recording transformers' Trainer, whatever its version."""
 
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -21,6 +24,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:first order"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Take back what TrainingArguments tell Accelerate, which reads it in every later training of the process."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -242,3 +252,11 @@ def test_a_compiled_training_and_a_late_callback_are_refused(tmp_path: Path) -> 
         trainer.add_callback(recorder(store))
         with pytest.raises(StateError, match="attach"):
             trainer.train()
+
+
+def test_a_model_that_accelerate_compiles_by_its_environment_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    with timstore.open(tmp_path / "s") as store, pytest.raises(CoverageError, match=r"compiled.*torch\.compile"):
+        trained(new_model("llama"), [recorder(store)], tmp_path / "t")

@@ -16,6 +16,7 @@ from timstore.errors import CoverageError, InvalidInputError, StateError, Timsto
 from timstore.ranks import world
 from timstore.recording import Recorder
 from timstore.samples import names_of_samples, sample_named
+from timstore.wrappers import inner_model
 
 __all__ = ["TrajectoryCallback", "content_ids"]
 
@@ -86,6 +87,7 @@ class TrajectoryCallback(TrainerCallback):
                 "callback.attach(trainer) before trainer.train()"
             )
         _check_arguments(args)
+        inner_model(self._trainer.model_wrapped)  # Accelerate may have compiled it without a word in the arguments
         self._epoch = _epoch_of(args, state)
         self._store = self._given if isinstance(self._given, Store) else open_store(self._given)
         keys = self._keys(self._store)
