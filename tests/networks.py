@@ -20,17 +20,6 @@ class Net(nn.Module):
         return out
 
 
-def squares(model: nn.Module, batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """A mean loss in which each sample has a weight of its own."""
-    outputs = model(**batch)
-    return (outputs.flatten(1).square().sum(1) * weights).mean()
-
-
-def vectors(*shape: int) -> list[dict[str, torch.Tensor]]:
-    torch.manual_seed(1)
-    return [{"x": torch.randn(4, *shape)} for _ in range(2)]
-
-
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2))

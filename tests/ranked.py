@@ -102,7 +102,6 @@ class Power(transformers.TrainerCallback):
 
 def by_trainer(folder: Path, *, killed_at: int = 0, resume: bool = False) -> None:
     warnings.simplefilter("ignore")
-    held = [{**row, "labels": row["input_ids"]} for row in rows()]
     model = new_model("llama")
     with timstore.open(folder / "s") as store:
         callbacks = [recorder(store), *([Power(killed_at)] if killed_at else [])]
@@ -110,7 +109,7 @@ def by_trainer(folder: Path, *, killed_at: int = 0, resume: bool = False) -> Non
             model,
             callbacks,
             folder / "t",
-            Rows(held),
+            Rows(rows(masked=False)),
             per_device_train_batch_size=2,
             save_strategy="steps",
             save_steps=2,

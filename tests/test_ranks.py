@@ -45,6 +45,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def by_trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    torchrun("trainer", folder)
+    return folder
+
+
 def test_the_sum_over_processes_is_the_gradient_that_both_consumed(plain: Path) -> None:
     consumed = [torch.load(plain / f"consumed-{rank}.pt") for rank in (0, 1)]
     with timstore.open(plain / "s", "r") as store:
@@ -95,11 +102,12 @@ def test_gradients_that_are_no_mean_over_the_processes_are_refused(tmp_path: Pat
     assert [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)] == ["gradient-changed"] * 2
 
 
-def test_a_trainer_of_two_processes_killed_and_restarted_leaves_no_hole_and_no_double(tmp_path: Path) -> None:
-    torchrun("trainer", tmp_path / "whole")
+def test_a_trainer_of_two_processes_killed_and_restarted_leaves_no_hole_and_no_double(
+    by_trainer: Path, tmp_path: Path
+) -> None:
     torchrun("trainer-killed", tmp_path / "cut", dies=True)
     torchrun("trainer-resumed", tmp_path / "cut")
-    with timstore.open(tmp_path / "whole" / "s") as whole, timstore.open(tmp_path / "cut" / "s") as cut:
+    with timstore.open(by_trainer / "s", "r") as whole, timstore.open(tmp_path / "cut" / "s") as cut:
         assert cut.sql("SELECT from_step, ranks FROM attempts ORDER BY attempt").fetchall() == [(0, 2), (4, 2)]
         assert live(cut) == live(whole)
     model = new_model("llama")
@@ -108,11 +116,15 @@ def test_a_trainer_of_two_processes_killed_and_restarted_leaves_no_hole_and_no_d
         assert cut.rollback(model, [103]).records == 2
 
 
-def test_a_trainer_of_two_processes_equals_one_with_the_doubled_batch(tmp_path: Path) -> None:
-    torchrun("trainer", tmp_path)
-    held = [{**row, "labels": row["input_ids"]} for row in rows()]
-    with timstore.open(tmp_path / "alone") as alone, timstore.open(tmp_path / "s") as together:
-        trained(new_model("llama"), [recorder(alone)], tmp_path / "u", Rows(held), per_device_train_batch_size=4)
+def test_a_trainer_of_two_processes_equals_one_with_the_doubled_batch(by_trainer: Path, tmp_path: Path) -> None:
+    with timstore.open(tmp_path / "alone") as alone, timstore.open(by_trainer / "s", "r") as together:
+        trained(
+            new_model("llama"),
+            [recorder(alone)],
+            tmp_path / "u",
+            Rows(rows(masked=False)),
+            per_device_train_batch_size=4,
+        )
         want = {(one.step, one.sample): one for one in alone.read()}
         got = {(one.step, one.sample): one for one in together.read()}
         assert got.keys() == want.keys()

@@ -26,13 +26,16 @@ def new_model(name: str) -> nn.Module:
     return MODELS[name]()
 
 
-def rows(count: int = ROWS, *, key: str | None = "idx", text: bool = False) -> list[dict[str, Any]]:
-    """Rows of unequal numbers of labels, as masked prompts leave them, and a column that no model knows."""
+def rows(
+    count: int = ROWS, *, key: str | None = "idx", text: bool = False, masked: bool = True
+) -> list[dict[str, Any]]:
+    """Rows with a column that no model knows; `masked`, of unequal numbers of labels, as masked prompts leave them."""
     draw = torch.Generator().manual_seed(5)
     found = []
     for number in range(count):
         tokens = torch.randint(2, 60, (LENGTH,), generator=draw).tolist()
-        row = {"input_ids": tokens, "labels": [-100] * (number % 4) + tokens[number % 4 :], "source": f"file {number}"}
+        hidden = number % 4 if masked else 0
+        row = {"input_ids": tokens, "labels": [-100] * hidden + tokens[hidden:], "source": f"file {number}"}
         if key is not None:
             row[key] = f"document {number}" if text else 100 + number
         found.append(row)

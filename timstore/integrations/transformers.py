@@ -13,6 +13,7 @@ from timstore import Store
 from timstore import open as open_store
 from timstore.content import content_rows, row_hash, sample_of
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.intake import whole_number
 from timstore.ranks import world
 from timstore.recording import Recorder
 from timstore.samples import names_of_samples, sample_named
@@ -209,8 +210,9 @@ def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
         if "input_ids" not in row:
             raise InvalidInputError(f"row {number} has no input_ids, by which it could be known: {sorted(row)}")
         given = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "attention_mask") if name in row}
-        (tokens,) = content_rows((), given) or [torch.empty(0)]
-        found.append(sample_of(row_hash(tokens)))
+        rows = content_rows((), given)
+        assert rows is not None
+        found.append(sample_of(row_hash(rows[0])))
     return found
 
 
@@ -240,13 +242,7 @@ class _WithIds:
     def _id(self, value: Any) -> int:
         if isinstance(value, str):
             return sample_named(value, self.keys, self._column)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise InvalidInputError(
-                f"{self._column} holds {value!r}: a sample's id is an integer, or text", kind="wrong-ids"
-            )
-        return int(value)
+        return whole_number(value, f"{self._column}, a sample's id,")
 
 
 def _without_ids(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

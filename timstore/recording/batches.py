@@ -14,11 +14,9 @@ from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
 from timstore.recording.calls import Call, Input
 from timstore.recording.layouts import Layout, owners_of
+from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
 from timstore.samples import sample_named
-
-# Parameter (by identity) and, per captured sample, its part of the gradient.
-Captured = list[tuple[nn.Parameter, list[Gradient]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -117,6 +115,14 @@ class MicroBatch:
         for call in self._calls:
             call.release()
         self.captured, self.passed, self.entries = [], [], []
+
+
+def by_parameter(captured: Captured) -> dict[int, list[Gradient]]:
+    """Return every part of every sample, by the parameter's identity."""
+    found: dict[int, list[Gradient]] = {}
+    for parameter, parts in captured:
+        found.setdefault(id(parameter), []).extend(parts)
+    return found
 
 
 def records_of(

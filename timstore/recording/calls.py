@@ -1,6 +1,7 @@
 """One call of a module in a forward pass: what it was given, and whose part of it is to be copied."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from timstore.records import widen
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.
 HostRows = np.ndarray | list[np.ndarray]
+# Positional and by name.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -60,7 +63,7 @@ class Call:
     input: Input
     version: int
     output_shape: torch.Size
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
+    arguments: Arguments | None
     autocast: "Autocast"
     random: torch.Tensor | None
     buffers: Buffers
@@ -149,6 +152,16 @@ class Autocast:
     def again(self) -> AbstractContextManager[Any]:
         """Return a context in which it is as it was; tensors are not cached, which would keep the graph."""
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+def with_each_tensor(arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    """Return positional and keyword arguments with every tensor among them changed; those inside others stay."""
+
+    def one(value: Any) -> Any:
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = arguments
+    return tuple(one(value) for value in args), {name: one(value) for name, value in kwargs.items()}
 
 
 def tokens(parts: torch.Tensor) -> torch.Tensor:

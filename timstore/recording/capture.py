@@ -16,7 +16,7 @@ from timstore.errors import CoverageError, InvalidInputError, StateError, Timsto
 from timstore.recording.attention import Projections
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
-from timstore.recording.calls import Autocast, Call, Input
+from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
 from timstore.recording.looking import Look, Place, Watch
@@ -103,7 +103,8 @@ class Capture:
             if kind.needs_random and not self.is_replaying and torch.is_grad_enabled():
                 random[:] = [torch.get_rng_state()]
 
-        self._handles.append(kind.module.register_forward_pre_hook(before))
+        if kind.needs_arguments:  # nothing else is computed again
+            self._handles.append(kind.module.register_forward_pre_hook(before))
         self._handles.append(kind.module.register_forward_hook(forward, with_kwargs=True))
         if isinstance(kind, EmbeddingKind):
             self._handles.append(kind.module.register_forward_pre_hook(self._expand))
@@ -144,7 +145,7 @@ class Capture:
         kind: Kind,
         given: Any,
         output: Any,
-        arguments: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        arguments: Arguments | None,
         random: torch.Tensor | None,
         layout: Layout | None = None,
     ) -> None:
@@ -169,8 +170,9 @@ class Capture:
         if batch.empty or not _requires_grad(output):
             return
         try:
-            placed = self._place(kind, given, output, batch) if layout is None else layout
-            if layout is not None:
+            if layout is None:
+                layout = self._place(kind, given, output, batch)
+            else:
                 self._check_attention(kind, given, batch, layout)
         except CoverageError:
             if not self._by_sample:
@@ -178,14 +180,14 @@ class Capture:
             batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
             return
         self._check_separable(kind)
-        kept = (_detached(arguments[0]), _detached(arguments[1])) if kind.needs_arguments and arguments else None
+        kept = with_each_tensor(arguments, torch.Tensor.detach) if kind.needs_arguments and arguments else None
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
         call = Call(
             len(batch.ids),
             batch.positions,
             batch.chosen(output.device),
-            placed,
+            layout,
             shared,
             given._version,
             output.shape,
@@ -305,12 +307,3 @@ def _hooked(output: torch.Tensor) -> torch.Tensor:
     whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     # A permuted view has its elements in another order than what it is a view of.
     return base if base is not None and whole and base.requires_grad else output
-
-
-def _detached(values: Any) -> Any:
-    def one(value: Any) -> Any:
-        return value.detach() if isinstance(value, torch.Tensor) else value
-
-    if isinstance(values, dict):
-        return {name: one(value) for name, value in values.items()}
-    return tuple(one(value) for value in values)

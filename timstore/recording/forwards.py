@@ -155,8 +155,7 @@ class Forwards:
         # Until the first step has proved that the parts add up, all of them are needed.
         if self._samples is not None and self.proved:
             positions = [position for position, one in enumerate(given.samples) if one in self._samples]
-        layout = given.layout
-        self._current = MicroBatch(given.samples, positions, given.rows, layout)
+        self._current = MicroBatch(given.samples, positions, given.rows, given.layout)
         self.pending.append(self._current)
         self._accumulation.extremes = self._keeps_gradients or not all(one.empty for one in self.pending)
 

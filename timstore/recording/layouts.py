@@ -29,10 +29,6 @@ class Layout(Protocol):
         """Return a view per sample: (B, ...), or one (tokens, ...) each where they differ in length."""
         ...
 
-    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        """Return the shape of one sample's part, of a tensor that fits."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -45,9 +41,6 @@ class Axis:
 
     def parts(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         return tensor.movedim(self.number, 0)
-
-    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        return (*shape[: self.number], *shape[self.number + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +58,6 @@ class Folded:
             return tensor.reshape(len(tensor) // batch, batch, *rest).movedim(1, 0)
         return tensor.reshape(batch, len(tensor) // batch, *rest)
 
-    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        return (shape[0] // batch, *shape[1:])
-
 
 @dataclass(frozen=True, slots=True)
 class Whole:
@@ -78,9 +68,6 @@ class Whole:
 
     def parts(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         return tensor[None]
-
-    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,14 +86,11 @@ class Owners:
         flat = tensor.reshape(self.count, *tensor.shape[axes:])
         return [flat[places.to(flat.device)] for places in self.tokens]
 
-    def of_one(self, shape: Sequence[int], batch: int) -> tuple[int, ...]:
-        return tuple(shape)  # which differs from sample to sample
-
     def _leading(self, shape: Sequence[int]) -> int | None:
         return next((axes for axes in range(1, len(shape) + 1) if math.prod(shape[:axes]) == self.count), None)
 
 
-CANDIDATES: tuple[Layout, ...] = (Axis(0), Axis(1), Folded(), Folded(token_major=True), Axis(2))
+CANDIDATES: tuple[Axis | Folded, ...] = (Axis(0), Axis(1), Folded(), Folded(token_major=True), Axis(2))
 """What may be found by looking, the most likely first."""
 
 

@@ -28,18 +28,18 @@ class Watch:
 
     Attributes:
         rows: of the batch.
-        calls: of each module: the shape that it was given and, for each layout that fits, a summary of every sample.
+        calls: of each module, for each layout that fits what it was given: a sample's shape, and a summary of each.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.calls: dict[str, list[tuple[torch.Size, dict[Layout, torch.Tensor]]]] = {}
+        self.calls: dict[str, list[dict[Layout, tuple[torch.Size, torch.Tensor]]]] = {}
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """Note what a module is given."""
         fitting = [layout for layout in CANDIDATES if tensor.numel() and layout.fits(tensor.shape, self.rows)]
-        summaries = {layout: _summary(layout.parts(tensor.detach(), self.rows)) for layout in fitting}
-        self.calls.setdefault(name, []).append((tensor.shape, summaries))
+        parts = {layout: layout.parts(tensor.detach(), self.rows) for layout in fitting}
+        self.calls.setdefault(name, []).append({one: (part.shape[1:], _summary(part)) for one, part in parts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,13 @@ class Look:
         A module that was not seen is not known: it may have its input from anywhere.
         """
         place = self.places.get(name)
-        if place is None or not isinstance(place.layout, Folded) or sizes == self.sizes:
-            known = place is not None and (not place.tokens or shape[0] == place.tokens * rows)
-            return place.layout if place is not None and known else None
-        # Other lengths than those that were seen: some argument must have them too. Where tokens are chosen by what
+        if place is None or not place.tokens:
+            return None if place is None else place.layout
+        count, rest = divmod(shape[0], rows)
+        # Of other lengths than those that were seen: some argument must have them too. Where tokens are chosen by what
         # they hold, as for an expert, their number fits only by chance.
-        lengths = {size[0] for size in sizes if size}
-        return place.layout if shape[0] % rows == 0 and shape[0] // rows in lengths else None
+        expected = {place.tokens} if sizes == self.sizes else {size[0] for size in sizes if size}
+        return place.layout if not rest and count in expected else None
 
 
 def look(
@@ -145,12 +145,11 @@ def _places(straight: Watch, reverse: Watch, fewer: Watch) -> dict[str, Place | 
     for name, calls in straight.calls.items():
         others = reverse.calls.get(name, []), fewer.calls.get(name, [])
         places: list[Place] | None = None if len(calls) == len(others[0]) == len(others[1]) else []
-        for (whole, before), (_, after), (less, _) in zip(calls, *others, strict=False):
+        for before, after, less in zip(calls, *others, strict=False):
             alike = []
-            for layout, summary in before.items():
-                sample = layout.of_one(whole, straight.rows)
-                shrunk = layout.fits(less, fewer.rows) and layout.of_one(less, fewer.rows) == sample
-                if shrunk and layout in after and _turned_alike(summary, after[layout]):
+            for layout, (sample, summary) in before.items():
+                shrunk = layout in less and less[layout][0] == sample
+                if shrunk and layout in after and _turned_alike(summary, after[layout][1]):
                     alike.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0))
             places = [place for place in (alike if places is None else places) if place in alike]
         found[name] = places[0] if places else None

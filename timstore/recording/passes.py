@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError
-from timstore.recording.batches import Entry, MicroBatch
+from timstore.recording.batches import Entry, MicroBatch, by_parameter
 from timstore.recording.capture import Capture
 from timstore.recording.checks import unlike
 from timstore.recording.layouts import Axis, only
@@ -168,11 +168,8 @@ class Passes:
         finally:
             self._looking = False
         shown, batch.captured = batch.captured, before
-        parts: dict[int, list[Gradient]] = {}
-        for parameter, captured in shown:
-            parts.setdefault(id(parameter), []).extend(captured)
         known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
-        off = unlike(self._parameters, known, parts, 1 / self._scale)
+        off = unlike(self._parameters, known, by_parameter(shown), 1 / self._scale)
         return {id(self._parameters[name]) for name in off}
 
 

@@ -15,7 +15,7 @@ from timstore.format.commits import Scope
 from timstore.intake import whole_number
 from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
-from timstore.recording.batches import MicroBatch, on_host
+from timstore.recording.batches import on_host
 from timstore.recording.capture import Capture
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
@@ -82,17 +82,8 @@ class Recorder:
             keeps_gradients=self._history.keeps_gradients,
         )
         self._options = options
-        self._stepping_options = {
-            "history": self._history,
-            "ranks": self._ranks,
-            "samples": self._samples,
-            "scaler": options.scaler if options.scaler is not None else scaler,
-            "mean_over": options.mean_over,
-            "budget": options.budget,
-            "rank": rank,
-            "allow_zero": options.allow_zero,
-            "by_sample": options.capture == "per-sample",
-        }
+        self._scaler = options.scaler if options.scaler is not None else scaler
+        self._rank = rank
         self._untrained = untrained
         self._epoch, self._step = 0, 0
         self._kept_at: tuple[int, int] | None = None
@@ -181,14 +172,11 @@ class Recorder:
         forwards, keep, options = self._forwards, self._handles.append, self._options
         by_sample, scale = options.capture == "per-sample", 1 / self._ranks.count
 
-        def recomputed(module: int) -> MicroBatch | None:
-            return passes.running(module)
-
         capture = Capture(
             self._model,
             self._parameters.values(),
             lambda: forwards.current,
-            recomputed,
+            lambda module: passes.running(module),
             by_sample=by_sample,
             scale=scale,
         )
@@ -218,7 +206,15 @@ class Recorder:
             self._untrained,
             forwards=forwards,
             accumulation=accumulation,
-            **self._stepping_options,
+            history=self._history,
+            ranks=self._ranks,
+            samples=self._samples,
+            scaler=self._scaler,
+            mean_over=options.mean_over,
+            budget=options.budget,
+            rank=self._rank,
+            allow_zero=options.allow_zero,
+            by_sample=by_sample,
         )
         keep(self._stepping)
 

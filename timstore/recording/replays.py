@@ -1,5 +1,6 @@
 """Modules computed again, alone, to know one sample's gradient: norms, layers of one's own, bare parameters."""
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from timstore.errors import CoverageError
-from timstore.recording.calls import Call, rows_of
+from timstore.recording.calls import Arguments, Call, rows_of, with_each_tensor
 from timstore.recording.layouts import Axis, only
 from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up, wide_dtype
 from timstore.records import Gradient
@@ -59,7 +60,6 @@ class ReplayedKind(Kind):
             return []
         # Other tensors than the input may have as many rows by chance.
         sliced = call.layout == Axis(0) and call.random is None and _tensors_in(call.arguments) == 1
-        gradient = gradient.reshape(call.output_shape)
         with self._replaying(), torch.enable_grad(), call.autocast.again():
             quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
             if quick is None or self._only_scales is None:
@@ -84,7 +84,10 @@ class ReplayedKind(Kind):
         shapes = [tuple(one.shape) for one in held.values()]
         if any(not shape or tuple(call.output_shape[-len(shape) :]) != shape for shape in shapes):
             return None
-        args, kwargs = _rows(call.arguments, call.chosen, call.batch)
+        chosen = call.chosen
+        args, kwargs = call.arguments
+        if chosen is not None:
+            args, kwargs = _of_samples(call.arguments, call.batch, lambda value: value.index_select(0, chosen))
         grads = call.samples(gradient)
         assert isinstance(grads, torch.Tensor)
         with torch.no_grad():
@@ -105,10 +108,11 @@ class ReplayedKind(Kind):
     ) -> Iterator[Sequence[torch.Tensor]]:
         assert call.arguments is not None
         for position in call.captured:
-            args, kwargs = _row(call.arguments, position, call.batch)
+            row = slice(position, position + 1)
+            args, kwargs = _of_samples(call.arguments, call.batch, operator.itemgetter(row))
             leaves = _leaves(held)
             output = self._run(leaves, args, kwargs)
-            yield _pull_back(output, leaves, gradient[position : position + 1])
+            yield _pull_back(output, leaves, gradient[row])
 
     def _from_all(
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
@@ -138,9 +142,8 @@ class BatchNormKind(Kind):
             normal = nn.functional.batch_norm(
                 call.held().float(), mean, variance, training=mean is None, momentum=0.0, eps=module.eps
             )
-            given = gradient.reshape(normal.shape)
-            of_weight = call.samples(given * normal)
-            of_bias = call.samples(given)
+            of_weight = call.samples(gradient * normal)
+            of_bias = call.samples(gradient)
         captured: Captured = []
         for parameter, parts in ((module.weight, of_weight), (module.bias, of_bias)):
             if isinstance(parameter, nn.Parameter) and wanted(parameter):
@@ -175,7 +178,7 @@ class LookUpKind(Kind):
                 module=self.name,
             )
         ids, rows, padding = seen[0]
-        (grads,) = torch.autograd.grad(output, rows, gradient.reshape(output.shape))
+        (grads,) = torch.autograd.grad(output, rows, gradient)
         found: list[Gradient] = [
             looked_up(call, one.reshape(-1), rows_of(part), weight, padding)
             for one, part in zip(call.samples(ids), call.samples(grads), strict=True)
@@ -257,23 +260,6 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).norm()) <= allowed * float(other.norm())
 
 
-def _rows(arguments: tuple[Any, Any], chosen: torch.Tensor | None, batch: int) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments for the chosen samples."""
-
-    def taken(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.shape[:1] == (batch,)
-        return value.index_select(0, chosen) if whole else value
-
-    args, kwargs = arguments
-    if chosen is None:
-        return args, kwargs
-    return tuple(taken(value) for value in args), {name: taken(value) for name, value in kwargs.items()}
-
-
-def _row(arguments: tuple[Sequence[Any], Mapping[str, Any]], position: int, batch: int) -> tuple[Any, dict[str, Any]]:
-    def one(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.shape[:1] == (batch,)
-        return value[position : position + 1] if whole else value
-
-    args, kwargs = arguments
-    return tuple(one(value) for value in args), {name: one(value) for name, value in kwargs.items()}
+def _of_samples(arguments: Arguments, batch: int, take: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    """Return the arguments for some of the samples, which `take` picks along axis 0."""
+    return with_each_tensor(arguments, lambda value: take(value) if value.shape[:1] == (batch,) else value)

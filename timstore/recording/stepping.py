@@ -10,6 +10,7 @@ from timstore.errors import InvalidInputError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
+from timstore.recording.batches import by_parameter
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
@@ -116,10 +117,7 @@ class Stepping:
 
     def _check(self, ratio: float, gradients: Mapping[str, torch.Tensor]) -> None:
         batches = self._forwards.pending
-        found: dict[int, list[Gradient]] = {}
-        for batch in batches:
-            for parameter, parts in batch.parts():
-                found.setdefault(id(parameter), []).extend(parts)
+        found = by_parameter([pair for batch in batches for pair in batch.parts()])
         if not self._forwards.proved:
             if self._ranks.alone:
                 checks.check_sum(self._model, self._parameters, gradients, found, ratio, by_sample=self._by_sample)

@@ -42,8 +42,10 @@ def changed_together(
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
     """Return what a change may have reached, in the same order in every process."""
     found = [parameter.detach() for parameter in model.parameters()]
-    for group in optimizer.param_groups if optimizer is not None else ():
+    if optimizer is None:
+        return found
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+            state = optimizer.state.get(parameter, {})
             found += [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
     return found
