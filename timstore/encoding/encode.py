@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from timstore.encoding.precision import LADDER, restore, store_as
-from timstore.encoding.products import factor_norm, factor_norms, norm, norm_of_sum
+from timstore.encoding.products import factor_norm, factor_norms, norm, norm_of_sum, product
 from timstore.records import Factors, Gradient, Parameter, Rows, widen
 
 _INDEX_BYTES = 4
@@ -111,8 +111,8 @@ def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, 
     encoded = []
     for layer, keep, worth in zip(layers, keeps, as_factors, strict=True):
         if not worth:
-            product = widen(_only(layer.output_gradients, keep)).T @ widen(_only(inputs, keep))
-            encoded.append(_encode_rows(layer.parameter, layer.part, product, precision, max_rel_error))
+            dense = product(widen(_only(layer.output_gradients, keep)).T, widen(_only(inputs, keep)))
+            encoded.append(_encode_rows(layer.parameter, layer.part, dense, precision, max_rel_error))
     chosen = [(layer, keep) for layer, keep, worth in zip(layers, keeps, as_factors, strict=True) if worth]
     if chosen:
         encoded += _encode_shared(inputs, chosen, precision, max_rel_error)

@@ -1,7 +1,7 @@
 """One forward and backward pass, and how the passes of a step become records."""
 
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
 from timstore.recording.calls import Call, Input
+from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
@@ -39,11 +40,11 @@ class MicroBatch:
 
     Attributes:
         ids: the sample id of every row; of packed rows, of every sample in them.
-        positions: places in `ids` to capture, None for all of them.
+        chosen: the samples to capture.
         rows_given: rows of the model's arguments.
         layout: where the samples are in every tensor, when that was declared.
         sizes: shapes of the model's arguments for one sample.
-        captured: parameters and, per captured place, a part of the gradient, as modules show it.
+        captured: parameters and, per captured sample, a part of the gradient, as modules show it.
         passed: the same from a backward pass of each sample.
         whole: parameters, by identity, whose gradient comes from a backward pass of each sample, not from modules.
         entries: where a backward pass may enter the model.
@@ -52,10 +53,10 @@ class MicroBatch:
     """
 
     def __init__(
-        self, ids: list[int], positions: list[int] | None, rows_given: int | None = None, layout: Layout | None = None
+        self, ids: list[int], chosen: Chosen, rows_given: int | None = None, layout: Layout | None = None
     ) -> None:
         self.ids = ids
-        self.positions = positions
+        self.chosen = chosen
         self.rows_given = len(ids) if rows_given is None else rows_given
         self.layout = layout
         self.whole: set[int] = set()
@@ -67,13 +68,12 @@ class MicroBatch:
         self.captured: Captured = []
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._chosen: torch.Tensor | None = None
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
 
     @property
     def empty(self) -> bool:
-        """Whether no row of it is to be captured."""
-        return self.positions is not None and not self.positions
+        """Whether no sample of it is to be captured."""
+        return not self.chosen.samples
 
     @property
     def used(self) -> bool:
@@ -81,19 +81,8 @@ class MicroBatch:
         return self.empty or bool(self.captured or self.passed)
 
     def parts(self) -> Captured:
-        """Return parameters and, per captured place, a part of the gradient."""
+        """Return parameters and, per captured sample, a part of the gradient."""
         return [pair for pair in self.captured if id(pair[0]) not in self.whole] + self.passed
-
-    def rows(self) -> Iterator[tuple[int, int]]:
-        """Yield (index among the captured rows, sample id)."""
-        chosen = self.ids if self.positions is None else [self.ids[position] for position in self.positions]
-        yield from enumerate(chosen)
-
-    def chosen(self, device: torch.device) -> torch.Tensor | None:
-        """Return `positions` on that device."""
-        if self.positions is not None and (self._chosen is None or self._chosen.device != device):
-            self._chosen = torch.tensor(self.positions, device=device)
-        return self._chosen
 
     def share(self, tensor: torch.Tensor) -> Input:
         """Return the Input of a tensor, the same for all layers that were given this very tensor."""
@@ -128,7 +117,7 @@ def by_parameter(captured: Captured) -> dict[int, list[Gradient]]:
 def records_of(
     batches: Iterable[MicroBatch], samples: Container[int] | None, names: Mapping[int, str]
 ) -> dict[int, dict[str, list[Gradient]]]:
-    """Return sample to parameter to parts, micro-batches and repeated draws joined.
+    """Return sample to parameter to parts, those of all micro-batches.
 
     Args:
         samples: the ids to record, None for all.
@@ -137,7 +126,7 @@ def records_of(
     records: dict[int, dict[str, list[Gradient]]] = {}
     for batch in batches:
         found = batch.parts()
-        for index, sample in batch.rows():
+        for index, sample in enumerate(batch.chosen.samples):
             if samples is not None and sample not in samples:
                 continue
             gradients = records.setdefault(sample, {})

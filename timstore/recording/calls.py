@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from timstore.recording.buffers import Buffers
-from timstore.recording.layouts import Layout
+from timstore.recording.chosen import Chosen
+from timstore.recording.layouts import Layout, Parts
 from timstore.records import widen
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.
@@ -25,7 +26,7 @@ class Input:
 
     Attributes:
         tensor: the input, detached; dropped once it is copied, or the step is over.
-        rows: of the chosen samples, (n, T, d) or one (T, d) each, on the host.
+        rows: of the captured samples, (n, T, d) or one (T, d) each, on the host.
         arrays: each of them, (T, d); the store knows shared inputs by these very objects.
         gram: rows times their transpose, (n, T, T).
     """
@@ -45,8 +46,7 @@ class Call:
     """One call of a module in a forward pass.
 
     Attributes:
-        batch: number of samples of the whole batch.
-        positions, chosen: of the samples to capture, None for all; the same on the tensors' device.
+        chosen: the samples to capture.
         layout: where the samples are in input and output.
         version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.
@@ -56,9 +56,7 @@ class Call:
         released: the step is over.
     """
 
-    batch: int
-    positions: list[int] | None
-    chosen: torch.Tensor | None
+    chosen: Chosen
     layout: Layout
     input: Input
     version: int
@@ -75,32 +73,24 @@ class Call:
         self.arguments = None
         self.released = True
 
-    @property
-    def captured(self) -> list[int]:
-        """The positions of the samples to capture."""
-        return list(range(self.batch)) if self.positions is None else self.positions
-
     def held(self) -> torch.Tensor:
         """Return the input."""
         assert self.input.tensor is not None
         return self.input.tensor
 
-    def samples(self, tensor: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return the chosen samples' parts of a tensor, where they are: (n, ...), or one (tokens, ...) each."""
-        parts = self.layout.parts(tensor.detach(), self.batch)
-        if isinstance(parts, list):
-            return [parts[position] for position in self.captured]
-        return parts if self.chosen is None else parts.index_select(0, self.chosen)
+    def samples(self, tensor: torch.Tensor) -> Parts:
+        """Return the captured samples' parts of a tensor: (n, rows, ...), or one (rows, ...) each."""
+        return self.chosen.parts(tensor.detach(), self.layout)
 
     def host_rows(self, tensor: torch.Tensor) -> HostRows:
-        """Return a copy on the host of the chosen samples' token rows."""
-        parts = self.layout.parts(tensor.detach(), self.batch)
+        """Return a copy on the host of the captured samples' token rows."""
+        parts = self.layout.parts(tensor.detach(), self.chosen.batch)
         if isinstance(parts, list):
-            return [self.buffers.copy(rows_of(parts[position])) for position in self.captured]
-        return self.buffers.copy(tokens(parts), self.chosen)
+            return [self.buffers.copy(rows_of(parts[place])) for (place,) in self.chosen.rows]
+        return self.chosen.joined(self.buffers.copy(tokens(parts), self.chosen.order(parts.device)))
 
     def input_rows(self, dtype: torch.dtype) -> list[np.ndarray]:
-        """Return the chosen samples' input on the host, copied once for all layers that share it.
+        """Return the captured samples' input on the host, copied once for all layers that share it.
 
         Args:
             dtype: of the gradient at the output. Under autocast the layer itself cast its input to that.
@@ -115,7 +105,7 @@ class Call:
         return self.input.arrays
 
     def norms(self, outputs: HostRows, device: torch.device) -> list[float] | list[None]:
-        """Return the norm of each chosen sample's product, from the Gram matrices of its factors.
+        """Return the norm of each captured sample's product, from the Gram matrices of its factors.
 
         All samples at once, and all cores: where training computes on the host, the writer's one thread would take
         them from it for longer. On an accelerator, and where the products themselves are cheaper, it is left to the

@@ -184,9 +184,7 @@ class Capture:
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
         call = Call(
-            len(batch.ids),
-            batch.positions,
-            batch.chosen(output.device),
+            batch.chosen,
             layout,
             shared,
             given._version,

@@ -12,6 +12,7 @@ from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
+from timstore.recording.chosen import Chosen
 from timstore.recording.looking import look, sizes_of
 from timstore.recording.passes import Passes
 from timstore.store import Store
@@ -151,11 +152,9 @@ class Forwards:
             self._earlier = len(self.pending)
             if self._accumulation.lost():
                 self.skip()
-        positions = None
         # Until the first step has proved that the parts add up, all of them are needed.
-        if self._samples is not None and self.proved:
-            positions = [position for position, one in enumerate(given.samples) if one in self._samples]
-        self._current = MicroBatch(given.samples, positions, given.rows, given.layout)
+        chosen = Chosen(given.samples, self._samples if self.proved else None)
+        self._current = MicroBatch(given.samples, chosen, given.rows, given.layout)
         self.pending.append(self._current)
         self._accumulation.extremes = self._keeps_gradients or not all(one.empty for one in self.pending)
 

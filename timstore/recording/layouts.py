@@ -94,16 +94,18 @@ CANDIDATES: tuple[Axis | Folded, ...] = (Axis(0), Axis(1), Folded(), Folded(toke
 """What may be found by looking, the most likely first."""
 
 
-def only(tensor: torch.Tensor, layout: Layout, batch: int, position: int) -> torch.Tensor:
-    """Return the tensor with everything zero that is not this sample's."""
+def only(tensor: torch.Tensor, layout: Layout, batch: int, rows: list[int]) -> torch.Tensor:
+    """Return the tensor with everything zero that is not these rows' of the batch."""
     if isinstance(layout, Owners):
         flat = tensor.reshape(layout.count, -1)
         masked = torch.zeros_like(flat)
-        places = layout.tokens[position].to(flat.device)
+        places = torch.cat([layout.tokens[row] for row in rows]).to(flat.device)
         masked[places] = flat[places]
         return masked.reshape(tensor.shape)
     masked = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    layout.parts(masked, batch)[position] = layout.parts(tensor, batch)[position]
+    into, parts = layout.parts(masked, batch), layout.parts(tensor, batch)
+    for row in rows:
+        into[row] = parts[row]
     return masked
 
 

@@ -133,49 +133,55 @@ class ConvKind(Kind):
         grads = call.samples(gradient)
         if wanted(weight):
             images = call.samples(call.held())
-            places = grads[0][0].numel() if len(grads) else 0
             wide = weight[0].numel() + len(weight)
             parts: list[Gradient] = []
-            for image, grad in zip(images, grads, strict=True):
+            for given, grad in zip(map(self._images, images), map(self._images, grads), strict=True):
+                places = grad.numel() // len(weight)
                 if module.groups == 1 and places * wide < weight.numel():
-                    patches = _patches(module, image).to(grad.dtype)
-                    factors = call.buffers.copy(patches), call.buffers.copy(grad.flatten(1).T)
+                    patches = _patches(module, given).to(grad.dtype)
+                    factors = call.buffers.copy(patches), call.buffers.copy(grad.movedim(1, -1).reshape(places, -1))
                     parts.append(Factors(*factors))
                 else:
-                    parts.append(call.buffers.copy(_weight_gradient(module, image, grad)))
+                    parts.append(call.buffers.copy(_weight_gradient(module, given, grad)))
             captured.append((weight, parts))
         if isinstance(bias, nn.Parameter) and wanted(bias):
-            summed = [grad.flatten(1).sum(1, dtype=wide_dtype(grad.dtype)).to(bias.dtype) for grad in grads]
+            summed = [
+                grad.transpose(0, 1).flatten(1).sum(1, dtype=wide_dtype(grad.dtype)).to(bias.dtype)
+                for grad in map(self._images, grads)
+            ]
             captured.append((bias, [call.buffers.copy(one) for one in summed]))
         return captured
 
+    def _images(self, part: torch.Tensor) -> torch.Tensor:
+        """Return (images, channels, ...) of a sample: all that is before them is its rows and tokens."""
+        return part.reshape(-1, *part.shape[-len(self.module.kernel_size) - 1 :])  # type: ignore[arg-type]
 
-def _padded(module: Any, image: torch.Tensor) -> torch.Tensor:
-    """Return one sample's image with the padding that the module gives it."""
+
+def _padded(module: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return one sample's images with the padding that the module gives them."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return nn.functional.pad(image[None], module._reversed_padding_repeated_twice, mode=mode)[0]
+    return nn.functional.pad(images, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _patches(module: Any, image: torch.Tensor) -> torch.Tensor:
+def _patches(module: Any, images: torch.Tensor) -> torch.Tensor:
     """Return (places, channels x kernel): what the kernel is multiplied with at each place of the output."""
-    patches = _padded(module, image)
+    patches = _padded(module, images)
     for axis, (size, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=1
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     count = len(module.kernel_size)
-    # (channels, *places, *kernel) to (*places, channels, *kernel)
-    order = (*range(1, count + 1), 0, *range(count + 1, 2 * count + 1))
-    moved = patches.permute(order)
-    return moved.reshape(int(np.prod(moved.shape[:count])), -1)
+    # (images, channels, *places, *kernel) to (images, *places, channels, *kernel)
+    moved = patches.movedim(1, count + 1)
+    return moved.reshape(int(np.prod(moved.shape[: count + 1])), -1)
 
 
-def _weight_gradient(module: Any, image: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _weight_gradient(module: Any, images: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return one sample's gradient of the weight, dense."""
     count = len(module.kernel_size)
     of_weight = torch.ops.aten.convolution_backward(
-        gradient[None],
-        _padded(module, image)[None].to(gradient.dtype),
+        gradient,
+        _padded(module, images).to(gradient.dtype),
         module.weight.detach().to(gradient.dtype),
         None,
         module.stride,

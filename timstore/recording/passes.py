@@ -137,8 +137,8 @@ class Passes:
             return
         found: list[list[Gradient]] = [[] for _ in whole]
         with self._capture.replaying():
-            for position in range(len(batch.ids)) if batch.positions is None else batch.positions:
-                masked = only(gradient, entry.layout, len(batch.ids), position)
+            for rows in batch.chosen.rows:
+                masked = only(gradient, entry.layout, len(batch.ids), rows)
                 grads = self._back(entry.edge, whole, masked)
                 for parts, parameter, grad in zip(found, whole, grads, strict=True):
                     scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale

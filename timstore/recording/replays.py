@@ -84,12 +84,8 @@ class ReplayedKind(Kind):
         shapes = [tuple(one.shape) for one in held.values()]
         if any(not shape or tuple(call.output_shape[-len(shape) :]) != shape for shape in shapes):
             return None
-        chosen = call.chosen
-        args, kwargs = call.arguments
-        if chosen is not None:
-            args, kwargs = _of_samples(call.arguments, call.batch, lambda value: value.index_select(0, chosen))
-        grads = call.samples(gradient)
-        assert isinstance(grads, torch.Tensor)
+        args, kwargs = _of_samples(call.arguments, call.chosen.batch, call.chosen.take)
+        grads = call.chosen.take(gradient)
         with torch.no_grad():
             without = {f"module.{name}": torch.zeros_like(one) for name, one in held.items()}
             base = self._run(without, args, kwargs)
@@ -97,7 +93,9 @@ class ReplayedKind(Kind):
             for name, one in held.items():
                 scale = self._run({**without, f"module.{name}": torch.ones_like(one)}, args, kwargs) - base
                 product = (grads * scale).reshape(len(grads), -1, *one.shape)
-                found.append(product.sum(1, dtype=wide_dtype(product.dtype)).to(one.dtype))
+                rows = call.chosen.by_sample(product.sum(1, dtype=wide_dtype(product.dtype)))
+                summed = rows.sum(1) if isinstance(rows, torch.Tensor) else torch.stack([part.sum(0) for part in rows])
+                found.append(summed.to(one.dtype))
                 combined = combined + scale * one
             if self._only_scales is None and not _alike(combined, self._run(_leaves(held), args, kwargs)):
                 return None
@@ -107,12 +105,11 @@ class ReplayedKind(Kind):
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
     ) -> Iterator[Sequence[torch.Tensor]]:
         assert call.arguments is not None
-        for position in call.captured:
-            row = slice(position, position + 1)
-            args, kwargs = _of_samples(call.arguments, call.batch, operator.itemgetter(row))
+        for rows in call.chosen.rows:
+            args, kwargs = _of_samples(call.arguments, call.chosen.batch, operator.itemgetter(rows))
             leaves = _leaves(held)
             output = self._run(leaves, args, kwargs)
-            yield _pull_back(output, leaves, gradient[row])
+            yield _pull_back(output, leaves, gradient[rows])
 
     def _from_all(
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
@@ -122,8 +119,8 @@ class ReplayedKind(Kind):
         leaves = _leaves(held)
         with _random_state(call.random):
             output = self._run(leaves, args, kwargs)
-        for position in call.captured:
-            yield _pull_back(output, leaves, only(gradient, call.layout, call.batch, position))
+        for rows in call.chosen.rows:
+            yield _pull_back(output, leaves, only(gradient, call.layout, call.chosen.batch, rows))
 
     def _run(self, leaves: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
         # Statistics that the module keeps have seen this pass already.
@@ -142,14 +139,18 @@ class BatchNormKind(Kind):
             normal = nn.functional.batch_norm(
                 call.held().float(), mean, variance, training=mean is None, momentum=0.0, eps=module.eps
             )
-            of_weight = call.samples(gradient * normal)
-            of_bias = call.samples(gradient)
+            of_weight, of_bias = (call.samples(_over_places(one)) for one in (gradient * normal, gradient))
         captured: Captured = []
         for parameter, parts in ((module.weight, of_weight), (module.bias, of_bias)):
             if isinstance(parameter, nn.Parameter) and wanted(parameter):
-                summed = [part.reshape(len(parameter), -1).sum(1, dtype=wide_dtype(part.dtype)) for part in parts]
+                summed = [rows_of(part).sum(0, dtype=wide_dtype(part.dtype)) for part in parts]
                 captured.append((parameter, [call.buffers.copy(one.to(parameter.dtype)) for one in summed]))
         return captured
+
+
+def _over_places(images: torch.Tensor) -> torch.Tensor:
+    """Return (rows, channels), the sums over all places of an image."""
+    return images.flatten(2).sum(2, dtype=wide_dtype(images.dtype)) if images.ndim > 2 else images
 
 
 class LookUpKind(Kind):
