@@ -4,6 +4,7 @@ Records stay until they are written, a few steps long, between activations that 
 two would leave each other holes: it grows to a multiple, and pages are taken from the system and given back all along.
 """
 
+import math
 import mmap
 import weakref
 
@@ -46,7 +47,7 @@ class Buffers:
         return copied.view(BFLOAT16) if raw else copied
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         # The latest slab, while it lasts: what was captured together is let go of together.
         if self._current is None or self._end + size > len(self._current):
             self._current, self._end = self._unused(size), 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from timstore.errors import CoverageError
 from timstore.recording.buffers import Buffers
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Parts
@@ -46,6 +47,7 @@ class Call:
     """One call of a module in a forward pass.
 
     Attributes:
+        name: of the module, and its kind, for messages.
         chosen: the samples to capture.
         layout: where the samples are in input and output.
         version: of the input when the module ran, which an in-place operation would raise.
@@ -56,6 +58,7 @@ class Call:
         released: the step is over.
     """
 
+    name: str
     chosen: Chosen
     layout: Layout
     input: Input
@@ -74,9 +77,21 @@ class Call:
         self.released = True
 
     def held(self) -> torch.Tensor:
-        """Return the input."""
-        assert self.input.tensor is not None
-        return self.input.tensor
+        """Return the input.
+
+        Raises:
+            CoverageError: it is not what it was any more. Autograd itself refuses that only where it saved this very
+                tensor: not under autocast, whose layers save a copy in another dtype.
+        """
+        held = self.input.tensor
+        assert held is not None
+        if held._version != self.version:
+            raise CoverageError(
+                f"module {self.name}: its input was changed in place after it ran, so that its gradient cannot be "
+                "told for one sample; use the operation that makes a new tensor",
+                module=self.name.partition(" ")[0],
+            )
+        return held
 
     def samples(self, tensor: torch.Tensor) -> Parts:
         """Return the captured samples' parts of a tensor: (n, rows, ...), or one (rows, ...) each."""

@@ -184,6 +184,7 @@ class Capture:
         # Only factors keep their input beyond backward; anything else must not hold on to an activation.
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
         call = Call(
+            f"{kind.name} ({type(kind.module).__name__})",
             batch.chosen,
             layout,
             shared,

@@ -69,7 +69,7 @@ def unlike(
         parameter = parameters[name]
         mine = parts.get(id(parameter), ())
         total, bound = _total(mine, gradient)
-        off = float((total * ratio - gradient.double()).norm())
+        off = float((total * ratio - gradient.to(total.dtype)).norm())
         missing = not mine and bool(gradient.any())
         allowed = max(tolerance, _TOLERANCE.get(parameter.dtype, _HALF_TOLERANCE))
         if missing or off > allowed * max(bound * abs(ratio), float(gradient.double().norm()), noise, 1e-30):
@@ -109,24 +109,28 @@ def _not_captured(model: nn.Module, name: str) -> CoverageError:
 
 
 def _total(parts: Sequence[Gradient], like: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return the sum of the parts in float64, in the gradient's shape, and the bound its error is measured by."""
-    total = torch.zeros(like.shape, dtype=torch.float64)
+    """Return the sum of the parts, in the gradient's shape, and the bound that its error is measured by.
+
+    In float32 where the parts are no finer: that rounds as training itself does, far below the tolerance.
+    """
+    fine = torch.float64 if torch.float64 in _dtypes(parts) else torch.float32
+    total = torch.zeros(like.shape, dtype=fine)
     flat = total.view(total.shape[0], -1) if total.ndim > 1 else total
     bound = 0.0
     for part in parts:
         if isinstance(part, Factors):
-            outputs = torch.from_numpy(widen(part.output_gradients)).double()
-            inputs = torch.from_numpy(widen(part.inputs)).double()
+            outputs = torch.from_numpy(widen(part.output_gradients)).to(fine)
+            inputs = torch.from_numpy(widen(part.inputs)).to(fine)
             flat.addmm_(outputs.T, inputs)
-            bound += float((outputs.norm(dim=1) * inputs.norm(dim=1)).sum())
+            bound += float((outputs.norm(dim=1).double() * inputs.norm(dim=1).double()).sum())
         elif isinstance(part, Rows):
-            values = torch.from_numpy(widen(part.values)).double()
+            values = torch.from_numpy(widen(part.values)).to(fine)
             flat.index_add_(0, torch.from_numpy(part.indices), values)
-            bound += float(values.norm(dim=1).sum())
+            bound += float(values.norm(dim=1).double().sum())
         else:
-            values = torch.from_numpy(widen(part)).double()
+            values = torch.from_numpy(widen(part)).to(fine)
             total += values.reshape(total.shape)
-            bound += float(values.norm())
+            bound += float(values.double().norm())
     return total.to(like.device), bound
 
 

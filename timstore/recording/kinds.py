@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from timstore.recording.modules import ConvKind, EmbeddingKind, Kind, LinearKind, TransposedLinearKind
-from timstore.recording.replays import BatchNormKind, LookUpKind, ReplayedKind
+from timstore.recording.replays import BatchNormKind, LayerNormKind, LookUpKind, ReplayedKind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -58,4 +58,6 @@ def kind_of(name: str, module: nn.Module, replaying: Callable[[], Any]) -> Kind:
         return LookUpKind(name, module, replaying)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return BatchNormKind(name, module)
+    if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward:
+        return LayerNormKind(name, module)
     return ReplayedKind(name, module, replaying)

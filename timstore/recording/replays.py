@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from timstore.errors import CoverageError
 from timstore.recording.calls import Arguments, Call, rows_of, with_each_tensor
-from timstore.recording.layouts import Axis, only
+from timstore.recording.layouts import Axis, Parts, only
 from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up, wide_dtype
 from timstore.records import Gradient
 
@@ -49,12 +49,7 @@ class ReplayedKind(Kind):
 
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
         assert call.arguments is not None
-        if call.held()._version != call.version:
-            raise CoverageError(
-                f"module {self.name} ({type(self.module).__name__}): its input was changed in place after it ran, so "
-                "its gradient cannot be computed again for one sample; use the operation that makes a new tensor",
-                module=self.name,
-            )
+        call.held()  # the same that it was
         held = {name: one for name, one in self._held.items() if wanted(one)}
         if not held:
             return []
@@ -134,23 +129,49 @@ class BatchNormKind(Kind):
 
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
         module: Any = self.module
-        mean, variance = (None, None) if module.training else (module.running_mean, module.running_var)
-        with torch.no_grad():
-            normal = nn.functional.batch_norm(
-                call.held().float(), mean, variance, training=mean is None, momentum=0.0, eps=module.eps
-            )
-            of_weight, of_bias = (call.samples(_over_places(one)) for one in (gradient * normal, gradient))
         captured: Captured = []
-        for parameter, parts in ((module.weight, of_weight), (module.bias, of_bias)):
-            if isinstance(parameter, nn.Parameter) and wanted(parameter):
-                summed = [rows_of(part).sum(0, dtype=wide_dtype(part.dtype)) for part in parts]
-                captured.append((parameter, [call.buffers.copy(one.to(parameter.dtype)) for one in summed]))
+        for parameter in (module.weight, module.bias):
+            if not isinstance(parameter, nn.Parameter) or not wanted(parameter):
+                continue
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                parts = call.samples(
+                    self._added_up(gradient * self._normal(call) if parameter is module.weight else gradient)
+                )
+            captured.append((parameter, list(call.buffers.copy(_totals(parts, parameter)))))
         return captured
 
+    def _normal(self, call: Call) -> torch.Tensor:
+        """Return what is scaled and shifted."""
+        module: Any = self.module
+        mean, variance = (None, None) if module.training else (module.running_mean, module.running_var)
+        given = call.held()
+        return nn.functional.batch_norm(
+            given.to(wide_dtype(given.dtype)), mean, variance, training=mean is None, momentum=0.0, eps=module.eps
+        )
 
-def _over_places(images: torch.Tensor) -> torch.Tensor:
-    """Return (rows, channels), the sums over all places of an image."""
-    return images.flatten(2).sum(2, dtype=wide_dtype(images.dtype)) if images.ndim > 2 else images
+    def _added_up(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (rows, channels), the sums over all places of an image."""
+        return images.flatten(2).sum(2, dtype=wide_dtype(images.dtype)) if images.ndim > 2 else images
+
+
+class LayerNormKind(BatchNormKind):
+    """Layer norm: the same, of all samples in one."""
+
+    def _normal(self, call: Call) -> torch.Tensor:
+        module: Any = self.module
+        given = call.held()
+        return nn.functional.layer_norm(given.to(wide_dtype(given.dtype)), module.normalized_shape, eps=module.eps)
+
+    def _added_up(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+def _totals(parts: Parts, parameter: nn.Parameter) -> torch.Tensor:
+    """Return (n, *shape), the sum of all of each sample's parameter-shaped pieces."""
+    if isinstance(parts, list):
+        return torch.cat([_totals(part[None], parameter) for part in parts])
+    pieces = parts.reshape(len(parts), -1, *parameter.shape)
+    return pieces.sum(1, dtype=wide_dtype(parts.dtype)).to(parameter.dtype)
 
 
 class LookUpKind(Kind):
