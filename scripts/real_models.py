@@ -200,5 +200,5 @@ REAL_MODELS: dict[str, Callable[[int], Work]] = {
     "ViT": lambda steps: of_digits(vit, share(steps, 8)),
     "ResNet": lambda steps: of_digits(resnet, share(steps, 3)),
     "GPT-2 + LoRA": lambda steps: gpt2_work(share(steps, 10)),
-    "sentence encoder": lambda steps: encoder_work(share(steps, 25)),
+    "sentence encoder": lambda steps: encoder_work(share(steps, 8)),
 }

@@ -1,23 +1,40 @@
 """Asking a model something without leaving a trace."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode, and leave mode, buffers and random state as they were."""
+def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[Callable[[], None]]:
+    """Run the model, in eval mode unless told otherwise, and leave mode, buffers and random state as they were.
+
+    Yields:
+        what takes the random state back to where it was at the beginning.
+    """
     training = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    of_torch, of_devices = torch.get_rng_state(), [torch.cuda.get_rng_state(one) for one in devices]
+
+    def rewind() -> None:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        for device, state in zip(devices, of_devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
     try:
-        model.eval()
-        with torch.random.fork_rng(devices=devices):
-            yield
+        if evaluate:
+            model.eval()
+        yield rewind
     finally:
+        rewind()
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)

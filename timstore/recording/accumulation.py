@@ -29,6 +29,7 @@ class Accumulation:
         whole: keep all of the accumulated gradients, which lets clipping by value be told from other changes.
         averaged: gradients are averaged over several processes when backward ends, and looked at after that.
         paused: whether a backward pass of our own runs, which accumulates nothing.
+        accumulated: told of each parameter when a backward pass has accumulated into it.
 
     Attributes:
         clip_value: the bound of a clipping by value that `ratio` found; None where there was none.
@@ -45,6 +46,7 @@ class Accumulation:
         whole: bool = False,
         averaged: bool = False,
         paused: Callable[[], bool] = lambda: False,
+        accumulated: Callable[[nn.Parameter], None] = lambda _: None,
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
@@ -56,9 +58,10 @@ class Accumulation:
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
         self._suspect = False
         self._paused = paused
+        self._accumulated = accumulated
         self._averaged = averaged
         self._settling = False
-        # Until the first step has proved that it can be told from what is averaged.
+        # In steps that prove that it can be told from what is averaged.
         self._local: dict[str, torch.Tensor] | None = {} if averaged else None
         self.touched: set[str] = set()
         self._handles: list[Any] = []
@@ -189,6 +192,7 @@ class Accumulation:
             if parameter.numel() == 0:
                 return
             self.touched.add(name)
+            self._accumulated(parameter)  # type: ignore[arg-type]
             if not self._averaged:
                 self._keep(name, parameter)
                 return
@@ -221,9 +225,14 @@ class Accumulation:
                 self._keep(name, parameter)
 
     def take_local(self) -> dict[str, torch.Tensor]:
-        """Return what this process alone accumulated for the first step; it is not kept for others."""
+        """Return what this process alone accumulated for this step; it is not kept for others until asked for."""
         local, self._local = self._local, None
         return local or {}
+
+    def keep_local(self) -> None:
+        """Keep what this process alone accumulates for the next step."""
+        if self._averaged:
+            self._local = {}
 
     def looked_up(self, local: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""

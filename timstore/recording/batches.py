@@ -44,10 +44,13 @@ class MicroBatch:
         rows_given: rows of the model's arguments.
         layout: where the samples are in every tensor, when that was declared.
         sizes: shapes of the model's arguments for one sample.
-        captured: parameters and, per captured sample, a part of the gradient, as modules show it.
+        arriving: by backward pass and parameter (identities): what a pass that may only look (`torch.autograd.grad`),
+            or break off, has brought of the next two.
+        captured: parameters and, per captured sample, a part of the gradient, as modules show it; accumulated.
         passed: the same from a backward pass of each sample.
         whole: parameters, by identity, whose gradient comes from a backward pass of each sample, not from modules.
         entries: where a backward pass may enter the model.
+        block: it is one of several forward passes that a block names, of layers called one by one.
         unseen: modules, by identity, that ran without gradients: a checkpoint may compute them again in backward.
         tokens: labels that count for each of `ids`, None when the batch holds none.
     """
@@ -66,6 +69,9 @@ class MicroBatch:
         self.unseen: set[int] = set()
         self.tokens: list[int] | None = None
         self.captured: Captured = []
+        self.arriving: dict[tuple[int, int], tuple[Captured, Captured]] = {}
+        self.block = False
+        self._task = -1
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
@@ -79,6 +85,27 @@ class MicroBatch:
     def used(self) -> bool:
         """Whether its backward pass came, as far as can be told: nothing is captured of an empty one."""
         return self.empty or bool(self.captured or self.passed)
+
+    def arrive(self, captured: Captured, *, passed: bool = False) -> None:
+        """Take parts that the backward pass that runs has brought; they count once `settle` is told of them."""
+        task = torch._C._current_graph_task_id()
+        for pair in captured:
+            self.arriving.setdefault((task, id(pair[0])), ([], []))[passed].append(pair)
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        """The backward pass that runs has accumulated its gradient of a parameter."""
+        found = self.arriving.pop((torch._C._current_graph_task_id(), id(parameter)), None)
+        if found is not None:
+            self.captured += found[0]
+            self.passed += found[1]
+
+    def enter(self) -> None:
+        """A backward pass runs: what an earlier one brought to the entries is no part of it."""
+        task = torch._C._current_graph_task_id()
+        if self._task != task:
+            self._task = task
+            for entry in self.entries:
+                entry.arrived, entry.through = False, None
 
     def parts(self) -> Captured:
         """Return parameters and, per captured sample, a part of the gradient."""
@@ -104,6 +131,7 @@ class MicroBatch:
         for call in self._calls:
             call.release()
         self.captured, self.passed, self.entries = [], [], []
+        self.arriving.clear()
 
 
 def by_parameter(captured: Captured) -> dict[int, list[Gradient]]:

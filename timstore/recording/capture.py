@@ -21,6 +21,7 @@ from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
 from timstore.recording.looking import Look, Place, Watch
 from timstore.recording.modules import EmbeddingKind, Kind
+from timstore.recording.replays import BatchNormKind
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 
@@ -60,6 +61,7 @@ class Capture:
         self.seen: Look | None = None
         self._replays = 0
         self._warned: set[str] = set()
+        self._kinds: list[Kind] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for kind in hooked_modules(model, lambda one: id(one) in self._trained, self.replaying):
@@ -78,6 +80,11 @@ class Capture:
         self._handles.clear()
 
     @property
+    def warns_of_coupling(self) -> bool:
+        """Whether a module that mixes samples says so itself."""
+        return any(isinstance(kind, BatchNormKind) and kind.mixes for kind in self._kinds)
+
+    @property
     def is_replaying(self) -> bool:
         """Whether a module is being computed again, or differentiated once more, by ourselves."""
         return self._replays > 0
@@ -92,6 +99,7 @@ class Capture:
             self._replays -= 1
 
     def _hook(self, kind: Kind) -> None:
+        self._kinds.append(kind)
         random: list[torch.Tensor] = []
 
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -134,6 +142,10 @@ class Capture:
             return (ids.expand(rows, -1), *args[1:])
         return None
 
+    def _is_trained(self, parameter: Any) -> bool:
+        """Whether a backward pass accumulates into it: it may have been frozen on the way."""
+        return id(parameter) in self._trained and parameter.requires_grad
+
     def _batch(self, module: nn.Module) -> MicroBatch | None:
         batch = self._current()
         if batch is None and _in_backward():
@@ -152,7 +164,7 @@ class Capture:
         if self.watch is not None:
             # Of an attention's projections the first ones, (L, N, E), say where the samples are.
             if isinstance(given, torch.Tensor) and (layout is None or given.ndim == 3):
-                self.watch.note(kind.name, given)
+                self.watch.note(kind.name, given, output)
             return
         batch = self._batch(kind.module)
         if not torch.is_grad_enabled():
@@ -218,7 +230,9 @@ class Capture:
             found = Axis(0) if Axis(0).fits(given.shape, 1) else Whole()
         else:
             # Layers that are called one by one, in a block of `recorder.batch`, have the batch on axis 0.
-            found = Axis(0) if self.seen is None else self.seen.layout(kind.name, given.shape, rows, batch.sizes)
+            found = None if self.seen is None and _is_square(output, rows) else Axis(0)
+            if self.seen is not None:
+                found = self.seen.layout(kind.name, given.shape, rows, batch.sizes)
         if found is None:
             raise CoverageError(
                 f"module {kind.name}: its input {tuple(given.shape)} does not follow the order of the batch's rows on "
@@ -240,6 +254,7 @@ class Capture:
         rows = len(batch.ids)
         place = self.seen.places.get(kind.name) if self.seen is not None and rows > 1 else Place(Axis(1))
         seen = batch.layout is None and place is not None and place.layout == Axis(1)
+        seen = seen and not (self.seen is None and rows > 1 and _is_square(given, rows))
         if not seen or not layout.fits(given.shape, rows):
             raise CoverageError(
                 f"module {kind.name} (MultiheadAttention) has the batch of {rows} samples on another axis than it "
@@ -251,7 +266,7 @@ class Capture:
     def _check_separable(self, kind: Kind) -> None:
         """Warn of a module whose output for one sample depends on the others."""
         module = kind.module
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm) and kind.name not in self._warned:
+        if isinstance(kind, BatchNormKind) and kind.mixes and kind.name not in self._warned:
             if isinstance(module, nn.SyncBatchNorm):
                 raise CoverageError(
                     f"module {kind.name} (SyncBatchNorm) mixes the samples of several processes; put it in eval mode",
@@ -281,11 +296,14 @@ class Capture:
             whole = batch.whole
             scaled = gradient.reshape(call.output_shape)
             scaled = scaled if self._scale == 1.0 else scaled * self._scale
-            batch.captured.extend(
-                kind.capture(call, scaled, lambda one: id(one) in self._trained and id(one) not in whole)
-            )
+            batch.arrive(kind.capture(call, scaled, lambda one: self._is_trained(one) and id(one) not in whole))
 
         return arrived
+
+
+def _is_square(tensor: torch.Tensor, rows: int) -> bool:
+    """Say whether the tokens are as many as the rows, so that shapes cannot tell which axis is the batch."""
+    return tensor.ndim == 3 and tensor.shape[0] == tensor.shape[1] == rows
 
 
 def _in_backward() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from timstore.content import content_rows, row_hash, sample_of
-from timstore.errors import InvalidInputError, TimstoreWarning
+from timstore.errors import CoverageError, InvalidInputError, TimstoreWarning
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
@@ -31,7 +31,7 @@ class Forwards:
     Attributes:
         pending: micro-batches since the last step.
         skipped: steps that were skipped since the last one.
-        proved: parts were seen to add up, so that only the chosen samples are captured from here on.
+        proved: parts were seen to add up, so that only the chosen samples are captured until `prove` is called.
         held: a block names the batch of several forward passes.
     """
 
@@ -61,6 +61,7 @@ class Forwards:
         self._current: MicroBatch | None = None
         self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
         self._looked = False
+        self._told = False
         self._hashed: set[int] = set()
 
     def attach(self, capture: Capture, accumulation: Accumulation, passes: Passes, keep: Callable[[Any], Any]) -> None:
@@ -78,6 +79,12 @@ class Forwards:
         """Name the samples of the next forward pass."""
         self._begin(sample_ids(ids, self._keys))
 
+    def hold(self) -> None:
+        """Keep these samples for every forward pass until `end`."""
+        self.held = True
+        if self._current is not None:
+            self._current.block = True
+
     def end(self) -> None:
         """Name no samples any more."""
         self.held = False
@@ -87,6 +94,17 @@ class Forwards:
         """The gradients accumulated so far were zeroed without a step."""
         self.skipped += 1
         self.discard(self._earlier)
+
+    def prove(self) -> None:
+        """Look at the next batch again, and hold all of the next step's parts to what is accumulated."""
+        self.proved = self._looked = False
+        self._passes.look_again()
+        self._accumulation.keep_local()
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        """A backward pass has accumulated into a parameter."""
+        for batch in self.pending:
+            batch.settle(parameter)
 
     def discard(self, count: int | None = None) -> None:
         """Drop the first micro-batches, or all: the step that they were for is over, or was skipped."""
@@ -182,14 +200,27 @@ class Forwards:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         seen = look(self._model, args, kwargs, rows, self._capture, self._axis)
-        self._capture.seen = seen
         self._looked = True
-        if seen.tied:
+        before = self._capture.seen
+        if before is not None:
+            moved = before.moved(seen)
+            if moved:
+                raise CoverageError(
+                    f"{moved[0]} has the samples on another axis than when it was looked at before: what was recorded "
+                    "since is not right. Keep the batch on one axis, axis 0 at best; or record with "
+                    "capture='per-sample'",
+                    kind="order-check",
+                    module=moved[0],
+                )
+            seen = before.and_then(seen)
+        self._capture.seen = seen
+        if seen.tied and not self._told and not self._capture.warns_of_coupling:
+            self._told = True
             warnings.warn(
-                f"the loss of {type(self._model).__name__} ties the samples of a batch together (it is no mean or sum "
-                "over them, as with contrastive losses or the balance of experts): a record holds what came through "
-                "its sample's row, a part of which other samples caused, and what it did to theirs stays when it is "
-                "rolled back",
+                f"{type(self._model).__name__} ties the samples of a batch together (what it returns for one depends "
+                "on the others, or its loss is no mean or sum over them: statistics over the batch, contrastive "
+                "losses, the balance of experts): a record holds what came through its sample's row, a part of which "
+                "other samples caused, and what it did to theirs stays when it is rolled back",
                 TimstoreWarning,
                 stacklevel=2,
             )

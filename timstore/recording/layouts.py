@@ -72,9 +72,14 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Owners:
-    """Every token has its sample: `tokens` holds the places of each sample's tokens, all leading axes taken as one."""
+    """Every token has its sample: `tokens` holds the places of each sample's tokens, all leading axes taken as one.
+
+    Attributes:
+        rows, count: of the packed rows, and of all tokens in them.
+    """
 
     tokens: tuple[torch.Tensor, ...]
+    rows: int
     count: int
 
     def fits(self, shape: Sequence[int], batch: int) -> bool:
@@ -87,7 +92,9 @@ class Owners:
         return [flat[places.to(flat.device)] for places in self.tokens]
 
     def _leading(self, shape: Sequence[int]) -> int | None:
-        return next((axes for axes in range(1, len(shape) + 1) if math.prod(shape[:axes]) == self.count), None)
+        fitting = (axes for axes in range(1, len(shape) + 1) if math.prod(shape[:axes]) == self.count)
+        # Tokens first, and rows after them, would be as many.
+        return next((axes for axes in fitting if axes == 1 or shape[0] == self.rows), None)
 
 
 CANDIDATES: tuple[Axis | Folded, ...] = (Axis(0), Axis(1), Folded(), Folded(token_major=True), Axis(2))
@@ -117,4 +124,4 @@ def owners_of(ids: torch.Tensor) -> tuple[list[int], Owners]:
     """
     flat = ids.reshape(-1).cpu()
     samples = list(dict.fromkeys(one for one in flat.tolist() if one >= 0))
-    return samples, Owners(tuple((flat == one).nonzero().flatten() for one in samples), flat.numel())
+    return samples, Owners(tuple((flat == one).nonzero().flatten() for one in samples), len(ids), flat.numel())

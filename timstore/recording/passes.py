@@ -6,7 +6,7 @@ with zeros for all others, to those parameters alone. What runs this way is foun
 pass, and at the first step one backward pass to all parameters shows where the modules' parts do not add up.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -18,7 +18,9 @@ from timstore.errors import CoverageError
 from timstore.recording.batches import Entry, MicroBatch, by_parameter
 from timstore.recording.capture import Capture
 from timstore.recording.checks import unlike
-from timstore.recording.layouts import Axis, only
+from timstore.recording.layouts import Axis, Layout, Whole, only
+from timstore.recording.looking import output_name
+from timstore.recording.outputs import outputs_of
 from timstore.records import Gradient
 
 # Of a gradient that came through another output: what rounding leaves of it.
@@ -63,14 +65,15 @@ class Passes:
         Raises:
             CoverageError: none of it has an axis for the samples that are to be told apart.
         """
-        for tensor in {id(one): one for one in _tensors(output) if one.requires_grad}.values():
-            layout = batch.layout or Axis(self._axis)
-            number = len(batch.entries)
-            if self._by_sample and not batch.empty and tensor.ndim and layout.fits(tensor.shape, len(batch.ids)):
+        for path, tensor in outputs_of(output).items():
+            if not tensor.requires_grad:
+                continue
+            number = -1
+            layout = self._layout(path, tensor, batch) if self._by_sample and not batch.empty else None
+            if layout is not None:
+                number = len(batch.entries)
                 # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
                 batch.entries.append(Entry(get_gradient_edge(tensor), layout))
-            else:
-                number = -1
             tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
         if batch.whole and not batch.entries and not batch.empty:
             raise CoverageError(
@@ -78,19 +81,40 @@ class Passes:
                 "states): the loss alone cannot be told apart"
             )
 
-    def running(self, module: int) -> MicroBatch | None:
+    def _layout(self, path: str, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
+        """Return where an output has the samples, None where it has them nowhere."""
+        rows, seen = len(batch.ids), self._capture.seen
+        found: Layout | None
+        if batch.layout is not None:
+            found = batch.layout
+        elif rows == 1:
+            found = Whole()
+        elif seen is None:
+            found = Axis(self._axis)
+        else:
+            found = seen.layout(output_name(path), tensor.shape, rows, batch.sizes) if tensor.ndim else None
+        return found if found is not None and tensor.ndim and found.fits(tensor.shape, rows) else None
+
+    def look_again(self) -> None:
+        """Find out anew, in the next backward pass, what else than modules uses parameters."""
+        self._looked_at.clear()
+
+    def running(self, module: int, pending: Iterable[MicroBatch]) -> MicroBatch | None:
         """Return the batch whose backward pass runs, where it had this module's forward pass without gradients.
 
         Raises:
             CoverageError: it could be another batch's.
         """
         batch = self._latest[1]() if self._latest is not None else None
-        if batch is None or module not in batch.unseen:
+        # Where layers are called one by one, no output of the model says whose backward pass runs.
+        in_blocks = any(one.block and module in one.unseen for one in pending)
+        if not in_blocks and (batch is None or module not in batch.unseen):
             return None
-        if self._several:
+        if self._several or in_blocks:
             raise CoverageError(
-                "two batches run backward at once under a checkpoint with use_reentrant=True, so that what is computed "
-                "again cannot be told apart; use use_reentrant=False, or a backward pass for each batch"
+                "two batches run backward at once under a checkpoint with use_reentrant=True, or one whose layers were "
+                "called one by one in a block of recorder.batch, so that what is computed again cannot be told apart; "
+                "use use_reentrant=False, or a backward pass for each batch of the whole model"
             )
         return batch
 
@@ -105,6 +129,7 @@ class Passes:
                 self._several = self._latest is not None and self._latest[0] == task
                 self._latest = task, ref(batch)
             if entry >= 0 and batch.entries:
+                batch.enter()
                 self._enter(batch.entries[entry], gradient, batch)
 
         return arrived
@@ -132,7 +157,7 @@ class Passes:
             self._looked_at.add(place)
             self._used_directly |= self._look(entry, gradient, batch)
         batch.whole |= self._used_directly
-        whole = [one for one in self._parameters.values() if id(one) in batch.whole]
+        whole = [one for one in self._parameters.values() if id(one) in batch.whole and one.requires_grad]
         if not whole:
             return
         found: list[list[Gradient]] = [[] for _ in whole]
@@ -143,7 +168,7 @@ class Passes:
                 for parts, parameter, grad in zip(found, whole, grads, strict=True):
                     scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale
                     parts.append(self._capture.buffers.copy(scaled))
-        batch.passed.extend(zip(whole, found, strict=True))
+        batch.arrive(list(zip(whole, found, strict=True)), passed=True)
 
     def _back(self, output: GradientEdge, inputs: Sequence[Any], gradient: torch.Tensor) -> Sequence[Any]:
         """Return the gradients at inputs, None where nothing comes; the graph stays for the pass that runs."""
@@ -158,30 +183,18 @@ class Passes:
 
     def _look(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
         """Return the parameters that something else than hooked modules uses: their modules' parts fall short."""
-        names = [name for name, one in self._parameters.items() if id(one) not in batch.whole]
+        trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
+        names = [name for name, one in trained.items() if id(one) not in batch.whole]
         tried = [self._parameters[name] for name in names]
         # The module whose output this is has seen its gradient already, and will see the rest after this.
-        before, batch.captured = batch.captured, []
+        before, batch.arriving = batch.arriving, {}
         self._looking = True
         try:
             grads = self._back(entry.edge, tried, gradient) if tried else ()
         finally:
             self._looking = False
-        shown, batch.captured = batch.captured, before
+        shown = [pair for captured, _ in batch.arriving.values() for pair in captured]
+        batch.arriving = before
         known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
         off = unlike(self._parameters, known, by_parameter(shown), 1 / self._scale)
         return {id(self._parameters[name]) for name in off}
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in what a model returned: in mappings, sequences, and objects with attributes."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for one in output.values():
-            yield from _tensors(one)
-    elif isinstance(output, tuple | list):
-        for one in output:
-            yield from _tensors(one)
-    elif hasattr(output, "__dict__") and not isinstance(output, type):
-        yield from (one for one in vars(output).values() if isinstance(one, torch.Tensor))

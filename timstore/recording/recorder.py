@@ -176,7 +176,7 @@ class Recorder:
             self._model,
             self._parameters.values(),
             lambda: forwards.current,
-            lambda module: passes.running(module),
+            lambda module: passes.running(module, forwards.pending),
             by_sample=by_sample,
             scale=scale,
         )
@@ -187,6 +187,7 @@ class Recorder:
             whole=self._history.keeps_gradients,
             averaged=not self._ranks.alone,
             paused=lambda: capture.is_replaying,
+            accumulated=forwards.settle,
         )
         keep(accumulation)
         passes = Passes(
@@ -288,7 +289,7 @@ class _Batch:
         self._forwards = forwards
 
     def __enter__(self) -> None:
-        self._forwards.held = True
+        self._forwards.hold()
 
     def __exit__(self, *_: object) -> None:
         self._forwards.end()

@@ -127,6 +127,11 @@ class ReplayedKind(Kind):
 class BatchNormKind(Kind):
     """Batch norm: its scale and shift, by the row that a gradient comes through."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether its output for one sample depends on the others."""
+        return self.module.training
+
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
         module: Any = self.module
         captured: Captured = []
@@ -155,7 +160,9 @@ class BatchNormKind(Kind):
 
 
 class LayerNormKind(BatchNormKind):
-    """Layer norm: the same, of all samples in one."""
+    """Layer norm: the same, by each sample's own statistics."""
+
+    mixes = False
 
     def _normal(self, call: Call) -> torch.Tensor:
         module: Any = self.module

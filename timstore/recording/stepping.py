@@ -73,6 +73,7 @@ class Stepping:
         self.epoch = 0
         self.step = 0
         self.last: tuple[int, int] | None = None
+        self._taken = 0
         self._ahead: Ahead | None = None
         self._consumed: dict[str, torch.Tensor] = {}
         self._handles = [
@@ -154,6 +155,9 @@ class Stepping:
         moment = self.epoch, self.step
         self.step += 1
         self.last = moment
+        self._taken += 1
+        if _proves(self._taken):
+            self._forwards.prove()
         skipped, self._forwards.skipped = self._forwards.skipped, 0
         self._store.append_step(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
         self._history.after_step(*moment, self._consumed)
@@ -168,3 +172,8 @@ class Stepping:
                 allow_zero=self._allow_zero,
                 copy=False,
             )
+
+
+def _proves(taken: int) -> bool:
+    """Say whether a step is a proof, as the first one is: after 1, 10, 100, 1,000 steps, and every 1,000 from there."""
+    return taken in (1, 10, 100) or taken % 1000 == 0

@@ -1,0 +1,30 @@
+"""The tensors in what a model returned."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def outputs_of(returned: Any) -> dict[str, torch.Tensor]:
+    """Return path to tensor, each once: in mappings, sequences, and objects with attributes."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, tensor in _walk(returned, "", 0):
+        found.setdefault(id(tensor), (path, tensor))
+    return dict(found.values())
+
+
+def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if isinstance(value, Mapping):
+        held = value.items()
+    elif isinstance(value, tuple | list):
+        held = dict(enumerate(value)).items()
+    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) and depth < 4:
+        held = vars(value).items()
+    else:
+        return
+    for key, one in held:
+        yield from _walk(one, f"{path}.{key}".lstrip("."), depth + 1)
