@@ -220,7 +220,6 @@ def turned(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 AT_TIMES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
-    "runs in training only": lambda self, x: turned(self.late, x) if self.training else 0,
     "is not reached at first": lambda self, x: turned(self.late, x) if x.shape[1] < 5 else 0,
     "is not reached at first, on axis 0": lambda self, x: self.late(x) if x.shape[1] < 5 else 0,
     "is first used later, directly too": lambda self, x: self.late(x) @ self.late.weight if x.shape[1] < 5 else 0,
@@ -232,9 +231,80 @@ AT_TIMES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 def test_a_layer_needs_a_pass_of_each_sample_where_it(tmp_path: Path, name: str) -> None:
     forward = lambda self, x: self.always(x).tanh() + AT_TIMES[name](self, x.tanh())  # noqa: E731
     model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
-    record_or_refuse(tmp_path / "other lengths", model, [of(5, 6), of(4, 6), of(3, 6)], "late")
+    # The second step is looked at like the first one.
+    record_or_refuse(tmp_path / "other lengths", model, [of(5, 6), of(5, 6), of(4, 6), of(3, 6)], "late")
     if "first" not in name:
         record_or_refuse(tmp_path / "as many tokens as samples", model, [of(4, 6), of(4, 6)], "late")
+
+
+def shuffled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run a layer on the rows in another order."""
+    order = torch.tensor([2, 0, 3, 1])
+    out: torch.Tensor = layer(x[order])[order.argsort()]
+    return out
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_a_layer_is_looked_at_as_it_runs_in_training(tmp_path: Path, tokens: int, options: Any) -> None:
+    forward = lambda self, x: self.always(x).tanh() + (turned(self.late, x) if self.training else 0)  # noqa: E731
+    model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
+    record(tmp_path / "s", model, [of(tokens, 6)] * 2, **options)
+
+
+def test_rows_in_another_order_in_training_only_need_a_pass_of_each_sample(tmp_path: Path) -> None:
+    forward = lambda self, x: shuffled(self.layer, x) if self.training else self.layer(x)  # noqa: E731
+    record_or_refuse(tmp_path, Model(forward, layer=nn.Linear(6, 3)), [of(5, 6)] * 2, "layer")
+
+
+def by_length(self: Any, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    order = lengths.sort(descending=True, stable=True).indices
+    out: torch.Tensor = self.layer(x[order].tanh())[order.argsort()]
+    return out
+
+
+JOINING: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "a weight used directly": lambda self, x: self.layer(x) + (x @ self.layer.weight if x.shape[1] == 4 else 0),
+    "the batch on another axis": lambda self, x: self.layer(x) if x.shape[1] == 5 else turned(self.layer, x),
+    "a table of as many rows": lambda self, x: (
+        self.layer(x) + (self.layer(torch.arange(24.0).view(4, 6)).sum(0) if x.shape[1] == 4 else 0)
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", JOINING)
+def test_what_joins_in_the_second_step_is_refused_or_right(tmp_path: Path, name: str, options: Any) -> None:
+    model = Model(JOINING[name], layer=nn.Linear(6, 6))
+    try:
+        record(tmp_path / "s", model, [of(5, 6), of(4, 6)], **options)
+    except CoverageError as error:
+        assert "add up to something else" in str(error) or "another axis" in str(error) or "layer" in str(error)
+
+
+@BOTH
+def test_rows_that_are_sorted_inside_are_noticed_when_the_order_changes(tmp_path: Path, options: Any) -> None:
+    model = Model(by_length, layer=nn.Linear(6, 3))
+    steps = [of(5, 6) for _ in range(2)]
+    steps[0].batches[0]["lengths"] = torch.tensor([5, 5, 5, 5])
+    steps[1].batches[0]["lengths"] = torch.tensor([3, 5, 2, 4])
+    if options:
+        record(tmp_path / "s", model, steps, **options)
+    else:
+        with pytest.raises(CoverageError, match="does not follow the order of the batch's rows"):
+            record(tmp_path / "s", model, steps)
+
+
+@BOTH
+def test_sums_are_held_to_the_gradient_again_after_ten_steps(tmp_path: Path, options: Any) -> None:
+    """What joins between two proofs is found at the next one: the eleventh step is one."""
+    steps = [of(5, 6) for _ in range(10)] + [of(4, 6)]
+    model = Model(JOINING["a weight used directly"], layer=nn.Linear(6, 6))
+    if options:
+        record(tmp_path / "s", model, steps, **options)
+    else:
+        with pytest.raises(CoverageError, match="add up to something else"):
+            record(tmp_path / "s", model, steps)
 
 
 LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {

@@ -149,6 +149,9 @@ class TrajectoryCallback(TrainerCallback):
                 store.close()
 
     def _ids_came(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        assert self._recorder is not None
+        if self._recorder.is_looking:
+            return
         if torch.is_grad_enabled() and model.training and "sample_ids" not in kwargs:
             raise InvalidInputError(
                 f"the rows of the training set carry no {self._column!r}: name the column that holds their ids, or "

@@ -19,9 +19,10 @@ from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
-from timstore.recording.looking import Look, Place, Watch
+from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.replays import BatchNormKind
+from timstore.recording.watching import Place, Watch
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 

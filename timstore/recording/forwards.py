@@ -162,8 +162,13 @@ class Forwards:
         self._current = None
 
     @property
+    def is_looking(self) -> bool:
+        """Whether the model runs to be looked at."""
+        return self._capture.watch is not None
+
+    @property
     def _idle(self) -> bool:
-        return self._capture.watch is not None or self._capture.is_replaying
+        return self.is_looking or self._capture.is_replaying
 
     def _begin(self, given: Ids) -> None:
         if self._accumulation.begun:

@@ -5,73 +5,31 @@ is run again with its rows in another order, and with one row fewer: what each m
 the model returns must change order and shrink alike. What the model returns for the rows that are left, and its loss,
 must be the same: else samples are tied together.
 
+Tokens that are routed, as to experts, may be as many as samples by chance. So where a module has tokens in one axis
+with the samples, or one of each, the batch is also run with other tokens: each row's own, drawn again at random.
+
 The model runs in its own mode, with gradients, as it is about to, but drops nothing out. Where chance has another part
 in what a module is given, nothing can be compared: that module is looked at in eval mode.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from timstore.recording.batches import token_counts
-from timstore.recording.layouts import CANDIDATES, Folded, Layout
+from timstore.recording.calm import calm, other_numbers
+from timstore.recording.layouts import Layout
 from timstore.recording.outputs import outputs_of
+from timstore.recording.watching import Place, Watch, alike, places_of, unlike
 from timstore.undisturbed import undisturbed
 
-# Samples, tokens, and one: what a loss may have been divided by.
-Counts = tuple[int, int, int]
-# For each layout that fits: a sample's shape, and a summary of each sample.
-Seen = dict[Layout, tuple[torch.Size, torch.Tensor]]
-# What was seen of the modules, the loss, and what it may have been divided by.
-Run = tuple["Watch", float | None, Counts]
 # Of a loss, that rounding may make of its parts.
 _ADDS_UP = 1e-2
-_DROPOUTS = {f"{kind}dropout{end}" for kind in ("", "alpha_", "feature_", "feature_alpha_") for end in ("", "_")}
-_DROPOUTS |= {"dropout1d", "dropout2d", "dropout3d"}
-
-
-class Watch:
-    """What every module is given and returns in one forward pass, and what the model returns.
-
-    Attributes:
-        rows: of the batch.
-        calls: of each of them, what was seen in each call.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.calls: dict[str, list[Seen]] = {}
-
-    def note(self, name: str, *tensors: Any) -> None:
-        """Note what a module is given and returns."""
-        found: Seen | None = None
-        for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            fitting = [layout for layout in CANDIDATES if tensor.numel() and layout.fits(tensor.shape, self.rows)]
-            parts = {layout: layout.parts(tensor.detach(), self.rows) for layout in fitting}
-            seen: Seen = {one: (part.shape[1:], _summary(part)) for one, part in parts.items()}
-            # Input and output in one: they have the samples in the same place, or none of them has.
-            found = seen if found is None else {one: _both(found[one], seen[one]) for one in found if one in seen}
-        self.calls.setdefault(name, []).append(found or {})
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a module has the samples.
-
-    Attributes:
-        tokens: of a sample, where batch and tokens are one axis.
-    """
-
-    layout: Layout
-    tokens: int = 0
+# Changes an argument of the model, given the axis of its rows.
+Turn = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,63 +84,113 @@ def look(
 ) -> Look:
     """Run a batch through the model and see where the samples are.
 
-    Cost: four forward passes, one of them of one row, and as many more where chance has a part in them; the model and
-    the generators of random numbers are left as they were.
+    Cost: four forward passes, one of them of one row, two more where tokens may be routed, and as many again where
+    chance has a part in them; the model and the generators of random numbers are left as they were.
 
     Args:
         args, kwargs: of the model, for a batch of `rows` samples, 2 or more.
         capture: whose hooks tell.
         axis: of the batch in the model's arguments.
     """
+    trial = _Trial(model, args, kwargs, rows, capture, axis)
+    found, straight = trial.look(evaluate=False)
+    if not found.tied and None not in found.places.values():
+        return found
+    with undisturbed(model, evaluate=False), calm():
+        other_numbers()
+        chancy = unlike(straight, trial.run(rows, _as_it_is).watch)
+    if not chancy:
+        return found
+    at_rest, _ = trial.look(evaluate=True)
+    return replace(at_rest, places={**found.places, **{name: at_rest.places.get(name) for name in chancy}})
 
-    def run(count: int, turn: Callable[[torch.Tensor, int], torch.Tensor]) -> Run:
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One forward pass.
+
+    Attributes:
+        loss: that the model returned, None where it did not.
+        counts: samples, tokens and one: what the loss may have been divided by.
+    """
+
+    watch: Watch
+    loss: float | None
+    counts: tuple[int, int, int]
+
+
+class _Trial:
+    """A batch, to be run in several ways; arguments as `look`."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, capture: Any, axis: int
+    ) -> None:
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        self._rows = rows
+        self._capture = capture
+        self._axis = axis
+        self._sizes = sizes_of(args, kwargs, rows, axis)
+        self._order = _order(rows)
+
+    def look(self, *, evaluate: bool) -> tuple[Look, Watch]:
+        """Return where the samples are, and the pass of the batch as it is."""
+        with undisturbed(self._model, evaluate=evaluate) as rewind, calm(), torch.set_grad_enabled(not evaluate):
+            whole = self.run(self._rows, _as_it_is)
+            rewind()
+            mixed = self.run(self._rows, self._in_order)
+            rewind()
+            fewer = self._part(0, self._rows - 1)
+            rewind()
+            last = self._part(self._rows - 1, 1)
+            places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order)
+            if _may_be_routed(whole.watch, places, self._sizes):
+                places |= self._routed(rewind, places)
+        tied = fewer is not None and last is not None and _tied(whole, [fewer, last], places)
+        return Look(places, self._sizes, tied), whole.watch
+
+    def run(self, count: int, turn: Turn) -> _Run:
+        """Run the model with its arguments changed so that they hold `count` rows."""
+
         def turned(value: Any) -> Any:
-            place = _batch_axis(value, rows, axis)
+            place = _batch_axis(value, self._rows, self._axis)
             return value if place is None else turn(value, place)
 
-        mine = {name: turned(value) for name, value in kwargs.items()}
-        capture.watch = watch = Watch(count)
+        mine = {name: turned(value) for name, value in self._kwargs.items()}
+        self._capture.watch = watch = Watch(count)
         try:
-            returned = model(*(turned(value) for value in args), **mine)
+            returned = self._model(*(turned(value) for value in self._args), **mine)
         finally:
-            capture.watch = None
+            self._capture.watch = None
         for path, tensor in outputs_of(returned).items():
             if tensor.ndim:
                 watch.note(output_name(path), tensor)
         loss = getattr(returned, "loss", None)
         loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
-        return watch, loss, (count, sum(token_counts(model, mine, count) or [0]), 1)
+        return _Run(watch, loss, (count, sum(token_counts(self._model, mine, count) or [0]), 1))
 
-    def part(first: int, count: int) -> Run | None:
+    def _part(self, first: int, count: int) -> _Run | None:
         try:
-            return run(count, lambda value, place: value.narrow(place, first, count))
+            return self.run(count, lambda value, place: value.narrow(place, first, count))
         except Exception:  # a model may be made for one size of batch
             return None
 
-    def seen(evaluate: bool) -> tuple[Look, Watch]:
-        with undisturbed(model, evaluate=evaluate) as rewind, _calm(), torch.set_grad_enabled(not evaluate):
-            whole = run(rows, lambda value, _: value)
-            rewind()
-            mixed = run(rows, lambda value, place: value.index_select(place, order.to(value.device)))
-            rewind()
-            fewer = part(0, rows - 1)
-            rewind()
-            last = part(rows - 1, 1)
-        places = _places(whole[0], mixed[0], (fewer or whole)[0], order)
-        tied = bool(fewer and last) and _tied(whole, [fewer, last], places)  # type: ignore[list-item]
-        return Look(places, sizes_of(args, kwargs, rows, axis), tied), whole[0]
+    def _in_order(self, value: torch.Tensor, place: int) -> torch.Tensor:
+        return value.index_select(place, self._order.to(value.device))
 
-    order = _order(rows)
-    found, straight = seen(evaluate=False)
-    if not found.tied and None not in found.places.values():
-        return found
-    with undisturbed(model, evaluate=False), _calm():
-        _other_numbers()
-        chancy = _unlike(straight, run(rows, lambda value, _: value)[0])
-    if not chancy:
-        return found
-    calm, _ = seen(evaluate=True)
-    return replace(calm, places={**found.places, **{name: calm.places.get(name) for name in chancy}})
+    def _routed(self, rewind: Callable[[], None], places: Mapping[str, Place | None]) -> dict[str, None]:
+        """Return the modules that have the samples where they seem to be with these tokens only."""
+        drawn = _draw(self._rows, self._sizes)
+        try:
+            rewind()
+            whole = self.run(self._rows, drawn).watch
+            rewind()
+            mixed = self.run(self._rows, lambda value, place: self._in_order(drawn(value, place), place)).watch
+        except Exception:  # a model may refuse such rows
+            return {}
+        again = places_of(whole, mixed, whole, self._order)
+        return {name: None for name in again if places.get(name) != again[name]}
 
 
 def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: int) -> list[tuple[int, ...]]:
@@ -195,59 +203,59 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: 
     return found
 
 
+def _as_it_is(value: torch.Tensor, place: int) -> torch.Tensor:
+    return value
+
+
 def _order(rows: int) -> torch.Tensor:
     """Return another order of the rows, always the same and of no pattern that a model may have as well."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
     return order.roll(1) if torch.equal(order, torch.arange(rows)) else order
 
 
-def _places(straight: Watch, mixed: Watch, fewer: Watch, order: torch.Tensor) -> dict[str, Place | None]:
-    found: dict[str, Place | None] = {}
-    for name, calls in straight.calls.items():
-        others = mixed.calls.get(name, []), fewer.calls.get(name, [])
-        places: list[Place] | None = None if len(calls) == len(others[0]) == len(others[1]) else []
-        for before, after, less in zip(calls, *others, strict=False):
-            alike = []
-            for layout, (sample, summary) in before.items():
-                shrunk = layout in less and less[layout][0] == sample
-                if shrunk and layout in after and _alike(summary[order], after[layout][1]):
-                    alike.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0))
-            places = [place for place in (alike if places is None else places) if place in alike]
-        found[name] = places[0] if places else None
-    return found
-
-
-def _tied(whole: Run, parts: Sequence[Run], places: Mapping[str, Place | None]) -> bool:
-    """Say whether the model returns something else for a batch than for its parts, the first rows and the last one."""
-    straight, loss, counts = whole
-    losses = [one for _, one, _ in parts if one is not None]
-    if loss is not None and len(losses) == len(parts):
-        sums = [sum(one * other[unit] for one, (_, _, other) in zip(losses, parts, strict=True)) for unit in range(3)]
-        off = [abs(loss * count - total) for count, total in zip(counts, sums, strict=True)]
-        if not any(count and one <= _ADDS_UP * abs(loss * count) for count, one in zip(counts, off, strict=True)):
-            return True
-    for name, (call, *_) in straight.calls.items():
-        place = places.get(name)
-        if name.startswith(output_name("")) and place is not None:
-            found = [part.calls.get(name, [{}])[0].get(place.layout) for part, _, _ in parts]
-            summary = call[place.layout][1]
-            if None not in found and not _alike(summary, torch.cat([one[1] for one in found if one is not None])):
+def _may_be_routed(seen: Watch, places: Mapping[str, Place | None], sizes: Sequence[tuple[int, ...]]) -> bool:
+    for name, place in places.items():
+        if place is not None and not name.startswith(output_name("")):
+            sample = tuple(seen.calls[name][0][place.layout][0])
+            if place.tokens or (len(sample) == 1 and sample not in sizes):
                 return True
     return False
 
 
-def _unlike(one: Watch, other: Watch) -> set[str]:
-    """Return the names of what was given something else in another run of the same."""
-    return {
-        name
-        for name, calls in one.calls.items()
-        if len(calls) != len(other.calls.get(name, []))
-        or not all(
-            layout in after and _alike(summary, after[layout][1])
-            for before, after in zip(calls, other.calls[name], strict=True)
-            for layout, (_, summary) in before.items()
-        )
-    }
+def _draw(rows: int, sizes: Sequence[tuple[int, ...]]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Return what draws each row's tokens again from its own, the same ones of every argument."""
+    lengths = [size[0] for size in sizes if size]
+    length = max(set(lengths), key=lengths.count, default=0)
+    chosen = torch.randint(max(1, length), (rows, length), generator=torch.Generator().manual_seed(rows))
+
+    def drawn(value: torch.Tensor, place: int) -> torch.Tensor:
+        moved = value.movedim(place, 0)
+        if moved.ndim < 2 or moved.shape[1] != length:
+            return value
+        of_each = torch.arange(rows, device=value.device)[:, None], chosen.to(value.device)
+        return moved[of_each].movedim(0, place)
+
+    return drawn
+
+
+def _tied(whole: _Run, parts: Sequence[_Run], places: Mapping[str, Place | None]) -> bool:
+    """Say whether the model returns something else for a batch than for its parts, the first rows and the last one."""
+    losses = [(one.loss, one.counts) for one in parts if one.loss is not None]
+    if whole.loss is not None and len(losses) == len(parts):
+        wanted = [whole.loss * count for count in whole.counts]
+        sums = [sum(loss * counts[unit] for loss, counts in losses) for unit in range(3)]
+        off = [abs(one - other) for one, other in zip(wanted, sums, strict=True)]
+        known = [unit for unit, count in enumerate(whole.counts) if count]
+        if not any(off[unit] <= _ADDS_UP * abs(wanted[unit]) for unit in known):
+            return True
+    for name, (call, *_) in whole.watch.calls.items():
+        place = places.get(name)
+        if name.startswith(output_name("")) and place is not None:
+            found = [part.watch.calls.get(name, [{}])[0].get(place.layout) for part in parts]
+            summary = call[place.layout][1]
+            if None not in found and not alike(summary, torch.cat([one[1] for one in found if one is not None])):
+                return True
+    return False
 
 
 def _batch_axis(value: Any, rows: int, axis: int) -> int | None:
@@ -255,54 +263,3 @@ def _batch_axis(value: Any, rows: int, axis: int) -> int | None:
         return None
     places = (axis, 0) if axis else (0,)
     return next((place for place in places if value.ndim > place and value.shape[place] == rows), None)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    scale = float(one.abs().max()) or 1.0
-    return torch.allclose(one / scale, other / scale, rtol=1e-2, atol=1e-3)
-
-
-def _summary(parts: Any) -> torch.Tensor:
-    """Return three numbers per sample, enough to tell them apart."""
-    rows = parts.reshape(len(parts), -1).double()
-    ramp = torch.linspace(0, 1, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return torch.stack([rows.sum(1), rows @ ramp, rows.abs().sum(1)], dim=1).cpu()
-
-
-def _both(one: tuple[torch.Size, torch.Tensor], other: tuple[torch.Size, torch.Tensor]) -> Any:
-    """Return what is seen of an input and an output in one: the input's shape, and each one's summary, scaled alike."""
-    return one[0], torch.cat([one[1] / (one[1].abs().max() or 1.0), other[1] / (other[1].abs().max() or 1.0)], dim=1)
-
-
-def _other_numbers() -> None:
-    """Let every generator go on from elsewhere."""
-    torch.manual_seed(torch.initial_seed() ^ 0x2545F491)
-    random.random()
-    np.random.random()
-
-
-class _NothingDropped(torch.overrides.TorchFunctionMode):
-    """Leaves out dropout, of whatever module or function: it has no order of rows."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if name == "scaled_dot_product_attention":
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    """Run without dropout, and without the fast path of torch's own Transformer layers, which calls no children."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with _NothingDropped():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -109,6 +109,11 @@ class Recorder:
         """The number of the next optimizer step, counted over the whole run."""
         return self._step if self._stepping is None else self._stepping.step
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether the model runs to be looked at, beside training."""
+        return self._forwards.is_looking
+
     def batch(self, ids: Any) -> "_Batch":
         """Name the samples of the next forward pass, or of every one in a `with` block, for models called otherwise."""
         self._forwards.begin(ids)
