@@ -251,6 +251,25 @@ def on_host(batch: Any) -> Any:
     raise InvalidInputError(f"a probe batch is a mapping, a tuple or a tensor, not {type(batch).__name__}")
 
 
+def apart(records: Mapping[int, Mapping[str, list[Gradient]]]) -> dict[int, dict[str, list[Gradient]]]:
+    """Return copies of records, so that they do not keep what was captured beside them."""
+    copies: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def copied(array: Any) -> np.ndarray:
+        # What layers share stays shared; the original is kept, so that its id stays its own.
+        return copies.setdefault(id(array), (array, array.copy()))[1]
+
+    def one(part: Gradient) -> Gradient:
+        if isinstance(part, Factors):
+            return Factors(copied(part.inputs), copied(part.output_gradients), part.norm)
+        return Rows(copied(part.indices), copied(part.values), part.shape) if isinstance(part, Rows) else copied(part)
+
+    return {
+        sample: {name: [one(part) for part in parts] for name, parts in held.items()}
+        for sample, held in records.items()
+    }
+
+
 def _join(parts: list[Gradient], part: Gradient) -> None:
     """Add a part: dense ones are summed, factors and rows stand beside each other."""
     if not isinstance(part, Factors | Rows):

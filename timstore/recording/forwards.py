@@ -204,9 +204,9 @@ class Forwards:
             self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        seen = look(self._model, args, kwargs, rows, self._capture, self._axis)
-        self._looked = True
         before = self._capture.seen
+        seen = look(self._model, args, kwargs, rows, self._capture, self._axis, again=before is not None)
+        self._looked = True
         if before is not None:
             moved = before.moved(seen)
             if moved:

@@ -80,7 +80,14 @@ def output_name(path: str) -> str:
 
 
 def look(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, capture: Any, axis: int
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    rows: int,
+    capture: Any,
+    axis: int,
+    *,
+    again: bool = False,
 ) -> Look:
     """Run a batch through the model and see where the samples are.
 
@@ -91,8 +98,9 @@ def look(
         args, kwargs: of the model, for a batch of `rows` samples, 2 or more.
         capture: whose hooks tell.
         axis: of the batch in the model's arguments.
+        again: another batch was looked at before: the two passes of fewer rows are left out.
     """
-    trial = _Trial(model, args, kwargs, rows, capture, axis)
+    trial = _Trial(model, args, kwargs, rows, capture, axis, again)
     found, straight = trial.look(evaluate=False)
     if not found.tied and None not in found.places.values():
         return found
@@ -123,8 +131,16 @@ class _Trial:
     """A batch, to be run in several ways; arguments as `look`."""
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, capture: Any, axis: int
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rows: int,
+        capture: Any,
+        axis: int,
+        again: bool,
     ) -> None:
+        self._again = again
         self._model = model
         self._args = args
         self._kwargs = kwargs
@@ -140,12 +156,10 @@ class _Trial:
             whole = self.run(self._rows, _as_it_is)
             rewind()
             mixed = self.run(self._rows, self._in_order)
-            rewind()
-            fewer = self._part(0, self._rows - 1)
-            rewind()
-            last = self._part(self._rows - 1, 1)
+            fewer = self._part(rewind, 0, self._rows - 1)
+            last = self._part(rewind, self._rows - 1, 1)
             places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order)
-            if _may_be_routed(whole.watch, places, self._sizes):
+            if self._has_tokens() and _may_be_routed(whole.watch, places, self._sizes):
                 places |= self._routed(rewind, places)
         tied = fewer is not None and last is not None and _tied(whole, [fewer, last], places)
         return Look(places, self._sizes, tied), whole.watch
@@ -170,11 +184,21 @@ class _Trial:
         loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
         return _Run(watch, loss, (count, sum(token_counts(self._model, mine, count) or [0]), 1))
 
-    def _part(self, first: int, count: int) -> _Run | None:
+    def _part(self, rewind: Callable[[], None], first: int, count: int) -> _Run | None:
+        if self._again:
+            return None
+        rewind()
         try:
             return self.run(count, lambda value, place: value.narrow(place, first, count))
         except Exception:  # a model may be made for one size of batch
             return None
+
+    def _has_tokens(self) -> bool:
+        """Whether an argument is ids (rows, tokens) or states (rows, tokens, d)."""
+        given = [
+            one for one in (*self._args, *self._kwargs.values()) if _batch_axis(one, self._rows, self._axis) is not None
+        ]
+        return any(one.ndim == (3 if one.is_floating_point() else 2) for one in given)
 
     def _in_order(self, value: torch.Tensor, place: int) -> torch.Tensor:
         return value.index_select(place, self._order.to(value.device))

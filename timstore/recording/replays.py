@@ -38,6 +38,7 @@ class ReplayedKind(Kind):
         self._replaying = replaying
         self._held = {key: one for key, one in module.named_parameters(recurse=False) if id(one) not in apart}
         self._only_scales: bool | None = None  # not known yet
+        self._adds_nothing = False
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._held.values())
@@ -83,7 +84,7 @@ class ReplayedKind(Kind):
         grads = call.chosen.take(gradient)
         with torch.no_grad():
             without = {f"module.{name}": torch.zeros_like(one) for name, one in held.items()}
-            base = self._run(without, args, kwargs)
+            base = torch.zeros(()) if self._adds_nothing else self._run(without, args, kwargs)
             found, combined = [], base
             for name, one in held.items():
                 scale = self._run({**without, f"module.{name}": torch.ones_like(one)}, args, kwargs) - base
@@ -92,8 +93,11 @@ class ReplayedKind(Kind):
                 summed = rows.sum(1) if isinstance(rows, torch.Tensor) else torch.stack([part.sum(0) for part in rows])
                 found.append(summed.to(one.dtype))
                 combined = combined + scale * one
-            if self._only_scales is None and not _alike(combined, self._run(_leaves(held), args, kwargs)):
-                return None
+            if self._only_scales is None:
+                if not _alike(combined, self._run(_leaves(held), args, kwargs)):
+                    return None
+                # As RMS norms: without its parameters there is nothing.
+                self._adds_nothing = not bool(base.any())
         return found
 
     def _from_rows(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from timstore.intake import Owned
-from timstore.recording.batches import MicroBatch, records_of
+from timstore.recording.batches import MicroBatch, apart, records_of
 from timstore.recording.inner import inner_products
 from timstore.recording.optimizer import amp_scales, norm_of_gradients, step_groups
 from timstore.records import Gradient, StepGroup
@@ -56,6 +56,8 @@ def look_ahead(
     """
     inside, scale = amp_scales(optimizer, scaler)
     records = records_of(batches, samples, names)
+    if samples is not None and any(one not in samples for batch in batches for one in batch.chosen.samples):
+        records = apart(records)
     # The products are with what is there now; the records are parts of what was accumulated.
     wanted = records if products and ratio else {}
     dots = {sample: dot / ratio for sample, dot in inner_products(wanted, gradients).items()}

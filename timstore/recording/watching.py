@@ -29,7 +29,7 @@ class Watch:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 continue
-            fitting = [layout for layout in CANDIDATES if tensor.numel() and layout.fits(tensor.shape, self.rows)]
+            fitting = [layout for layout in CANDIDATES if tensor.numel() and _may_be(layout, tensor.shape, self.rows)]
             parts = {layout: layout.parts(tensor.detach(), self.rows) for layout in fitting}
             seen: Seen = {one: (part.shape[1:], _summary(part)) for one, part in parts.items()}
             # Input and output in one: they have the samples in the same place, or none of them has.
@@ -90,11 +90,17 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one / scale, other / scale, rtol=1e-2, atol=1e-3)
 
 
+def _may_be(layout: Layout, shape: torch.Size, rows: int) -> bool:
+    # Of one token each, a folded axis is the batch itself.
+    return layout.fits(shape, rows) and not (isinstance(layout, Folded) and shape[0] == rows)
+
+
 def _summary(parts: Any) -> torch.Tensor:
-    """Return three numbers per sample, enough to tell them apart."""
-    rows = parts.reshape(len(parts), -1).double()
-    ramp = torch.linspace(0, 1, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return torch.stack([rows.sum(1), rows @ ramp, rows.abs().sum(1)], dim=1).cpu()
+    """Return three numbers per sample, (n, 3), enough to tell them apart."""
+    rows = parts.reshape(len(parts), -1)
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    ramp = torch.linspace(0, 1, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.stack([rows.sum(1), rows @ ramp, torch.linalg.vector_norm(rows, 1, dim=1)], dim=1).double().cpu()
 
 
 def _both(one: tuple[torch.Size, torch.Tensor], other: tuple[torch.Size, torch.Tensor]) -> Any:
