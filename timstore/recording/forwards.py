@@ -31,6 +31,7 @@ class Forwards:
     Attributes:
         pending: micro-batches since the last step.
         skipped: steps that were skipped since the last one.
+        proven: (epoch, step) of the latest step whose parts were seen to add up.
         proved: parts were seen to add up, so that only the chosen samples are captured until `prove` is called.
         held: a block names the batch of several forward passes.
     """
@@ -57,6 +58,7 @@ class Forwards:
         self.pending: list[MicroBatch] = []
         self.skipped = 0
         self.proved = False
+        self.proven: tuple[int, int] | None = None
         self.held = False
         self._current: MicroBatch | None = None
         self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
@@ -100,6 +102,16 @@ class Forwards:
         self.proved = self._looked = False
         self._passes.look_again()
         self._accumulation.keep_local()
+
+    def since_proof(self) -> str:
+        """Return what to say, in the error that a later proof is, of the records since the latest one that held."""
+        if self.proven is None:
+            return ""
+        epoch, step = self.proven
+        return (
+            f". All was right at epoch {epoch}, step {step}; what was recorded since may not be. Go on from a "
+            f"checkpoint of that step with resume_from=({epoch}, {step + 1}), which supersedes it"
+        )
 
     def settle(self, parameter: nn.Parameter) -> None:
         """A backward pass has accumulated into a parameter."""
@@ -211,9 +223,8 @@ class Forwards:
             moved = before.moved(seen)
             if moved:
                 raise CoverageError(
-                    f"{moved[0]} has the samples on another axis than when it was looked at before: what was recorded "
-                    "since is not right. Keep the batch on one axis, axis 0 at best; or record with "
-                    "capture='per-sample'",
+                    f"module {moved[0]} has the samples on another axis than when it was looked at before: keep the "
+                    "batch on one axis, axis 0 at best; or record with capture='per-sample'" + self.since_proof(),
                     kind="order-check",
                     module=moved[0],
                 )

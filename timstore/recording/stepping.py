@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.errors import InvalidInputError, StateError
+from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
@@ -120,11 +120,16 @@ class Stepping:
         batches = self._forwards.pending
         found = by_parameter([pair for batch in batches for pair in batch.parts()])
         if not self._forwards.proved:
-            if self._ranks.alone:
-                checks.check_sum(self._model, self._parameters, gradients, found, ratio, by_sample=self._by_sample)
-            else:
-                self._check_mine(found)
+            try:
+                if self._ranks.alone:
+                    checks.check_sum(self._model, self._parameters, gradients, found, ratio, by_sample=self._by_sample)
+                else:
+                    self._check_mine(found)
+            except CoverageError as error:
+                more = self._forwards.since_proof()
+                raise CoverageError(f"{error}{more}", kind=error.kind, **error.fields) from error
             self._forwards.proved = True
+            self._forwards.proven = self.epoch, self.step
         elif not any(batch.empty for batch in batches):
             # A module that only an empty batch went through is rightly not among them.
             checks.check_captured(self._model, self._parameters, found, self._accumulation.touched)
