@@ -10,7 +10,7 @@ import torch
 from coverage_models import Applied
 from networks import Net
 from references import Batch, one_by_one
-from test_capture_later_steps import (
+from stepwise import (
     BOTH,
     BY_SAMPLE,
     FLOAT32,

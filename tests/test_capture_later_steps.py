@@ -7,8 +7,7 @@ or was refused on the way, is held to autograd one sample at a time.
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,115 +16,32 @@ import pytest
 import torch
 from coverage_models import Applied, Checkpointed, folded, folded_by_token
 from networks import Net, sgd
-from references import Batch, Gradients, Loss, bound, largest_error, one_by_one
+from references import Batch, Loss
+from stepwise import (
+    BOTH,
+    BY_SAMPLE,
+    FLOAT32,
+    HALF,
+    IDS,
+    Model,
+    Step,
+    lstm,
+    of,
+    record,
+    record_or_refuse,
+    rows,
+    sized,
+    weighted,
+)
 from torch import nn
 
 import timstore
 from timstore.errors import CoverageError
 
-FLOAT32, HALF = 1e-5, 1e-2
-BY_SAMPLE = {"capture": "per-sample"}
-BOTH = pytest.mark.parametrize("options", [{}, BY_SAMPLE], ids=["modules", "per-sample"])
-IDS = [11, 5, 8, 2]
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-class Model(Applied):
-    """Modules and what is done with them, of any arguments."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._applied(self, *args, **kwargs)
-
-
-def lstm() -> nn.LSTM:
-    return nn.LSTM(6, 6, batch_first=True)
-
-
-def rows(output: torch.Tensor) -> torch.Tensor:
-    """Return a loss for each row, of which no norm of the model makes a constant."""
-    return (2 * output).sin().flatten(1).sum(1) + output.square().flatten(1).mean(1)
-
-
-def weighted(each: Callable[[Any], torch.Tensor]) -> Loss:
-    return lambda model, batch, weights: (each(model(**batch)) * weights).mean()
-
-
-EACH = weighted(rows)
-
-
-@dataclass
-class Step:
-    """One optimizer step.
-
-    Attributes:
-        ids: of the rows of each micro-batch; of packed rows, of the samples in the order in which they come.
-        named: what the model is given as `sample_ids`, where that is not `ids`.
-        prepare: makes of the model what it is in this step.
-    """
-
-    batches: list[Batch]
-    ids: list[list[int]] = field(default_factory=lambda: [IDS])
-    loss: Loss = EACH
-    named: list[Any] | None = None
-    prepare: Callable[[Any], None] = lambda model: None
-    limit: float = FLOAT32
-
-
-def of(*shape: int, **options: Any) -> Step:
-    """A step on four samples of this shape."""
-    return Step([{"x": torch.randn(4, *shape)}], **options)
-
-
-def sized(*sizes: tuple[int, int]) -> Step:
-    """A step of a micro-batch for each (samples, tokens)."""
-    return Step([{"x": torch.randn(*size, 6)} for size in sizes], [list(range(7, 7 + count)) for count, _ in sizes])
-
-
-def record(path: Path, model: nn.Module, steps: list[Step], *, block: bool = False, **options: Any) -> None:
-    """Record steps that change nothing; whatever ends it, the records that the store holds then are right."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    wanted = []
-    for step in steps:
-        step.prepare(model)
-        wanted.append(one_by_one(model, step.batches, step.ids, step.loss))
-    with timstore.open(path) as store:
-        try:
-            with store.record(model, optimizer, **options) as recorder:
-                for step in steps:
-                    step.prepare(model)
-                    for batch, ids, named in zip(step.batches, step.ids, step.named or step.ids, strict=True):
-                        given = batch if block else {**batch, "sample_ids": named}
-                        with recorder.batch(named) if block else nullcontext():
-                            loss = step.loss(model, given, torch.ones(len(ids)))
-                        (loss / len(step.batches)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-        finally:
-            check(store, wanted, [step.limit for step in steps], options.get("samples"))
-
-
-def check(store: timstore.Store, wanted: list[Gradients], limits: list[float], chosen: Any = None) -> None:
-    found: dict[int, tuple[Gradients, dict[tuple[int, str], float]]] = {}
-    for one in store.read():
-        got, bounds = found.setdefault(one.step, ({}, {}))
-        got[one.sample] = {name: one.dense(name) for name in one.gradients}
-        bounds.update({(one.sample, name): sum(map(bound, parts)) for name, parts in one.gradients.items()})
-        unknown = got[one.sample].keys() - wanted[one.step][one.sample].keys()
-        assert not any(got[one.sample][name].any() for name in unknown)
-    for number, (got, bounds) in found.items():
-        samples = [one for one in wanted[number] if chosen is None or one in chosen]
-        assert largest_error(got, wanted[number], bounds, samples) <= limits[number], f"step {number}"
-
-
-def record_or_refuse(path: Path, model: nn.Module, steps: list[Step], what: str) -> None:
-    """Record what is refused, by name, without a pass of each sample, and right with it."""
-    record(path / "by sample", model, steps, **BY_SAMPLE)
-    with pytest.raises(CoverageError, match=what + ".*capture='per-sample'"):
-        record(path / "by module", model, steps)
 
 
 # --- what the loss takes of the model's outputs ----------------------------------------------------------------
@@ -321,6 +237,15 @@ def test_batches_may_change_in_size_and_length(tmp_path: Path, layout: str, firs
     model = Applied(LAYOUTS[layout], layer=nn.Linear(6, 5), norm=nn.LayerNorm(5))
     later = [sized((4, 4)), sized((1, 5)), sized((3, 3), (2, 5), (1, 1)), sized((3, 1)), sized((4, 7), (4, 4))]
     record(tmp_path / "s", model, [sized(first), *later], **options)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["convolution", "batch norm", "layer norm"])
+def test_frames_may_be_folded_into_the_batch(tmp_path: Path, name: str, options: Any) -> None:
+    kinds = {"convolution": nn.Conv2d(3, 4, 2), "batch norm": nn.BatchNorm2d(3).eval(), "layer norm": nn.LayerNorm(4)}
+    forward = lambda self, x: self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # noqa: E731
+    model = Applied(forward, inner=kinds[name])
+    record(tmp_path / "s", model, [of(5, 3, 4, 4), of(2, 3, 4, 4)], **options)
 
 
 @BOTH

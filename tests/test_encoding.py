@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timstore.encoding import Encoded, densify, encode, restore
+from timstore.encoding.products import norm, product
 from timstore.records import BFLOAT16, Factors, Gradient, Parameter, Rows, narrow, widen
 
 
@@ -119,6 +120,23 @@ def test_parts_of_a_tied_parameter_sum_and_their_inner_products_are_in_the_norm(
     np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sum(decoded(part, (30, 8)) for part in encoded), expected, rtol=1e-5, atol=1e-5)
     assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+
+
+def test_two_sets_of_rows_share_those_that_both_have() -> None:
+    indices = np.array([1, 4, 4, 7]), np.array([9, 4, 7, 7])
+    parts = tuple(Rows(one, normal(seed, 4, 8), (30, 8)) for seed, one in enumerate(indices))
+    _, norm = encode({"w": parts}, {"w": parameter("w", 30, 8)})
+    expected = np.zeros((30, 8))
+    for part in parts:
+        np.add.at(expected, part.indices, part.values)
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "d_in", "d_out"), [(1, 1, 1), (63, 200, 33), (65, 129, 100), (300, 130, 70)])
+def test_products_of_any_size_are_those_of_numpy(tokens: int, d_in: int, d_out: int) -> None:
+    left, right = normal(0, tokens, d_out), normal(1, tokens, d_in)
+    np.testing.assert_allclose(product(left.T, right), left.T.astype(float) @ right, rtol=1e-4, atol=1e-3)
+    assert norm(Factors(right, left)) == pytest.approx(np.linalg.norm(left.T.astype(float) @ right), rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

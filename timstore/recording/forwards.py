@@ -217,7 +217,7 @@ class Forwards:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         before = self._capture.seen
-        seen = look(self._model, args, kwargs, rows, self._capture, self._axis, again=before is not None)
+        seen = look(self._model, args, kwargs, rows, self._capture, self._axis, before=before)
         self._looked = True
         if before is not None:
             moved = before.moved(seen)

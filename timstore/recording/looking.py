@@ -21,7 +21,7 @@ from torch import nn
 
 from timstore.recording.batches import token_counts
 from timstore.recording.calm import calm, other_numbers
-from timstore.recording.layouts import Layout
+from timstore.recording.layouts import Axis, Folded, Layout
 from timstore.recording.outputs import outputs_of
 from timstore.recording.watching import Place, Watch, alike, places_of, unlike
 from timstore.undisturbed import undisturbed
@@ -63,15 +63,27 @@ class Look:
     def moved(self, later: "Look") -> list[str]:
         """Return the modules that have the samples elsewhere in a later look."""
         pairs = [(name, self.places.get(name), place) for name, place in later.places.items()]
-        return [name for name, was, now in pairs if was is not None and now is not None and was.layout != now.layout]
+        both = [(name, was.layout, now.layout) for name, was, now in pairs if was is not None and now is not None]
+        return [name for name, was, now in both if was != now and not _may_be_one(was, now)]
 
     def and_then(self, later: "Look") -> "Look":
         """Return a later look, and this one of what was not seen in it; what was nowhere once stays so.
 
         An expert may get a token of each sample, in order, by chance.
         """
-        nowhere = {name: None for name, place in self.places.items() if place is None}
-        return replace(later, places={**self.places, **later.places, **nowhere})
+        places = {**self.places, **later.places}
+        for name, was in self.places.items():
+            now = later.places.get(name)
+            if was is None:
+                places[name] = None
+            elif now is not None and was.tokens and now.layout == Axis(0):
+                places[name] = Place(was.layout, 1)
+        return replace(later, places=places)
+
+
+def _may_be_one(one: Layout, other: Layout) -> bool:
+    """Say whether these are the same of samples of one token: tokens in one axis with them, and they alone."""
+    return Axis(0) in (one, other) and (isinstance(one, Folded) or isinstance(other, Folded))
 
 
 def output_name(path: str) -> str:
@@ -87,7 +99,7 @@ def look(
     capture: Any,
     axis: int,
     *,
-    again: bool = False,
+    before: Look | None = None,
 ) -> Look:
     """Run a batch through the model and see where the samples are.
 
@@ -98,9 +110,9 @@ def look(
         args, kwargs: of the model, for a batch of `rows` samples, 2 or more.
         capture: whose hooks tell.
         axis: of the batch in the model's arguments.
-        again: another batch was looked at before: the two passes of fewer rows are left out.
+        before: what was seen of another batch: the two passes of fewer rows are left out.
     """
-    trial = _Trial(model, args, kwargs, rows, capture, axis, again)
+    trial = _Trial(model, args, kwargs, rows, capture, axis, before)
     found, straight = trial.look(evaluate=False)
     if not found.tied and None not in found.places.values():
         return found
@@ -138,9 +150,9 @@ class _Trial:
         rows: int,
         capture: Any,
         axis: int,
-        again: bool,
+        before: Look | None,
     ) -> None:
-        self._again = again
+        self._known = None if before is None else before.places
         self._model = model
         self._args = args
         self._kwargs = kwargs
@@ -158,7 +170,7 @@ class _Trial:
             mixed = self.run(self._rows, self._in_order)
             fewer = self._part(rewind, 0, self._rows - 1)
             last = self._part(rewind, self._rows - 1, 1)
-            places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order)
+            places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order, self._known or {})
             if self._has_tokens() and _may_be_routed(whole.watch, places, self._sizes):
                 places |= self._routed(rewind, places)
         tied = fewer is not None and last is not None and _tied(whole, [fewer, last], places)
@@ -185,7 +197,7 @@ class _Trial:
         return _Run(watch, loss, (count, sum(token_counts(self._model, mine, count) or [0]), 1))
 
     def _part(self, rewind: Callable[[], None], first: int, count: int) -> _Run | None:
-        if self._again:
+        if self._known is not None:
             return None
         rewind()
         try:
@@ -213,7 +225,7 @@ class _Trial:
             mixed = self.run(self._rows, lambda value, place: self._in_order(drawn(value, place), place)).watch
         except Exception:  # a model may refuse such rows
             return {}
-        again = places_of(whole, mixed, whole, self._order)
+        again = places_of(whole, mixed, whole, self._order, places)
         return {name: None for name in again if places.get(name) != again[name]}
 
 

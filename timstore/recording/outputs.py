@@ -7,7 +7,10 @@ import torch
 
 
 def outputs_of(returned: Any) -> dict[str, torch.Tensor]:
-    """Return path to tensor, each once: in mappings, sequences, and objects with attributes."""
+    """Return path to tensor, each once: in mappings and sequences, and in those of an object that holds all outputs.
+
+    Objects inside, such as a cache of keys and values, are not looked into: a loss is not made of them.
+    """
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, tensor in _walk(returned, "", 0):
         found.setdefault(id(tensor), (path, tensor))
@@ -22,7 +25,7 @@ def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor
         held = value.items()
     elif isinstance(value, tuple | list):
         held = dict(enumerate(value)).items()
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) and depth < 4:
+    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) and not depth:
         held = vars(value).items()
     else:
         return

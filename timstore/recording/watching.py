@@ -1,5 +1,6 @@
 """What every module is given and returns in a forward pass, and what two passes say of where the samples are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,14 @@ class Place:
     tokens: int = 0
 
 
-def places_of(straight: Watch, mixed: Watch, fewer: Watch, order: torch.Tensor) -> dict[str, Place | None]:
+def places_of(
+    straight: Watch, mixed: Watch, fewer: Watch, order: torch.Tensor, known: Mapping[str, Place | None]
+) -> dict[str, Place | None]:
     """Return where the samples are: what changed order with the batch's rows, and shrank with them.
 
     Args:
         straight, mixed, fewer: passes of the batch, of its rows in `order`, and of fewer of them.
+        known: where they were seen before, which they are again where several places are possible.
     """
     found: dict[str, Place | None] = {}
     for name, calls in straight.calls.items():
@@ -66,7 +70,9 @@ def places_of(straight: Watch, mixed: Watch, fewer: Watch, order: torch.Tensor) 
                 if shrunk and layout in after and alike(summary[order], after[layout][1]):
                     fitting.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0))
             places = [place for place in (fitting if places is None else places) if place in fitting]
-        found[name] = places[0] if places else None
+        was = known.get(name)
+        same = [place for place in places or [] if was is not None and place.layout == was.layout]
+        found[name] = next(iter(same or places or []), None)
     return found
 
 
