@@ -31,13 +31,16 @@ def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[Callable
 
     try:
         if evaluate:
-            model.eval()
+            # Not by eval(): what a module does in there (merging adapters), putting its mode back would not undo.
+            for module in model.modules():
+                module.training = False
         yield rewind
     finally:
         rewind()
         with torch.no_grad():
             for buffer, value in kept:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
         for module, mode, buffers in training:
             module.training = mode
             # A forward pass may also have put another tensor in a buffer's place.

@@ -25,12 +25,15 @@ class Entry:
     """One of the model's outputs, where a backward pass may enter it.
 
     Attributes:
+        path: of it, among what the model returned.
+        layout: None where it has the samples nowhere: no gradient of its own may come to it.
         arrived: its gradient came.
         through: what of its gradient comes through other outputs.
     """
 
+    path: str
     edge: GradientEdge
-    layout: Layout
+    layout: Layout | None
     arrived: bool = False
     through: torch.Tensor | None = None
 
@@ -65,7 +68,7 @@ class MicroBatch:
         self.whole: set[int] = set()
         self.entries: list[Entry] = []
         self.passed: Captured = []
-        self.sizes: list[tuple[int, ...]] = []
+        self.sizes: tuple[tuple[int, ...], ...] = ()
         self.unseen: set[int] = set()
         self.tokens: list[int] | None = None
         self.captured: Captured = []

@@ -27,8 +27,8 @@ def calm() -> Iterator[None]:
 def other_numbers() -> None:
     """Let every generator go on from elsewhere."""
     torch.manual_seed(torch.initial_seed() ^ 0x2545F491)
-    random.random()
-    np.random.random()
+    random.seed(random.getrandbits(32))
+    np.random.seed(np.random.randint(2**31))
 
 
 class _NothingDropped(torch.overrides.TorchFunctionMode):
@@ -37,7 +37,9 @@ class _NothingDropped(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
+            given = args[0] if args else kwargs["input"]
+            # A tensor of its own, as dropout returns: what is done to it in place is done to no other.
+            return given if name.endswith("_") or kwargs.get("inplace") else given.clone()
         if name == "scaled_dot_product_attention":
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

@@ -40,6 +40,7 @@ class Capture:
     Attributes:
         watch: filled instead of recording while the model is looked at.
         seen: where each module has the samples, once that was looked for.
+        names: of the modules that are seen.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Capture:
         self._replays = 0
         self._warned: set[str] = set()
         self._kinds: list[Kind] = []
+        self.names: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for kind in hooked_modules(model, lambda one: id(one) in self._trained, self.replaying):
@@ -101,6 +103,7 @@ class Capture:
 
     def _hook(self, kind: Kind) -> None:
         self._kinds.append(kind)
+        self.names.add(kind.name)
         random: list[torch.Tensor] = []
 
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -123,6 +126,7 @@ class Capture:
             if not self.is_replaying:
                 self._seen(kind, given, output, None, None, layout)
 
+        self.names.add(name)
         projections = Projections(name, module, see)
         self._handles.append(module.register_forward_pre_hook(lambda *_: projections.begin()))
         self._handles.append(module.register_forward_hook(lambda *_: projections.end(), always_call=True))

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.errors import CoverageError
 from timstore.recording.batches import token_counts
 from timstore.recording.calm import calm, other_numbers
 from timstore.recording.layouts import Axis, Folded, Layout
 from timstore.recording.outputs import outputs_of
-from timstore.recording.watching import Place, Watch, alike, places_of, unlike
+from timstore.recording.watching import Place, Sizes, Watch, places_of, unlike
 from timstore.undisturbed import undisturbed
 
 # Of a loss, that rounding may make of its parts.
@@ -38,15 +39,15 @@ class Look:
 
     Attributes:
         places: where each module, and each of the model's outputs, has the samples; None where they cannot be seen.
-        sizes: shapes of the model's arguments for one sample.
+        batched: of the model's arguments, by place or name, whether they have the batch's rows.
         tied: what the model returns for a sample depends on others, or its loss is not a mean or a sum over samples.
     """
 
     places: dict[str, Place | None]
-    sizes: list[tuple[int, ...]]
+    batched: dict[int | str, bool]
     tied: bool
 
-    def layout(self, name: str, shape: torch.Size, rows: int, sizes: list[tuple[int, ...]]) -> Layout | None:
+    def layout(self, name: str, shape: torch.Size, rows: int, sizes: Sizes) -> Layout | None:
         """Return where a module that is given a tensor of this shape has the samples, None where that is not known.
 
         A module that was not seen is not known: it may have its input from anywhere.
@@ -57,7 +58,7 @@ class Look:
         count, rest = divmod(shape[0], rows)
         # Of other lengths than those that were seen: some argument must have them too. Where tokens are chosen by what
         # they hold, as for an expert, their number fits only by chance.
-        expected = {place.tokens} if sizes == self.sizes else {size[0] for size in sizes if size}
+        expected = {place.tokens} if sizes == place.sizes else {size[0] for size in sizes if size}
         return place.layout if not rest and count in expected else None
 
     def moved(self, later: "Look") -> list[str]:
@@ -77,8 +78,8 @@ class Look:
             if was is None:
                 places[name] = None
             elif now is not None and was.tokens and now.layout == Axis(0):
-                places[name] = Place(was.layout, 1)
-        return replace(later, places=places)
+                places[name] = Place(was.layout, 1, now.sizes)
+        return replace(later, places=places, batched={**later.batched, **self.batched}, tied=self.tied or later.tied)
 
 
 def _may_be_one(one: Layout, other: Layout) -> bool:
@@ -114,15 +115,18 @@ def look(
     """
     trial = _Trial(model, args, kwargs, rows, capture, axis, before)
     found, straight = trial.look(evaluate=False)
-    if not found.tied and None not in found.places.values():
+    unseen = capture.names - found.places.keys()
+    if not unseen and not found.tied and None not in found.places.values():
         return found
     with undisturbed(model, evaluate=False), calm():
         other_numbers()
         chancy = unlike(straight, trial.run(rows, _as_it_is).watch)
-    if not chancy:
+    if not chancy and not unseen:
         return found
+    # Also layers that are left out by chance, or without noise.
     at_rest, _ = trial.look(evaluate=True)
-    return replace(at_rest, places={**found.places, **{name: at_rest.places.get(name) for name in chancy}})
+    calmer = {name: at_rest.places[name] for name in chancy | unseen if name in at_rest.places}
+    return replace(found, places={**found.places, **calmer}, tied=at_rest.tied if chancy else found.tied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,41 +156,68 @@ class _Trial:
         axis: int,
         before: Look | None,
     ) -> None:
-        self._known = None if before is None else before.places
+        self._before = before
+        self._known = {} if before is None else before.places
         self._model = model
         self._args = args
         self._kwargs = kwargs
         self._rows = rows
         self._capture = capture
         self._axis = axis
+        # An argument may have as many rows by chance, which it had not before.
+        before_that = {} if before is None else before.batched
+        given: dict[int | str, Any] = {}
+        given.update(enumerate(args))
+        given.update(kwargs)
+        self._batched = {
+            key: before_that.get(key, True) and _batch_axis(value, rows, axis) is not None
+            for key, value in given.items()
+        }
         self._sizes = sizes_of(args, kwargs, rows, axis)
         self._order = _order(rows)
 
     def look(self, *, evaluate: bool) -> tuple[Look, Watch]:
         """Return where the samples are, and the pass of the batch as it is."""
-        with undisturbed(self._model, evaluate=evaluate) as rewind, calm(), torch.set_grad_enabled(not evaluate):
+        with undisturbed(self._model, evaluate=evaluate) as rewind, calm():
             whole = self.run(self._rows, _as_it_is)
             rewind()
-            mixed = self.run(self._rows, self._in_order)
+            try:
+                mixed = self.run(self._rows, self._in_order)
+            except Exception as error:
+                raise CoverageError(
+                    f"{type(self._model).__name__} cannot run the batch with its rows in another order, by which is "
+                    f"found where the samples are ({type(error).__name__}: {error}). Let it take rows in any order "
+                    "(pack_padded_sequence: enforce_sorted=False)",
+                    kind="order-check",
+                ) from error
             fewer = self._part(rewind, 0, self._rows - 1)
             last = self._part(rewind, self._rows - 1, 1)
-            places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order, self._known or {})
-            if self._has_tokens() and _may_be_routed(whole.watch, places, self._sizes):
-                places |= self._routed(rewind, places)
-        tied = fewer is not None and last is not None and _tied(whole, [fewer, last], places)
-        return Look(places, self._sizes, tied), whole.watch
+            known, sizes = self._known, self._sizes
+            places = places_of(whole.watch, mixed.watch, (fewer or whole).watch, self._order, known, sizes)
+            tied = fewer is not None and last is not None and _tied(whole, [fewer, last], places)
+            tied |= self._before is not None and self._before.tied
+            if self._has_tokens() and _may_be_routed(whole.watch, places, sizes):
+                places |= self._denied(rewind, places, whole.watch, _draw(self._rows, sizes), self._order)
+            if self._rows == 2 and not tied and not self._capture.warns_of_coupling:
+                # The one other order of two rows is also what a model may put them in.
+                places |= self._denied(rewind, places, whole.watch, _as_it_is, torch.zeros(2, dtype=torch.int64))
+        return Look(places, self._batched, tied), whole.watch
 
     def run(self, count: int, turn: Turn) -> _Run:
         """Run the model with its arguments changed so that they hold `count` rows."""
 
-        def turned(value: Any) -> Any:
+        def turned(key: int | str, value: Any) -> Any:
+            # Copies: a model may change what it is given.
+            if not self._batched[key]:
+                return value.clone() if isinstance(value, torch.Tensor) else value
             place = _batch_axis(value, self._rows, self._axis)
-            return value if place is None else turn(value, place)
+            assert place is not None
+            return turn(value, place).clone()
 
-        mine = {name: turned(value) for name, value in self._kwargs.items()}
+        mine = {name: turned(name, value) for name, value in self._kwargs.items()}
         self._capture.watch = watch = Watch(count)
         try:
-            returned = self._model(*(turned(value) for value in self._args), **mine)
+            returned = self._model(*(turned(key, value) for key, value in enumerate(self._args)), **mine)
         finally:
             self._capture.watch = None
         for path, tensor in outputs_of(returned).items():
@@ -197,7 +228,7 @@ class _Trial:
         return _Run(watch, loss, (count, sum(token_counts(self._model, mine, count) or [0]), 1))
 
     def _part(self, rewind: Callable[[], None], first: int, count: int) -> _Run | None:
-        if self._known is not None:
+        if self._before is not None:
             return None
         rewind()
         try:
@@ -215,28 +246,37 @@ class _Trial:
     def _in_order(self, value: torch.Tensor, place: int) -> torch.Tensor:
         return value.index_select(place, self._order.to(value.device))
 
-    def _routed(self, rewind: Callable[[], None], places: Mapping[str, Place | None]) -> dict[str, None]:
-        """Return the modules that have the samples where they seem to be with these tokens only."""
-        drawn = _draw(self._rows, self._sizes)
+    def _denied(
+        self,
+        rewind: Callable[[], None],
+        places: Mapping[str, Place | None],
+        whole: Watch,
+        change: Turn,
+        order: torch.Tensor,
+    ) -> dict[str, None]:
+        """Return the modules that do not have the samples there with changed rows, or in this order of them."""
         try:
+            if change is not _as_it_is:
+                rewind()
+                whole = self.run(self._rows, change).watch
             rewind()
-            whole = self.run(self._rows, drawn).watch
-            rewind()
-            mixed = self.run(self._rows, lambda value, place: self._in_order(drawn(value, place), place)).watch
+            mixed = self.run(
+                self._rows, lambda value, place: change(value, place).index_select(place, order.to(value.device))
+            ).watch
         except Exception:  # a model may refuse such rows
             return {}
-        again = places_of(whole, mixed, whole, self._order, places)
+        again = places_of(whole, mixed, whole, order, places, self._sizes)
         return {name: None for name in again if places.get(name) != again[name]}
 
 
-def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: int) -> list[tuple[int, ...]]:
+def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: int) -> Sizes:
     """Return the shapes of the model's arguments for one sample."""
     found = []
     for value in (*args, *kwargs.values()):
         place = _batch_axis(value, rows, axis)
         if place is not None:
             found.append((*value.shape[:place], *value.shape[place + 1 :]))
-    return found
+    return tuple(found)
 
 
 def _as_it_is(value: torch.Tensor, place: int) -> torch.Tensor:
@@ -249,7 +289,7 @@ def _order(rows: int) -> torch.Tensor:
     return order.roll(1) if torch.equal(order, torch.arange(rows)) else order
 
 
-def _may_be_routed(seen: Watch, places: Mapping[str, Place | None], sizes: Sequence[tuple[int, ...]]) -> bool:
+def _may_be_routed(seen: Watch, places: Mapping[str, Place | None], sizes: Sizes) -> bool:
     for name, place in places.items():
         if place is not None and not name.startswith(output_name("")):
             sample = tuple(seen.calls[name][0][place.layout][0])
@@ -258,7 +298,7 @@ def _may_be_routed(seen: Watch, places: Mapping[str, Place | None], sizes: Seque
     return False
 
 
-def _draw(rows: int, sizes: Sequence[tuple[int, ...]]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _draw(rows: int, sizes: Sizes) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Return what draws each row's tokens again from its own, the same ones of every argument."""
     lengths = [size[0] for size in sizes if size]
     length = max(set(lengths), key=lengths.count, default=0)
@@ -288,8 +328,9 @@ def _tied(whole: _Run, parts: Sequence[_Run], places: Mapping[str, Place | None]
         place = places.get(name)
         if name.startswith(output_name("")) and place is not None:
             found = [part.watch.calls.get(name, [{}])[0].get(place.layout) for part in parts]
-            summary = call[place.layout][1]
-            if None not in found and not alike(summary, torch.cat([one[1] for one in found if one is not None])):
+            (summary,) = call[place.layout][1]
+            apart = [one[1][0].numbers for one in found if one is not None]
+            if len(apart) == len(parts) and summary.differs_from(replace(summary, numbers=torch.cat(apart))):
                 return True
     return False
 

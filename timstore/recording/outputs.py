@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+# Of containers in each other; one may hold itself.
+_DEEPEST = 8
+
 
 def outputs_of(returned: Any) -> dict[str, torch.Tensor]:
     """Return path to tensor, each once: in mappings and sequences, and in those of an object that holds all outputs.
@@ -19,11 +22,16 @@ def outputs_of(returned: Any) -> dict[str, torch.Tensor]:
 
 def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
-        yield path, value
+        if value.layout is torch.strided and not value.is_nested:
+            yield path, value
+        return
+    if depth > _DEEPEST:
         return
     if isinstance(value, Mapping):
         held = value.items()
     elif isinstance(value, tuple | list):
+        if value and isinstance(value[0], int | float | str):
+            return
         held = dict(enumerate(value)).items()
     elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) and not depth:
         held = vars(value).items()

@@ -54,7 +54,7 @@ class Passes:
         self._scale = scale
         self._arriving = arriving
         self._used_directly: set[int] = set()
-        self._looked_at: set[int] = set()
+        self._looked_at: set[str] = set()
         self._looking = False
         self._latest: tuple[int, ref[MicroBatch]] | None = None
         self._several = False
@@ -69,13 +69,12 @@ class Passes:
             if not tensor.requires_grad:
                 continue
             number = -1
-            layout = self._layout(path, tensor, batch) if self._by_sample and not batch.empty else None
-            if layout is not None:
+            if self._by_sample and not batch.empty and tensor.ndim:
                 number = len(batch.entries)
                 # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
-                batch.entries.append(Entry(get_gradient_edge(tensor), layout))
+                batch.entries.append(Entry(path, get_gradient_edge(tensor), self._layout(path, tensor, batch)))
             tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
-        if batch.whole and not batch.entries and not batch.empty:
+        if batch.whole and not batch.empty and all(entry.layout is None for entry in batch.entries):
             raise CoverageError(
                 "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
                 "states): the loss alone cannot be told apart"
@@ -89,11 +88,11 @@ class Passes:
             found = batch.layout
         elif rows == 1:
             found = Whole()
-        elif seen is None:
+        elif seen is None or output_name(path) not in seen.places:
             found = Axis(self._axis)
         else:
-            found = seen.layout(output_name(path), tensor.shape, rows, batch.sizes) if tensor.ndim else None
-        return found if found is not None and tensor.ndim and found.fits(tensor.shape, rows) else None
+            found = seen.layout(output_name(path), tensor.shape, rows, batch.sizes)
+        return found if found is not None and found.fits(tensor.shape, rows) else None
 
     def look_again(self) -> None:
         """Find out anew, in the next backward pass, what else than modules uses parameters."""
@@ -149,12 +148,18 @@ class Passes:
             for one, more in zip(others, through, strict=True):
                 if more is not None:
                     one.through = more if one.through is None else one.through + more
-        self._run(entry, gradient, batch)
+        if entry.layout is None:
+            raise CoverageError(
+                f"the loss takes {entry.path or 'an output'} of the model, {tuple(gradient.shape)}, which has the "
+                "samples on no axis that is known: capture='per-sample' cannot tell them apart there. Return it with "
+                "the batch on axis 0",
+                kind="order-check",
+            )
+        self._run(entry, entry.layout, gradient, batch)
 
-    def _run(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
-        place = batch.entries.index(entry)
-        if place not in self._looked_at:
-            self._looked_at.add(place)
+    def _run(self, entry: Entry, layout: Layout, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        if entry.path not in self._looked_at:
+            self._looked_at.add(entry.path)
             self._used_directly |= self._look(entry, gradient, batch)
         batch.whole |= self._used_directly
         whole = [one for one in self._parameters.values() if id(one) in batch.whole and one.requires_grad]
@@ -163,7 +168,7 @@ class Passes:
         found: list[list[Gradient]] = [[] for _ in whole]
         with self._capture.replaying():
             for rows in batch.chosen.rows:
-                masked = only(gradient, entry.layout, len(batch.ids), rows)
+                masked = only(gradient, layout, len(batch.ids), rows)
                 grads = self._back(entry.edge, whole, masked)
                 for parts, parameter, grad in zip(found, whole, grads, strict=True):
                     scaled = torch.zeros_like(parameter) if grad is None else grad * self._scale

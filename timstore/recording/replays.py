@@ -38,7 +38,6 @@ class ReplayedKind(Kind):
         self._replaying = replaying
         self._held = {key: one for key, one in module.named_parameters(recurse=False) if id(one) not in apart}
         self._only_scales: bool | None = None  # not known yet
-        self._adds_nothing = False
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._held.values())
@@ -56,7 +55,8 @@ class ReplayedKind(Kind):
             return []
         # Other tensors than the input may have as many rows by chance.
         sliced = call.layout == Axis(0) and call.random is None and _tensors_in(call.arguments) == 1
-        with self._replaying(), torch.enable_grad(), call.autocast.again():
+        # Chance may have a part where nobody says so: the numbers that training will draw stay what they were.
+        with self._replaying(), torch.enable_grad(), call.autocast.again(), torch.random.fork_rng(devices=[]):
             quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
             if quick is None or self._only_scales is None:
                 compute = self._from_rows if sliced else self._from_all
@@ -84,7 +84,7 @@ class ReplayedKind(Kind):
         grads = call.chosen.take(gradient)
         with torch.no_grad():
             without = {f"module.{name}": torch.zeros_like(one) for name, one in held.items()}
-            base = torch.zeros(()) if self._adds_nothing else self._run(without, args, kwargs)
+            base = self._run(without, args, kwargs)
             found, combined = [], base
             for name, one in held.items():
                 scale = self._run({**without, f"module.{name}": torch.ones_like(one)}, args, kwargs) - base
@@ -93,11 +93,8 @@ class ReplayedKind(Kind):
                 summed = rows.sum(1) if isinstance(rows, torch.Tensor) else torch.stack([part.sum(0) for part in rows])
                 found.append(summed.to(one.dtype))
                 combined = combined + scale * one
-            if self._only_scales is None:
-                if not _alike(combined, self._run(_leaves(held), args, kwargs)):
-                    return None
-                # As RMS norms: without its parameters there is nothing.
-                self._adds_nothing = not bool(base.any())
+            if self._only_scales is None and not _alike(combined, self._run(_leaves(held), args, kwargs)):
+                return None
         return found
 
     def _from_rows(

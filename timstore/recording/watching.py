@@ -6,10 +6,50 @@ from typing import Any
 
 import torch
 
-from timstore.recording.layouts import CANDIDATES, Folded, Layout
+from timstore.recording.layouts import CANDIDATES, Axis, Folded, Layout
 
-# For each layout that fits: a sample's shape, and a summary of each sample.
-Seen = dict[Layout, tuple[torch.Size, torch.Tensor]]
+Sizes = tuple[tuple[int, ...], ...]
+
+# What stands for infinity, and for numbers that would add up to it.
+_LARGE = 1e6
+# Of the size of numbers, what rounding may make of them at another place of a batch: in single and half precision.
+_ROUNDING, _HALF_ROUNDING = 1e-4, 1e-2
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Summary:
+    """A few numbers of each sample's part of a tensor.
+
+    Attributes:
+        numbers: (samples, numbers).
+        noise: what rounding may make of them.
+    """
+
+    numbers: torch.Tensor
+    noise: float
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether there were numbers that are none."""
+        return bool(self.numbers.isnan().any())
+
+    def in_order(self, order: torch.Tensor) -> "Summary":
+        return Summary(self.numbers[order], self.noise)
+
+    def differs_from(self, other: "Summary") -> bool:
+        """Say whether two are not the same, beside rounding; what all samples have in common counts for nothing."""
+        common = self.numbers.mean(0)
+        one, two = self.numbers - common, other.numbers - common
+        allowed = 1e-2 * one.abs() + 1e-3 * one.abs().max() + self.noise
+        return not bool(((one - two).abs() <= allowed).all())
+
+    def is_another(self, other: "Summary") -> bool:
+        """Say whether the same, run twice, gave something else: no more than the order of sums may change there."""
+        return not bool(((self.numbers - other.numbers).abs() <= 1e-2 * self.noise).all())
+
+
+# For each layout that fits: a sample's shape, and a summary of what a module was given, and of what it returned.
+Seen = dict[Layout, tuple[torch.Size, tuple[Summary, ...]]]
 
 
 class Watch:
@@ -28,14 +68,16 @@ class Watch:
         """Note what a module is given and returns."""
         found: Seen | None = None
         for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            fitting = [layout for layout in CANDIDATES if tensor.numel() and _may_be(layout, tensor.shape, self.rows)]
-            parts = {layout: layout.parts(tensor.detach(), self.rows) for layout in fitting}
-            seen: Seen = {one: (part.shape[1:], _summary(part)) for one, part in parts.items()}
-            # Input and output in one: they have the samples in the same place, or none of them has.
-            found = seen if found is None else {one: _both(found[one], seen[one]) for one in found if one in seen}
+            if isinstance(tensor, torch.Tensor):
+                seen = self._seen(tensor.detach())
+                found = seen if found is None else _both(found, seen)
         self.calls.setdefault(name, []).append(found or {})
+
+    def _seen(self, tensor: torch.Tensor) -> Seen:
+        fitting = [layout for layout in CANDIDATES if tensor.numel() and _may_be(layout, tensor.shape, self.rows)]
+        with torch.autocast(tensor.device.type, enabled=False):
+            parts = {layout: layout.parts(tensor, self.rows) for layout in fitting}
+            return {one: (part.shape[1:], (_summary(part),)) for one, part in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +86,43 @@ class Place:
 
     Attributes:
         tokens: of a sample, where batch and tokens are one axis.
+        sizes: shapes of the model's arguments for one sample, then.
     """
 
     layout: Layout
     tokens: int = 0
+    sizes: Sizes = ()
 
 
 def places_of(
-    straight: Watch, mixed: Watch, fewer: Watch, order: torch.Tensor, known: Mapping[str, Place | None]
+    straight: Watch,
+    mixed: Watch,
+    fewer: Watch,
+    order: torch.Tensor,
+    known: Mapping[str, Place | None],
+    sizes: Sizes,
 ) -> dict[str, Place | None]:
     """Return where the samples are: what changed order with the batch's rows, and shrank with them.
 
     Args:
         straight, mixed, fewer: passes of the batch, of its rows in `order`, and of fewer of them.
-        known: where they were seen before, which they are again where several places are possible.
+        known: where they were seen before, which they are again where several places are possible, and where numbers
+            that are none can tell nothing.
+        sizes: shapes of the model's arguments for one sample.
     """
     found: dict[str, Place | None] = {}
     for name, calls in straight.calls.items():
         others = mixed.calls.get(name, []), fewer.calls.get(name, [])
+        if name in known and any(_says_nothing(seen) for seen in (*calls, *others[0])):
+            found[name] = known[name]
+            continue
         places: list[Place] | None = None if len(calls) == len(others[0]) == len(others[1]) else []
         for before, after, less in zip(calls, *others, strict=False):
             fitting = []
-            for layout, (sample, summary) in before.items():
+            for layout, (sample, summaries) in before.items():
                 shrunk = layout in less and less[layout][0] == sample
-                if shrunk and layout in after and alike(summary[order], after[layout][1]):
-                    fitting.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0))
+                if shrunk and layout in after and not _differ(summaries, after[layout][1], order):
+                    fitting.append(Place(layout, sample[0] if isinstance(layout, Folded) else 0, sizes))
             places = [place for place in (fitting if places is None else places) if place in fitting]
         was = known.get(name)
         same = [place for place in places or [] if was is not None and place.layout == was.layout]
@@ -82,18 +136,21 @@ def unlike(one: Watch, other: Watch) -> set[str]:
         name
         for name, calls in one.calls.items()
         if len(calls) != len(other.calls.get(name, []))
-        or not all(
-            layout in after and alike(summary, after[layout][1])
+        or any(
+            layout not in after or any(map(Summary.is_another, summaries, after[layout][1]))
             for before, after in zip(calls, other.calls[name], strict=True)
-            for layout, (_, summary) in before.items()
+            for layout, (_, summaries) in before.items()
         )
     }
 
 
-def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Say whether two summaries are the same but for rounding."""
-    scale = float(one.abs().max()) or 1.0
-    return torch.allclose(one / scale, other / scale, rtol=1e-2, atol=1e-3)
+def _says_nothing(seen: Seen) -> bool:
+    return any(summary.says_nothing for _, summaries in seen.values() for summary in summaries)
+
+
+def _differ(ones: tuple[Summary, ...], others: tuple[Summary, ...], order: torch.Tensor) -> bool:
+    pairs = zip(ones, others, strict=False)
+    return len(ones) != len(others) or any(one.in_order(order).differs_from(other) for one, other in pairs)
 
 
 def _may_be(layout: Layout, shape: torch.Size, rows: int) -> bool:
@@ -101,14 +158,30 @@ def _may_be(layout: Layout, shape: torch.Size, rows: int) -> bool:
     return layout.fits(shape, rows) and not (isinstance(layout, Folded) and shape[0] == rows)
 
 
-def _summary(parts: Any) -> torch.Tensor:
-    """Return three numbers per sample, (n, 3), enough to tell them apart."""
+def _both(one: Seen, other: Seen) -> Seen:
+    """Return what is seen of an input and an output in one: they have the samples in the same place, or none has."""
+    found: Seen = {}
+    for layout, (sample, summaries) in one.items():
+        match = other.get(layout)
+        if match is None and isinstance(layout, Folded):
+            match = other.get(Axis(0))  # one row for each sample's tokens
+        if match is not None:
+            found[layout] = sample, summaries + match[1]
+    return found
+
+
+def _summary(parts: Any) -> Summary:
+    """Return three numbers of each sample, enough to tell them apart."""
     rows = parts.reshape(len(parts), -1)
+    half = rows.dtype in (torch.float16, torch.bfloat16)
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    numbers = _numbers(rows)
+    if not bool(numbers.isfinite().all()):
+        numbers = _numbers(rows.nan_to_num(torch.nan, _LARGE, -_LARGE).clamp(-_LARGE, _LARGE))
+    level = float(numbers.abs().max())
+    return Summary(numbers, level * (_HALF_ROUNDING if half else _ROUNDING))
+
+
+def _numbers(rows: torch.Tensor) -> torch.Tensor:
     ramp = torch.linspace(0, 1, rows.shape[1], dtype=rows.dtype, device=rows.device)
     return torch.stack([rows.sum(1), rows @ ramp, torch.linalg.vector_norm(rows, 1, dim=1)], dim=1).double().cpu()
-
-
-def _both(one: tuple[torch.Size, torch.Tensor], other: tuple[torch.Size, torch.Tensor]) -> Any:
-    """Return what is seen of an input and an output in one: the input's shape, and each one's summary, scaled alike."""
-    return one[0], torch.cat([one[1] / (one[1].abs().max() or 1.0), other[1] / (other[1].abs().max() or 1.0)], dim=1)

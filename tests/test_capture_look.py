@@ -1,0 +1,194 @@
+"""The look leaves training as it is, and finds the samples in models that make that hard."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from references import Batch
+from stepwise import BOTH, BY_SAMPLE, IDS, Model, Step, lstm, of, record, record_or_refuse, rows
+from torch import nn
+
+import timstore
+from timstore.errors import CoverageError
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+# --- training stays what it is --------------------------------------------------------------------------------------
+
+
+def dropped_and_changed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.inner(F.relu(F.dropout(x, 0.1, self.training), inplace=True)) + x
+    return out
+
+
+def masked_in_place(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """As transformers' Whisper does it with `apply_spec_augment`."""
+    if self.training:
+        x[:, torch.from_numpy(np.random.rand(x.shape[1]) < 0.4)] = 0
+    out: torch.Tensor = self.inner(x)
+    return out
+
+
+def left_out(self: Any, x: torch.Tensor) -> torch.Tensor:
+    for layer in (self.inner, self.other):
+        if not self.training or random.random() < 0.5:
+            x = x + layer(x).tanh()
+    return x
+
+
+class Merging(nn.Module):
+    """Adapters that are put into the weight when evaluation begins, as loralib's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+        self.adapter, self.merged = nn.Linear(6, 6, bias=False), False
+
+    def train(self, mode: bool = True) -> Any:
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = x @ self.weight
+        return plain if self.merged else plain + self.adapter(x)
+
+
+def noisy(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.other(self.inner(x) * (1 + torch.rand(len(x), 1, 1)))
+    return out
+
+
+TRAININGS: dict[str, Callable[[], nn.Module]] = {
+    "an argument changed after dropout": lambda: Model(dropped_and_changed, inner=nn.Linear(6, 6)),
+    "an argument masked in place": lambda: Model(masked_in_place, inner=nn.Linear(6, 6)),
+    "layers left out by chance": lambda: Model(left_out, inner=nn.Linear(6, 6), other=nn.Linear(6, 6)),
+    "what eval() does, behind noise": lambda: Model(noisy, inner=nn.Linear(6, 6), other=Merging()),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_recorded_training_is_the_training_without(tmp_path: Path, name: str, options: Any) -> None:
+    def train(recorded: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model = TRAININGS[name]().train()
+        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+        given = [torch.randn(4, 5, 6) for _ in range(4)]
+
+        def loop(**named: Any) -> None:
+            for x in given:
+                rows(model(x=x, **named)).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        if recorded:
+            with timstore.open(tmp_path / "s") as store, store.record(model, optimizer, **options):
+                loop(sample_ids=IDS)
+        else:
+            loop()
+        return [*(one.detach() for one in model.parameters()), *given]
+
+    for plain, beside in zip(train(False), train(True), strict=True):
+        assert torch.equal(plain, beside)
+
+
+# --- the samples are found, or their place refused -------------------------------------------------------------------
+
+
+def token_major(self: Any, x: torch.Tensor) -> torch.Tensor:
+    turned = x.transpose(0, 1)
+    out: torch.Tensor = self.layer(turned.flatten(0, 1)).view(*turned.shape[:2], -1).transpose(0, 1)
+    return out
+
+
+@BOTH
+@pytest.mark.parametrize("mean", [0, 100, 300])
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_samples_are_told_apart_that_have_much_in_common(tmp_path: Path, mean: int, tokens: int, options: Any) -> None:
+    model = Model(token_major, layer=nn.Linear(64, 3))
+    steps = [Step([{"x": mean + torch.randn(4, tokens, 64)}]) for _ in range(3)]
+    record(tmp_path / "s", model, steps, **options)
+
+
+@pytest.mark.parametrize("turn", [lambda x: x.flip(0), lambda x: x.roll(1, 0)])
+def test_two_rows_exchanged_inside_need_a_pass_of_each_sample(tmp_path: Path, turn: Any) -> None:
+    model = Model(
+        lambda self, x: turn(self.out(turn(self.inner(x).tanh()))), inner=nn.Linear(6, 6), out=nn.Linear(6, 2)
+    )
+    steps = [Step([{"x": torch.randn(2, 5, 6)}], [[3, 9]]) for _ in range(3)]
+    record_or_refuse(tmp_path, model, steps, "out")
+
+
+@BOTH
+def test_large_numbers_in_half_precision_are_summed_without_overflow(tmp_path: Path, options: Any) -> None:
+    model = Model(lambda self, x: self.out(self.table(x).mean(1)), table=nn.Embedding(500, 8), out=nn.Linear(8, 2))
+
+    def half(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return (rows(model(**batch).float()) * weights).mean()
+
+    record(tmp_path / "s", model, [Step([{"x": torch.randint(0, 500, (4, 512))}], loss=half, limit=1e-2)], **options)
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
+def test_outputs_may_hold_what_stands_for_nothing(tmp_path: Path, fill: float) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.lstm(x)[0])
+        return logits.masked_fill(torch.arange(3) == 1, fill)
+
+    each = lambda model, batch, weights: (model(**batch).softmax(-1)[..., 0].sum(1) * weights).mean()  # noqa: E731
+    record(tmp_path / "s", Model(forward, lstm=lstm(), head=nn.Linear(6, 3)), [of(5, 6, loss=each)] * 2, **BY_SAMPLE)
+
+
+@BOTH
+def test_a_matrix_for_all_rows_is_not_the_batch_when_it_is_as_long(tmp_path: Path, options: Any) -> None:
+    model = Model(lambda self, x, mixing: mixing @ self.inner(x), inner=nn.Linear(6, 6))
+    steps = [of(tokens, 6) for tokens in (5, 4, 3)]
+    for step in steps:
+        tokens = step.batches[0]["x"].shape[1]
+        step.batches[0]["mixing"] = torch.rand(tokens, tokens)
+    record(tmp_path / "s", model, steps, **options)
+
+
+@pytest.mark.parametrize("lengths", [[16, 1, 1, 1], [1, 16, 1, 1]], ids=str)
+def test_rows_that_are_mostly_padding_are_looked_at(tmp_path: Path, lengths: list[int]) -> None:
+    def forward(self: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pooled = (self.table(x) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        out: torch.Tensor = self.out(pooled)
+        return out
+
+    model = Model(forward, table=nn.Embedding(20, 6), out=nn.Linear(6, 2))
+    mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).float()
+    record(tmp_path / "s", model, [Step([{"x": torch.randint(0, 20, (4, 16)), "mask": mask}])] * 2)
+
+
+def test_an_output_whose_samples_cannot_be_found_is_refused_when_the_loss_takes_it(tmp_path: Path) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        hidden = self.lstm(x)[0]
+        return self.head(hidden.mean(1)), hidden[:, ::2].flatten(0, 1)
+
+    def both(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        logits, states = model(**batch)
+        return ((rows(logits) + rows(states.view(4, -1, 6))) * weights).mean()
+
+    model = Model(forward, lstm=lstm(), head=nn.Linear(6, 2))
+    with pytest.raises(CoverageError, match="the loss takes 1 of the model"):
+        record(tmp_path / "s", model, [of(tokens, 6, loss=both) for tokens in (6, 6, 8)], **BY_SAMPLE)
+
+
+@BOTH
+def test_an_own_layer_may_fold_tokens_away(tmp_path: Path, options: Any) -> None:
+    pool = Model(lambda self, x, count: (x * self.scale).view(count, -1, 6).mean(1), scale=nn.Parameter(torch.rand(6)))
+    forward = lambda self, x: self.out(self.pool(x.flatten(0, 1), len(x)))  # noqa: E731
+    record(tmp_path / "s", Model(forward, pool=pool, out=nn.Linear(6, 2)), [of(5, 6), of(3, 6)], **options)
