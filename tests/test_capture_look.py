@@ -42,7 +42,8 @@ def left_out(self: Any, x: torch.Tensor) -> torch.Tensor:
     for layer in (self.inner, self.other):
         if not self.training or random.random() < 0.5:
             x = x + layer(x).tanh()
-    return x
+    out: torch.Tensor = self.last(x)
+    return out
 
 
 class Merging(nn.Module):
@@ -63,14 +64,17 @@ class Merging(nn.Module):
 
 
 def noisy(self: Any, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = self.other(self.inner(x) * (1 + torch.rand(len(x), 1, 1)))
+    noise = torch.rand(len(x), 1, 1) if self.training else 0
+    out: torch.Tensor = self.other(self.inner(x) * (1 + noise))
     return out
 
 
 TRAININGS: dict[str, Callable[[], nn.Module]] = {
     "an argument changed after dropout": lambda: Model(dropped_and_changed, inner=nn.Linear(6, 6)),
     "an argument masked in place": lambda: Model(masked_in_place, inner=nn.Linear(6, 6)),
-    "layers left out by chance": lambda: Model(left_out, inner=nn.Linear(6, 6), other=nn.Linear(6, 6)),
+    "layers left out by chance": lambda: Model(
+        left_out, inner=nn.Linear(6, 6), other=nn.Linear(6, 6), last=nn.Linear(6, 2)
+    ),
     "what eval() does, behind noise": lambda: Model(noisy, inner=nn.Linear(6, 6), other=Merging()),
 }
 
