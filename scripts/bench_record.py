@@ -15,14 +15,14 @@ Settings, all with AdamW, clipping and batches of 8 samples:
 - GPT-2 + LoRA: transformers' GPT-2 of width 256 and depth 6 with peft's adapters, 196,608 weights, on the same
   sequences as the Llama (a tenth of the steps);
 - sentence encoder: all-MiniLM-L6-v2, 22.6 million weights, on functions of the standard library and docstrings, of 64
-  tokens each, where a sample is two rows of the model's batch (a 25th of the steps). Its weights come from the
+  tokens each, where a sample is two rows of the model's batch (an eighth of the steps). Its weights come from the
   package index at the first call, and stay in the user's cache.
 
 Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured there at width
 128 against the bare loop there. `torch.func` is measured with the first three settings alone. A pass of each sample is
 not measured with the ResNet, whose BatchNorm makes another loss of a batch of one.
 
-Run: python scripts/bench_record.py (about 25 minutes on two cores, 15 of them for the last four settings; --quick for a
+Run: python scripts/bench_record.py (about an hour on two cores; --repeats 2 --only timstore: 15 minutes; --quick for a
 look; --sweep for growth)
 """
 
