@@ -13,7 +13,7 @@ from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
-from timstore.recording.looking import look, sizes_of
+from timstore.recording.looking import Trial, sizes_of
 from timstore.recording.passes import Passes
 from timstore.store import Store
 
@@ -217,7 +217,7 @@ class Forwards:
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         before = self._capture.seen
-        seen = look(self._model, args, kwargs, rows, self._capture, self._axis, before=before)
+        seen = Trial(self._model, args, kwargs, rows, self._capture, self._axis, before).look()
         self._looked = True
         if before is not None:
             moved = before.moved(seen)

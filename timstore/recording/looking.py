@@ -92,43 +92,6 @@ def output_name(path: str) -> str:
     return f"output {path}"
 
 
-def look(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    rows: int,
-    capture: Any,
-    axis: int,
-    *,
-    before: Look | None = None,
-) -> Look:
-    """Run a batch through the model and see where the samples are.
-
-    Cost: four forward passes, one of them of one row, two more where tokens may be routed, and as many again where
-    chance has a part in them; the model and the generators of random numbers are left as they were.
-
-    Args:
-        args, kwargs: of the model, for a batch of `rows` samples, 2 or more.
-        capture: whose hooks tell.
-        axis: of the batch in the model's arguments.
-        before: what was seen of another batch: the two passes of fewer rows are left out.
-    """
-    trial = _Trial(model, args, kwargs, rows, capture, axis, before)
-    found, straight = trial.look(evaluate=False)
-    unseen = capture.names - found.places.keys()
-    if not unseen and not found.tied and None not in found.places.values():
-        return found
-    with undisturbed(model, evaluate=False), calm():
-        other_numbers()
-        chancy = unlike(straight, trial.run(rows, _as_it_is).watch)
-    if not chancy and not unseen:
-        return found
-    # Also layers that are left out by chance, or without noise.
-    at_rest, _ = trial.look(evaluate=True)
-    calmer = {name: at_rest.places[name] for name in chancy | unseen if name in at_rest.places}
-    return replace(found, places={**found.places, **calmer}, tied=at_rest.tied if chancy else found.tied)
-
-
 @dataclass(frozen=True, slots=True)
 class _Run:
     """One forward pass.
@@ -143,8 +106,15 @@ class _Run:
     counts: tuple[int, int, int]
 
 
-class _Trial:
-    """A batch, to be run in several ways; arguments as `look`."""
+class Trial:
+    """A batch, to be run through the model in several ways.
+
+    Args:
+        args, kwargs: of the model, for a batch of `rows` samples, 2 or more.
+        capture: whose hooks tell.
+        axis: of the batch in the model's arguments.
+        before: what was seen of another batch: the two passes of fewer rows are left out.
+    """
 
     def __init__(
         self,
@@ -176,13 +146,36 @@ class _Trial:
         self._sizes = sizes_of(args, kwargs, rows, axis)
         self._order = _order(rows)
 
-    def look(self, *, evaluate: bool) -> tuple[Look, Watch]:
-        """Return where the samples are, and the pass of the batch as it is."""
+    def look(self) -> Look:
+        """See where the samples are.
+
+        Cost: four forward passes, one of them of one row, two more where tokens may be routed, and as many again where
+        chance has a part in them; the model and the generators of random numbers are left as they were.
+
+        Raises:
+            CoverageError: the model does not take rows in another order.
+        """
+        found, straight = self._look(evaluate=False)
+        unseen = self._capture.names - found.places.keys()
+        if not unseen and not found.tied and None not in found.places.values():
+            return found
+        with undisturbed(self._model, evaluate=False), calm():
+            other_numbers()
+            chancy = unlike(straight, self._run(self._rows, _as_it_is).watch)
+        if not chancy and not unseen:
+            return found
+        # Also layers that are left out by chance, or without noise.
+        at_rest, _ = self._look(evaluate=True)
+        calmer = {name: at_rest.places[name] for name in chancy | unseen if name in at_rest.places}
+        return replace(found, places={**found.places, **calmer}, tied=at_rest.tied if chancy else found.tied)
+
+    def _look(self, *, evaluate: bool) -> tuple[Look, Watch]:
+        """Return where the samples are in one mode, and the pass of the batch as it is."""
         with undisturbed(self._model, evaluate=evaluate) as rewind, calm():
-            whole = self.run(self._rows, _as_it_is)
+            whole = self._run(self._rows, _as_it_is)
             rewind()
             try:
-                mixed = self.run(self._rows, self._in_order)
+                mixed = self._run(self._rows, self._in_order)
             except Exception as error:
                 raise CoverageError(
                     f"{type(self._model).__name__} cannot run the batch with its rows in another order, by which is "
@@ -203,7 +196,7 @@ class _Trial:
                 places |= self._denied(rewind, places, whole.watch, _as_it_is, torch.zeros(2, dtype=torch.int64))
         return Look(places, self._batched, tied), whole.watch
 
-    def run(self, count: int, turn: Turn) -> _Run:
+    def _run(self, count: int, turn: Turn) -> _Run:
         """Run the model with its arguments changed so that they hold `count` rows."""
 
         def turned(key: int | str, value: Any) -> Any:
@@ -232,7 +225,7 @@ class _Trial:
             return None
         rewind()
         try:
-            return self.run(count, lambda value, place: value.narrow(place, first, count))
+            return self._run(count, lambda value, place: value.narrow(place, first, count))
         except Exception:  # a model may be made for one size of batch
             return None
 
@@ -258,9 +251,9 @@ class _Trial:
         try:
             if change is not _as_it_is:
                 rewind()
-                whole = self.run(self._rows, change).watch
+                whole = self._run(self._rows, change).watch
             rewind()
-            mixed = self.run(
+            mixed = self._run(
                 self._rows, lambda value, place: change(value, place).index_select(place, order.to(value.device))
             ).watch
         except Exception:  # a model may refuse such rows

@@ -148,16 +148,9 @@ class Passes:
             for one, more in zip(others, through, strict=True):
                 if more is not None:
                     one.through = more if one.through is None else one.through + more
-        if entry.layout is None:
-            raise CoverageError(
-                f"the loss takes {entry.path or 'an output'} of the model, {tuple(gradient.shape)}, which has the "
-                "samples on no axis that is known: capture='per-sample' cannot tell them apart there. Return it with "
-                "the batch on axis 0",
-                kind="order-check",
-            )
-        self._run(entry, entry.layout, gradient, batch)
+        self._run(entry, gradient, batch)
 
-    def _run(self, entry: Entry, layout: Layout, gradient: torch.Tensor, batch: MicroBatch) -> None:
+    def _run(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
         if entry.path not in self._looked_at:
             self._looked_at.add(entry.path)
             self._used_directly |= self._look(entry, gradient, batch)
@@ -165,6 +158,14 @@ class Passes:
         whole = [one for one in self._parameters.values() if id(one) in batch.whole and one.requires_grad]
         if not whole:
             return
+        layout = entry.layout
+        if layout is None:
+            raise CoverageError(
+                f"the loss takes {entry.path or 'an output'} of the model, {tuple(gradient.shape)}, which has the "
+                "samples on no axis that is known: capture='per-sample' cannot tell them apart there. Return it with "
+                "the batch on axis 0",
+                kind="order-check",
+            )
         found: list[list[Gradient]] = [[] for _ in whole]
         with self._capture.replaying():
             for rows in batch.chosen.rows:
