@@ -156,6 +156,22 @@ def test_gradients_that_are_asked_for_and_not_accumulated_are_not_counted(tmp_pa
     record(tmp_path / "s", model, [of(5, 6, loss=logged) for _ in range(3)], **options)
 
 
+def only_steps_are_recorded(
+    path: Path, model: nn.Module, optimizer: Any, steps: list[Step], after: Callable[[int], None]
+) -> None:
+    """Record steps, with something else after each, of which no record may hold anything."""
+    wanted = [one_by_one(model, step.batches, step.ids, step.loss) for step in steps]
+    with timstore.open(path) as store:
+        with store.record(model, optimizer):
+            for number, step in enumerate(steps):
+                step.loss(model, {**step.batches[0], "sample_ids": IDS}, torch.ones(4)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                after(number)
+        check(store, wanted, [FLOAT32] * len(steps))
+        assert store.sql("SELECT DISTINCT sample_ids FROM steps").fetchall() == [(IDS,)]
+
+
 def test_a_batch_whose_backward_pass_broke_off_is_in_no_step(tmp_path: Path) -> None:
     model = Net(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -163,21 +179,14 @@ def test_a_batch_whose_backward_pass_broke_off_is_in_no_step(tmp_path: Path) -> 
     def broken(_: torch.Tensor) -> None:
         raise ArithmeticError("of the user's")
 
-    steps = [of(6) for _ in range(2)]
-    wanted = [one_by_one(model, step.batches, step.ids, step.loss) for step in steps]
-    with timstore.open(tmp_path / "s") as store:
-        with store.record(model, optimizer):
-            for step in steps:
-                step.loss(model, {**step.batches[0], "sample_ids": IDS}, torch.ones(4)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                output = model(x=torch.randn(4, 6), sample_ids=[21, 22, 23, 24])
-                output.register_hook(broken)
-                with pytest.raises(ArithmeticError):
-                    output.sum().backward()
-                optimizer.zero_grad()
-        check(store, wanted, [FLOAT32] * 2)
-        assert store.sql("SELECT DISTINCT sample_ids FROM steps").fetchall() == [(IDS,)]
+    def break_off(_: int) -> None:
+        output = model(x=torch.randn(4, 6), sample_ids=[21, 22, 23, 24])
+        output.register_hook(broken)
+        with pytest.raises(ArithmeticError):
+            output.sum().backward()
+        optimizer.zero_grad()
+
+    only_steps_are_recorded(tmp_path / "s", model, optimizer, [of(6) for _ in range(2)], break_off)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -222,16 +231,10 @@ def test_a_batch_that_was_refused_leaves_no_trace_in_the_next_step(tmp_path: Pat
     forward = lambda self, x: self.always(x).tanh() + (self.late(x) if x.shape[1] < 5 else 0)  # noqa: E731
     model = Applied(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    steps = [of(5, 6) for _ in range(3)]
-    wanted = [one_by_one(model, step.batches, step.ids, step.loss) for step in steps]
-    with timstore.open(tmp_path / "s") as store:
-        with store.record(model, optimizer):
-            for step in steps:
-                step.loss(model, {**step.batches[0], "sample_ids": IDS}, torch.ones(4)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if step is not steps[0]:  # else the look at the second step would see it
-                    with pytest.raises(CoverageError, match="late"):
-                        model(x=torch.randn(4, 4, 6), sample_ids=[1, 2, 3, 4])
-        check(store, wanted, [FLOAT32] * 3)
-        assert store.sql("SELECT DISTINCT sample_ids FROM steps").fetchall() == [(IDS,)]
+
+    def be_refused(number: int) -> None:
+        if number:  # else the look at the second step would see it
+            with pytest.raises(CoverageError, match="late"):
+                model(x=torch.randn(4, 4, 6), sample_ids=[1, 2, 3, 4])
+
+    only_steps_are_recorded(tmp_path / "s", model, optimizer, [of(5, 6) for _ in range(3)], be_refused)

@@ -1,4 +1,4 @@
-"""What a recorder proves about itself at the first step, before hours are spent."""
+"""What a recorder proves about itself at the first step, before hours are spent, and again on the way."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 

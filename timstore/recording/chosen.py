@@ -30,6 +30,8 @@ class Chosen:
         self.samples = list(places)
         self.rows = list(places.values())
         self._counts = [len(rows) for rows in self.rows]
+        # Rows of every sample; None where they have differently many.
+        self._each = self._counts[0] if len(set(self._counts)) == 1 else None
         self._flat = [place for rows in self.rows for place in rows]
         self._in_order = self._flat == list(range(len(ids)))
         self._order: torch.Tensor | None = None
@@ -49,8 +51,8 @@ class Chosen:
 
     def by_sample(self, rows: torch.Tensor) -> Parts:
         """Return what `take` returned as (samples, rows, ...), or (rows, ...) each where they have differently many."""
-        if len(set(self._counts)) == 1:
-            return rows.reshape(len(self.rows), self._counts[0], *rows.shape[1:])
+        if self._each is not None:
+            return rows.reshape(len(self.rows), self._each, *rows.shape[1:])
         return list(torch.split(rows, self._counts))
 
     def parts(self, tensor: torch.Tensor, layout: Layout) -> Parts:
@@ -63,7 +65,7 @@ class Chosen:
     def joined(self, copied: np.ndarray) -> np.ndarray | list[np.ndarray]:
         """Return (samples, tokens, d) of the captured rows' (rows, T, d), or (tokens, d) each; nothing is copied."""
         width = copied.shape[-1]
-        if len(set(self._counts)) == 1:
-            return copied.reshape(len(self.rows), self._counts[0] * copied.shape[1], width)
+        if self._each is not None:
+            return copied.reshape(len(self.rows), self._each * copied.shape[1], width)
         ends = np.cumsum(self._counts)
         return [copied[end - count : end].reshape(-1, width) for end, count in zip(ends, self._counts, strict=True)]

@@ -187,7 +187,7 @@ class Forwards:
             self._earlier = len(self.pending)
             if self._accumulation.lost():
                 self.skip()
-        # Until the first step has proved that the parts add up, all of them are needed.
+        # In a step that proves that the parts add up, all of them are needed.
         chosen = Chosen(given.samples, self._samples if self.proved else None)
         self._current = MicroBatch(given.samples, chosen, given.rows, given.layout)
         self.pending.append(self._current)

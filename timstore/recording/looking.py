@@ -175,7 +175,7 @@ class Trial:
             whole = self._run(self._rows, _as_it_is)
             rewind()
             try:
-                mixed = self._run(self._rows, self._in_order)
+                mixed = self._run(self._rows, _in_order(self._order, _as_it_is))
             except Exception as error:
                 raise CoverageError(
                     f"{type(self._model).__name__} cannot run the batch with its rows in another order, by which is "
@@ -236,9 +236,6 @@ class Trial:
         ]
         return any(one.ndim == (3 if one.is_floating_point() else 2) for one in given)
 
-    def _in_order(self, value: torch.Tensor, place: int) -> torch.Tensor:
-        return value.index_select(place, self._order.to(value.device))
-
     def _denied(
         self,
         rewind: Callable[[], None],
@@ -253,9 +250,7 @@ class Trial:
                 rewind()
                 whole = self._run(self._rows, change).watch
             rewind()
-            mixed = self._run(
-                self._rows, lambda value, place: change(value, place).index_select(place, order.to(value.device))
-            ).watch
+            mixed = self._run(self._rows, _in_order(order, change)).watch
         except Exception:  # a model may refuse such rows
             return {}
         again = places_of(whole, mixed, whole, order, places, self._sizes)
@@ -274,6 +269,10 @@ def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, axis: 
 
 def _as_it_is(value: torch.Tensor, place: int) -> torch.Tensor:
     return value
+
+
+def _in_order(order: torch.Tensor, change: Turn) -> Turn:
+    return lambda value, place: change(value, place).index_select(place, order.to(value.device))
 
 
 def _order(rows: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. With
 `capture="per-sample"` the gradient that arrives at the model's output is sent back once more for each recorded sample,
 with zeros for all others, to those parameters alone. What runs this way is found out: modules say so in the forward
-pass, and at the first step one backward pass to all parameters shows where the modules' parts do not add up.
+pass, and in steps that are proofs one backward pass to all parameters shows where the modules' parts do not add up.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
