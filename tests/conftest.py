@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from stores import made_store
 import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
+
+
+# The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
+if "TIMSTORE_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["TIMSTORE_DEVICE"])
+    torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
 
 
 @pytest.fixture(autouse=True)

@@ -266,7 +266,7 @@ def evaluated(model: nn.Module) -> None:
 
 
 def autocast(dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: torch.autocast("cpu", dtype=dtype)
+    return lambda: torch.autocast(torch.get_default_device().type, dtype=dtype)
 
 
 def mlp() -> nn.Module:

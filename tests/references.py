@@ -169,7 +169,7 @@ def one_by_one(
             gradients = found.setdefault(sample, {})
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    gradients[name] = gradients.get(name, 0) + parameter.grad.double().numpy() / scale
+                    gradients[name] = gradients.get(name, 0) + parameter.grad.double().cpu().numpy() / scale
     model.zero_grad()
     return found
 

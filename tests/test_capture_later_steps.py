@@ -338,7 +338,7 @@ def test_packed_samples_may_lie_in_several_rows_beside_tokens_of_nobody(tmp_path
 @pytest.mark.parametrize("switched", [(True, False, True), (False, True, False)], ids=str)
 def test_autocast_may_be_switched_on_and_off(tmp_path: Path, switched: tuple[bool, ...], options: Any) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.on):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.on):
             out: torch.Tensor = self.out(self.norm(self.layer(x)[0] if options else self.layer(x)))
         return out.float()
 

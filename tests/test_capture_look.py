@@ -139,7 +139,7 @@ def test_large_numbers_in_half_precision_are_summed_without_overflow(tmp_path: P
     model = Model(lambda self, x: self.out(self.table(x).mean(1)), table=nn.Embedding(500, 8), out=nn.Linear(8, 2))
 
     def half(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(torch.get_default_device().type, torch.float16):
             return (rows(model(**batch).float()) * weights).mean()
 
     record(tmp_path / "s", model, [Step([{"x": torch.randint(0, 500, (4, 512))}], loss=half, limit=1e-2)], **options)

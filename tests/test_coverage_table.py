@@ -50,7 +50,7 @@ def test_recorded_gradients_are_those_of_autograd_one_sample_at_a_time(case: Cas
     around = case.around or nullcontext
     options: dict[str, Any] = dict(case.options)
     if options.get("scaler") == "new":
-        options["scaler"] = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        options["scaler"] = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
     scale = 1024.0 if "scaler" in options else 1.0
     want = one_by_one(model, batches, IDS, case.loss, around=around, scale=scale)
     with warnings.catch_warnings(record=bool(case.warns)) as caught:

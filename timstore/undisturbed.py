@@ -1,12 +1,27 @@
 """Asking a model something without leaving a trace."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
+
+
+class RandomState:
+    """Where torch's generators of random numbers are: the host's, and those of some devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._host = torch.get_rng_state()
+        cuda = {device for device in devices if device.type == "cuda"}
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in cuda]
+
+    def rewind(self) -> None:
+        """Take them back there."""
+        torch.set_rng_state(self._host)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
@@ -18,16 +33,13 @@ def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[Callable
     """
     training = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    of_torch, of_devices = torch.get_rng_state(), [torch.cuda.get_rng_state(one) for one in devices]
+    of_torch = RandomState(parameter.device for parameter in model.parameters())
 
     def rewind() -> None:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-        for device, state in zip(devices, of_devices, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        of_torch.rewind()
 
     try:
         if evaluate:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class _Layer:
     part: int
     inputs: np.ndarray
     output_gradients: np.ndarray
-    norm: float | None
+    norm: Any
 
 
 def encode(
@@ -143,7 +144,7 @@ def _encode_shared(
         _row_map(union, keep) if len(output) < len(rows) else None
         for output, (_, keep) in zip(outputs, chosen, strict=True)
     ]
-    norms = [layer.norm for layer, _ in chosen if layer.norm is not None]
+    norms = [float(layer.norm) for layer, _ in chosen if layer.norm is not None]
     if len(norms) < len(chosen):
         norms = _norms(rows, outputs, row_maps)
     for rung in LADDER[precision]:

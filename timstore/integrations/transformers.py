@@ -212,7 +212,11 @@ def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
     for number, row in enumerate(dataset):
         if "input_ids" not in row:
             raise InvalidInputError(f"row {number} has no input_ids, by which it could be known: {sorted(row)}")
-        given = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "attention_mask") if name in row}
+        given = {
+            name: torch.as_tensor(row[name], device="cpu")[None]
+            for name in ("input_ids", "attention_mask")
+            if name in row
+        }
         rows = content_rows((), given)
         assert rows is not None
         found.append(sample_of(row_hash(rows[0])))
@@ -239,7 +243,7 @@ class _WithIds:
             raise InvalidInputError(f"row {named.index(False)} of a batch has no {self._column!r}, and others have")
         ids = [self._id(row[self._column]) for row in features]
         batch = self._collate([{name: row[name] for name in row if name != self._column} for row in features])
-        batch["sample_ids"] = torch.tensor(ids)
+        batch["sample_ids"] = torch.tensor(ids, device="cpu")
         return batch
 
     def _id(self, value: Any) -> int:

@@ -238,7 +238,9 @@ class Accumulation:
         """Return the kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""
         kept = torch.from_numpy(_on_host(list(self._kept.values())))
         mine = [
-            self._elements[name].of_flat(local[name].reshape(-1)) if name in local else torch.zeros(len(held))
+            self._elements[name].of_flat(local[name].reshape(-1))
+            if name in local
+            else torch.zeros(len(held), device="cpu")
             for name, held in self._kept.items()
         ]
         return kept, torch.from_numpy(_on_host(mine))
@@ -262,7 +264,8 @@ class _Elements:
 
     def chosen(self, parameter: torch.Tensor, extremes: bool) -> Values:
         """Return a copy of the elements of a gradient, chosen by it; the extremes of a table, which is mostly zero."""
-        if not extremes and _any(found := self.of(parameter)):
+        # To ask a CUDA device whether some are there would take longer: the host would have to wait.
+        if not extremes and not parameter.is_cuda and _any(found := self.of(parameter)):
             return found
         if self._by_numpy:
             numbers = _numbers(parameter)

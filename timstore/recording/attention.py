@@ -79,16 +79,16 @@ class _ProjectionKind(LinearKind):
         if self._weight is not None and wanted(self._weight[0]):
             weight, first = self._weight
             inputs = call.input_rows(gradient.dtype)
-            norms = call.norms(outputs, gradient.device)
+            norms = call.norms(outputs, gradient)
             parts: list[Gradient] = [
-                Factors(given, _widened(rows, first, len(weight)), norm)
+                Factors(given, _widened(call, rows, first, len(weight)), norm)
                 for given, rows, norm in zip(inputs, outputs, norms, strict=True)
             ]
             captured.append((weight, parts))
         if self._bias is not None and wanted(self._bias[0]):
             bias, first = self._bias
             summed = sums(call, gradient, outputs, bias.dtype)
-            captured.append((bias, [_widened(one[None], first, len(bias))[0] for one in summed]))  # type: ignore[index]
+            captured.append((bias, [_widened(call, one[None], first, len(bias))[0] for one in summed]))  # type: ignore[index]
         return captured
 
 
@@ -104,10 +104,11 @@ def _source(piece: torch.Tensor | None, whole: set[int]) -> tuple[nn.Parameter, 
     return base, piece.storage_offset() // max(1, base.stride(0))  # type: ignore[return-value]
 
 
-def _widened(rows: np.ndarray, first: int, width: int) -> np.ndarray:
+def _widened(call: Call, rows: np.ndarray, first: int, width: int) -> np.ndarray:
     """Return rows with zeros for the outputs that are not among them."""
     if rows.shape[1] == width:
         return rows
+    call.buffers.wait()
     wide = np.zeros((len(rows), width), rows.dtype)
     wide[:, first : first + rows.shape[1]] = rows
     return wide

@@ -70,7 +70,7 @@ class MicroBatch:
         self.passed: Captured = []
         self.sizes: tuple[tuple[int, ...], ...] = ()
         self.unseen: set[int] = set()
-        self.tokens: list[int] | None = None
+        self.tokens: torch.Tensor | None = None
         self.captured: Captured = []
         self.arriving: dict[tuple[int, int], tuple[Captured, Captured]] = {}
         self.block = False
@@ -189,7 +189,7 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
         raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
     if isinstance(values[0], list):
         try:
-            packed = torch.as_tensor(values)
+            packed = torch.as_tensor(values, device="cpu")
         except (ValueError, TypeError):
             raise _not_integers(values[0]) from None
         if packed.ndim != 2 or packed.is_floating_point() or packed.dtype == torch.bool or not (packed >= 0).any():
@@ -222,8 +222,8 @@ def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str,
         )
 
 
-def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> list[int] | None:
-    """Return how many labels of each row count in a mean over tokens, as transformers' models take `labels`.
+def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> torch.Tensor | None:
+    """Return how many labels of each row count in a mean over tokens, (rows,), as transformers' models take `labels`.
 
     A model for causal language moves the labels by one, so that the first is never predicted.
     """
@@ -233,8 +233,7 @@ def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> list
     kind = getattr(model, "loss_type", None) or type(model).__name__
     if "CausalLM" in kind or "LMHead" in kind:
         labels = labels[:, 1:]
-    counts: list[int] = (labels != -100).sum(1).tolist()
-    return counts
+    return (labels != -100).sum(1)
 
 
 def on_host(batch: Any) -> Any:
@@ -264,7 +263,8 @@ def apart(records: Mapping[int, Mapping[str, list[Gradient]]]) -> dict[int, dict
 
     def one(part: Gradient) -> Gradient:
         if isinstance(part, Factors):
-            return Factors(copied(part.inputs), copied(part.output_gradients), part.norm)
+            norm = None if part.norm is None else float(part.norm)
+            return Factors(copied(part.inputs), copied(part.output_gradients), norm)
         return Rows(copied(part.indices), copied(part.values), part.shape) if isinstance(part, Rows) else copied(part)
 
     return {

@@ -7,6 +7,7 @@ two would leave each other holes: it grows to a multiple, and pages are taken fr
 import math
 import mmap
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,35 +19,59 @@ _ALIGNED = 64
 
 
 class Buffers:
-    """Copies tensors into slabs, which are used again once nothing is left of what was copied there."""
+    """Copies tensors into slabs, which are used again once nothing is left of what was copied there.
+
+    From a CUDA device copies are made while training goes on, and are there once `wait` returns; others at once.
+    """
 
     def __init__(self) -> None:
-        self._slabs: list[_Slab] = []
-        self._current: np.ndarray | None = None
-        self._end = 0
+        self._pools: dict[torch.device, _Pool] = {}
 
     def copy(self, tensor: torch.Tensor, rows: torch.Tensor | None = None) -> np.ndarray:
-        """Return a copy on the host, contiguous; nothing that happens later can change it.
+        """Return a copy on the host, contiguous; nothing that happens later to the tensor can change it.
 
         Args:
             rows: which of axis 0 to take, as indices on the tensor's device; None for all.
         """
         tensor = tensor.detach()
-        if tensor.device.type != "cpu" and rows is not None:
-            tensor, rows = tensor.index_select(0, rows), None
+        pool = self._pools.get(tensor.device)
+        if pool is None:
+            made = _CudaPool(tensor.device) if tensor.is_cuda else _Pool()
+            pool = self._pools.setdefault(tensor.device, made)
         shape = tensor.shape if rows is None else (len(rows), *tensor.shape[1:])
         # numpy has no bfloat16.
         raw = tensor.dtype == torch.bfloat16
         tensor = tensor.view(torch.int16) if raw else tensor
-        copied = self._empty(shape, torch.empty(0, dtype=tensor.dtype).numpy().dtype)
-        into = torch.from_numpy(copied)
-        if rows is None:
-            into.copy_(tensor)
-        else:
-            torch.index_select(tensor, 0, rows, out=into)
+        copied = pool.take(shape, torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype)
+        pool.fill(torch.from_numpy(copied), tensor, rows)
         return copied.view(BFLOAT16) if raw else copied
 
-    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def wait(self) -> None:
+        """Return when everything that was copied so far is there."""
+        for pool in self._pools.values():
+            pool.wait()
+
+
+class _Pool:
+    """The slabs for what is copied from one device."""
+
+    def __init__(self) -> None:
+        self.slabs: list[_Slab] = []
+        self._current: np.ndarray | None = None
+        self._end = 0
+
+    def fill(self, into: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Copy a tensor, or rows of it."""
+        if rows is None or tensor.device != into.device:
+            into.copy_(tensor if rows is None else tensor.index_select(0, rows))
+        else:
+            torch.index_select(tensor, 0, rows, out=into)
+
+    def wait(self) -> None:
+        """Return when everything is there."""
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return memory that nothing is in."""
         size = math.prod(shape) * dtype.itemsize
         # The latest slab, while it lasts: what was captured together is let go of together.
         if self._current is None or self._end + size > len(self._current):
@@ -57,19 +82,48 @@ class Buffers:
 
     def _unused(self, size: int) -> np.ndarray:
         self._current = None
-        slab = next((one for one in self._slabs if one.size >= size and one.unused), None)
+        slab = next((one for one in self.slabs if one.size >= size and one.unused), None)
         if slab is None:
-            slab = _Slab(max(size, _SLAB_BYTES))
-            self._slabs.append(slab)
+            slab = self._new_slab(max(size, _SLAB_BYTES))
+            self.slabs.append(slab)
         return slab.take()
+
+    def _new_slab(self, size: int) -> "_Slab":
+        """Return a slab of so many bytes, or more, of the system's own memory."""
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return _Slab(size, lambda: np.frombuffer(memory, np.uint8))
+
+
+class _CudaPool(_Pool):
+    """Page-locked slabs, filled on a stream beside the one that training computes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def fill(self, into: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor | None) -> None:
+        # On the device first: training may change or free its own before that has left.
+        whole = tensor.clone(memory_format=torch.contiguous_format) if rows is None else tensor.index_select(0, rows)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            into.copy_(whole, non_blocking=True)
+        whole.record_stream(self._stream)
+
+    def wait(self) -> None:
+        self._stream.synchronize()
+
+    def _new_slab(self, size: int) -> "_Slab":
+        size = 1 << (size - 1).bit_length()  # as much is taken in any case
+        return _Slab(size, torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy)
 
 
 class _Slab:
-    """Memory of the system's own."""
+    """Memory, of which `view` makes a new array each time."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, view: Callable[[], np.ndarray]) -> None:
         self.size = size
-        self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._view = view
         self._taken: weakref.ref[np.ndarray] | None = None
 
     @property
@@ -78,6 +132,6 @@ class _Slab:
 
     def take(self) -> np.ndarray:
         """Return the slab as bytes. Every view of them, and of these, holds on to this very array."""
-        taken = np.frombuffer(self._memory, np.uint8)
+        taken = self._view()
         self._taken = weakref.ref(taken)
         return taken

@@ -1,7 +1,7 @@
 """One call of a module in a forward pass: what it was given, and whose part of it is to be copied."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from timstore.recording.buffers import Buffers
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Parts
 from timstore.records import widen
+from timstore.undisturbed import RandomState
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.
 HostRows = np.ndarray | list[np.ndarray]
@@ -53,7 +54,7 @@ class Call:
         version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.
         autocast: what the module ran under.
-        random: the state of torch's generator on the host when it ran; only kept where it is needed.
+        random: where torch's generators were when it ran; only kept where it is needed.
         buffers: where what is captured is copied to.
         released: the step is over.
     """
@@ -66,7 +67,7 @@ class Call:
     output_shape: torch.Size
     arguments: Arguments | None
     autocast: "Autocast"
-    random: torch.Tensor | None
+    random: RandomState | None
     buffers: Buffers
     released: bool = False
 
@@ -104,6 +105,11 @@ class Call:
             return [self.buffers.copy(rows_of(parts[place])) for (place,) in self.chosen.rows]
         return self.chosen.joined(self.buffers.copy(tokens(parts), self.chosen.order(parts.device)))
 
+    def computed_rows(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return (n, T, d), the captured samples' token rows where training computes; None where lengths differ."""
+        parts = self.samples(tensor)
+        return tokens(parts) if isinstance(parts, torch.Tensor) else None
+
     def input_rows(self, dtype: torch.dtype) -> list[np.ndarray]:
         """Return the captured samples' input on the host, copied once for all layers that share it.
 
@@ -116,15 +122,22 @@ class Call:
                 held = held.to(dtype)
             self.input.rows = self.host_rows(held)
             self.input.arrays = list(self.input.rows)
+            computed = self.computed_rows(held) if held.is_cuda else None
+            # Only while the input is there; of longer ones no norm is taken by it.
+            if computed is not None and computed.shape[1] < 2 * computed.shape[2]:
+                self.input.gram = _gram(computed)
             self.input.tensor = None
         return self.input.arrays
 
-    def norms(self, outputs: HostRows, device: torch.device) -> list[float] | list[None]:
+    def norms(self, outputs: HostRows, gradient: torch.Tensor) -> Sequence[Any]:
         """Return the norm of each captured sample's product, from the Gram matrices of its factors.
 
-        All samples at once, and all cores: where training computes on the host, the writer's one thread would take
-        them from it for longer. On an accelerator, and where the products themselves are cheaper, it is left to the
-        writer.
+        All samples at once, and where training computes: the writer's one thread would take longer, and on the host
+        take its cores. None each, left to the writer, where the products themselves are cheaper, or lengths differ.
+        What a CUDA device computes is in arrays of one number, there when all that is copied is.
+
+        Args:
+            outputs: the captured samples' rows of `gradient`, on the host.
         """
         given = self.input.rows
         if not isinstance(outputs, np.ndarray) or not isinstance(given, np.ndarray):
@@ -132,13 +145,19 @@ class Call:
         rows, length, d_out = outputs.shape
         d_in = given.shape[2]
         costs = length * (d_out if self.input.gram is not None else d_in + d_out)
-        if device.type != "cpu" or costs >= 2 * d_in * d_out:
+        if gradient.device.type not in ("cpu", "cuda") or costs >= 2 * d_in * d_out:
             return [None] * rows
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        computed = torch.from_numpy(widen(outputs)) if gradient.device.type == "cpu" else self.computed_rows(gradient)
+        assert computed is not None
+        with torch.no_grad():
             if self.input.gram is None:
-                self.input.gram = _gram(given)
-            squares = (self.input.gram * _gram(outputs)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
-        return [square**0.5 if math.isfinite(square) else math.nan for square in squares.tolist()]
+                self.input.gram = _gram(torch.from_numpy(widen(given)))
+            squares = (self.input.gram * _gram(computed)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
+            norms = squares.sqrt().masked_fill_(~squares.isfinite(), math.nan)
+        if norms.is_cuda:
+            copied = self.buffers.copy(norms)
+            return [copied[place, ...] for place in range(rows)]
+        return norms.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +198,12 @@ def rows_of(part: torch.Tensor) -> torch.Tensor:
     return part.reshape(math.prod(part.shape[:-1]), part.shape[-1])
 
 
-def _gram(rows: np.ndarray) -> torch.Tensor:
-    wide = torch.from_numpy(widen(rows))
-    return torch.bmm(wide, wide.mT)
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    wide = rows.to(wide_dtype(rows.dtype))
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.bmm(wide, wide.mT)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to add numbers up in: not half precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -23,6 +23,7 @@ from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.replays import BatchNormKind
 from timstore.recording.watching import Place, Watch
+from timstore.undisturbed import RandomState
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 
@@ -104,7 +105,7 @@ class Capture:
     def _hook(self, kind: Kind) -> None:
         self._kinds.append(kind)
         self.names.add(kind.name)
-        random: list[torch.Tensor] = []
+        random: list[RandomState] = []
 
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self.is_replaying:
@@ -113,7 +114,7 @@ class Capture:
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if kind.needs_random and not self.is_replaying and torch.is_grad_enabled():
-                random[:] = [torch.get_rng_state()]
+                random[:] = [RandomState(one.device for one in kind.parameters())]
 
         if kind.needs_arguments:  # nothing else is computed again
             self._handles.append(kind.module.register_forward_pre_hook(before))
@@ -163,7 +164,7 @@ class Capture:
         given: Any,
         output: Any,
         arguments: Arguments | None,
-        random: torch.Tensor | None,
+        random: RandomState | None,
         layout: Layout | None = None,
     ) -> None:
         if self.watch is not None:

@@ -2,15 +2,17 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from timstore.errors import CoverageError
-from timstore.records import Factors, Gradient, Rows, widen
+from timstore.records import BFLOAT16, Factors, Gradient, Rows
 
 # Of the sum of the token norms' products: some gradients are pure rounding noise, relative to themselves.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-2
+_TF32_TOLERANCE = 1e-3
 # Attention's key bias has a gradient of nothing but rounding noise: less than this part of the whole is no evidence.
 _NOISE = 1e-3
 
@@ -59,20 +61,22 @@ def unlike(
     ratio: float,
 ) -> dict[str, float]:
     """Return the parameters whose parts do not add up to the gradient, and by how much; arguments as `check_sum`."""
-    norms = [float(one.double().norm()) for one in gradients.values()]
-    noise = _NOISE * sum(norm * norm for norm in norms) ** 0.5
+    norms = {name: _norm(one) for name, one in gradients.items()}
+    noise = _NOISE * sum(norm * norm for norm in norms.values()) ** 0.5
     # What comes through a half-precision layer (autocast) is no better than that anywhere before it.
     captured = _dtypes([part for held in parts.values() for part in held])
-    tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in captured) if captured else 0.0
+    tolerance = max((_tolerance(dtype) for dtype in captured), default=0.0)
     found = {}
     for name, gradient in gradients.items():
         parameter = parameters[name]
         mine = parts.get(id(parameter), ())
         total, bound = _total(mine, gradient)
-        off = float((total * ratio - gradient.to(total.dtype)).norm())
+        off = _norm(total.mul_(ratio).sub_(gradient))
         missing = not mine and bool(gradient.any())
-        allowed = max(tolerance, _TOLERANCE.get(parameter.dtype, _HALF_TOLERANCE))
-        if missing or off > allowed * max(bound * abs(ratio), float(gradient.double().norm()), noise, 1e-30):
+        allowed = max(tolerance, _tolerance(parameter.dtype))
+        # Its products may be of TF32 there, of which convolutions are unless that is turned off.
+        allowed = allowed if gradient.device.type == "cpu" else max(allowed, _TF32_TOLERANCE)
+        if missing or off > allowed * max(bound * abs(ratio), norms[name], noise, 1e-30):
             found[name] = off
     return found
 
@@ -114,24 +118,38 @@ def _total(parts: Sequence[Gradient], like: torch.Tensor) -> tuple[torch.Tensor,
     In float32 where the parts are no finer: that rounds as training itself does, far below the tolerance.
     """
     fine = torch.float64 if torch.float64 in _dtypes(parts) else torch.float32
-    total = torch.zeros(like.shape, dtype=fine)
+    total = torch.zeros(like.shape, dtype=fine, device=like.device)
     flat = total.view(total.shape[0], -1) if total.ndim > 1 else total
-    bound = 0.0
+    bound = torch.zeros((), dtype=torch.float64, device=like.device)
     for part in parts:
         if isinstance(part, Factors):
-            outputs = torch.from_numpy(widen(part.output_gradients)).to(fine)
-            inputs = torch.from_numpy(widen(part.inputs)).to(fine)
+            outputs, inputs = _beside(total, part.output_gradients), _beside(total, part.inputs)
             flat.addmm_(outputs.T, inputs)
-            bound += float((outputs.norm(dim=1).double() * inputs.norm(dim=1).double()).sum())
+            bound += (outputs.norm(dim=1).double() * inputs.norm(dim=1).double()).sum()
         elif isinstance(part, Rows):
-            values = torch.from_numpy(widen(part.values)).to(fine)
-            flat.index_add_(0, torch.from_numpy(part.indices), values)
-            bound += float(values.norm(dim=1).double().sum())
+            values = _beside(total, part.values)
+            flat.index_add_(0, torch.from_numpy(part.indices).to(total.device), values)
+            bound += values.norm(dim=1).double().sum()
         else:
-            values = torch.from_numpy(widen(part)).to(fine)
+            values = _beside(total, part)
             total += values.reshape(total.shape)
-            bound += float(values.double().norm())
-    return total.to(like.device), bound
+            bound += torch.linalg.vector_norm(values, dtype=torch.float64)
+    return total, float(bound)
+
+
+def _beside(total: torch.Tensor, array: np.ndarray) -> torch.Tensor:
+    """Return an array's numbers on the same device, in the same dtype."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).to(total.device).view(torch.bfloat16).to(total.dtype)
+    return torch.from_numpy(array).to(total.device).to(total.dtype)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
 def _dtypes(parts: Sequence[Gradient]) -> set[torch.dtype]:

@@ -41,7 +41,9 @@ class Chosen:
         if self._in_order:
             return None
         if self._order is None or self._order.device != device:
-            self._order = torch.tensor(self._flat, device=device)
+            places = torch.tensor(self._flat, device="cpu")
+            # From page-locked memory, so that the host need not wait for what the device has to do before.
+            self._order = (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
         return self._order
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:

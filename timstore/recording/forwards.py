@@ -113,6 +113,10 @@ class Forwards:
             f"checkpoint of that step with resume_from=({epoch}, {step + 1}), which supersedes it"
         )
 
+    def wait(self) -> None:
+        """Return when all that was captured is on the host."""
+        self._capture.buffers.wait()
+
     def settle(self, parameter: nn.Parameter) -> None:
         """A backward pass has accumulated into a parameter."""
         for batch in self.pending:

@@ -124,7 +124,7 @@ def start_states(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> 
 
 def _numbers(value: Any) -> torch.Tensor | None:
     if isinstance(value, int | float):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone() if value.is_floating_point() else value.detach().cpu().double()
     return None

@@ -193,7 +193,9 @@ class Trial:
                 places |= self._denied(rewind, places, whole.watch, _draw(self._rows, sizes), self._order)
             if self._rows == 2 and not tied and not self._capture.warns_of_coupling:
                 # The one other order of two rows is also what a model may put them in.
-                places |= self._denied(rewind, places, whole.watch, _as_it_is, torch.zeros(2, dtype=torch.int64))
+                places |= self._denied(
+                    rewind, places, whole.watch, _as_it_is, torch.zeros(2, dtype=torch.int64, device="cpu")
+                )
         return Look(places, self._batched, tied), whole.watch
 
     def _run(self, count: int, turn: Turn) -> _Run:
@@ -218,7 +220,8 @@ class Trial:
                 watch.note(output_name(path), tensor)
         loss = getattr(returned, "loss", None)
         loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
-        return _Run(watch, loss, (count, sum(token_counts(self._model, mine, count) or [0]), 1))
+        tokens = token_counts(self._model, mine, count)
+        return _Run(watch, loss, (count, 0 if tokens is None else int(tokens.sum()), 1))
 
     def _part(self, rewind: Callable[[], None], first: int, count: int) -> _Run | None:
         if self._before is not None:
@@ -277,8 +280,8 @@ def _in_order(order: torch.Tensor, change: Turn) -> Turn:
 
 def _order(rows: int) -> torch.Tensor:
     """Return another order of the rows, always the same and of no pattern that a model may have as well."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
-    return order.roll(1) if torch.equal(order, torch.arange(rows)) else order
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows), device="cpu")
+    return order.roll(1) if torch.equal(order, torch.arange(rows, device="cpu")) else order
 
 
 def _may_be_routed(seen: Watch, places: Mapping[str, Place | None], sizes: Sizes) -> bool:
@@ -294,7 +297,8 @@ def _draw(rows: int, sizes: Sizes) -> Callable[[torch.Tensor, int], torch.Tensor
     """Return what draws each row's tokens again from its own, the same ones of every argument."""
     lengths = [size[0] for size in sizes if size]
     length = max(set(lengths), key=lengths.count, default=0)
-    chosen = torch.randint(max(1, length), (rows, length), generator=torch.Generator().manual_seed(rows))
+    draw = torch.Generator().manual_seed(rows)
+    chosen = torch.randint(max(1, length), (rows, length), generator=draw, device="cpu")
 
     def drawn(value: torch.Tensor, place: int) -> torch.Tensor:
         moved = value.movedim(place, 0)

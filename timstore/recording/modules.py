@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from timstore.errors import CoverageError
-from timstore.recording.calls import Call, HostRows, rows_of, tokens
+from timstore.recording.calls import Call, HostRows, rows_of, tokens, wide_dtype
 from timstore.records import BFLOAT16, Factors, Gradient, Rows
 
 # Parameter (by identity) and, per chosen sample, its part of the gradient.
@@ -64,7 +64,7 @@ class LinearKind(Kind):
         captured: Captured = []
         if isinstance(weight, nn.Parameter) and wanted(weight):
             inputs = call.input_rows(gradient.dtype)
-            parts = zip(inputs, outputs, call.norms(outputs, gradient.device), strict=True)
+            parts = zip(inputs, outputs, call.norms(outputs, gradient), strict=True)
             captured.append((weight, [self.factors(*part) for part in parts]))
         if isinstance(bias, nn.Parameter) and wanted(bias):
             captured.append((bias, sums(call, gradient, outputs, bias.dtype)))
@@ -205,8 +205,3 @@ def sums(call: Call, gradient: torch.Tensor, outputs: HostRows, dtype: torch.dty
     if isinstance(parts, torch.Tensor):
         return list(call.buffers.copy(tokens(parts).sum(1, dtype=wide_dtype(parts.dtype)).to(dtype)))
     return [call.buffers.copy(rows_of(one).sum(0, dtype=wide_dtype(one.dtype)).to(dtype)) for one in parts]
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to add numbers up in: not half precision."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

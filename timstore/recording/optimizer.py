@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
         momentum = _number(group.get("momentum")) or 0.0
         buffer = "momentum_buffer" if momentum else "exp_avg" if betas[0] is not None else None
         fresh = [one for one in active if buffer and optimizer.state.get(one, {}).get(buffer) is None]
-        counters = {int(optimizer.state.get(one, {}).get("step", 0)) + 1 for one in active}
+        counters = {count + 1 for count in _counts([optimizer.state.get(one, {}).get("step", 0) for one in active])}
         groups.append(
             StepGroup(
                 group_id=number,
@@ -136,6 +136,13 @@ def _options(group: Mapping[str, Any]) -> str | None:
         return json.dumps(plain, sort_keys=True)
     except TypeError:
         return None
+
+
+def _counts(values: Sequence[Any]) -> list[int]:
+    """Return numbers, of which some may be tensors; those of a CUDA device in one transfer."""
+    cuda = [one for one in values if isinstance(one, torch.Tensor) and one.is_cuda]
+    fetched = iter(torch.stack([one.reshape(()) for one in cuda]).tolist() if cuda else [])
+    return [int(next(fetched) if isinstance(one, torch.Tensor) and one.is_cuda else one) for one in values]
 
 
 def _number(value: Any) -> float | None:

@@ -202,5 +202,6 @@ class Passes:
         shown = [pair for captured, _ in batch.arriving.values() for pair in captured]
         batch.arriving = before
         known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+        self._capture.buffers.wait()
         off = unlike(self._parameters, known, by_parameter(shown), 1 / self._scale)
         return {id(self._parameters[name]) for name in off}

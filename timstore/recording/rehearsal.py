@@ -92,7 +92,7 @@ def _rows(model: nn.Module, tokens: int | None, batch: Any) -> Callable[[int], A
                 "transformers"
             )
         draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (4, tokens), generator=draw).to(device)
+        ids = torch.randint(vocabulary, (4, tokens), generator=draw, device="cpu").to(device)
         return lambda count: ((), {"input_ids": ids[:count], "labels": ids[:count]})
     host = on_host(batch)
 

@@ -10,10 +10,11 @@ from torch import nn
 from torch.func import functional_call
 
 from timstore.errors import CoverageError
-from timstore.recording.calls import Arguments, Call, rows_of, with_each_tensor
+from timstore.recording.calls import Arguments, Call, rows_of, wide_dtype, with_each_tensor
 from timstore.recording.layouts import Axis, Parts, only
-from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up, wide_dtype
+from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up
 from timstore.records import Gradient
+from timstore.undisturbed import RandomState
 
 
 class ReplayedKind(Kind):
@@ -56,7 +57,7 @@ class ReplayedKind(Kind):
         # Other tensors than the input may have as many rows by chance.
         sliced = call.layout == Axis(0) and call.random is None and _tensors_in(call.arguments) == 1
         # Chance may have a part where nobody says so: the numbers that training will draw stay what they were.
-        with self._replaying(), torch.enable_grad(), call.autocast.again(), torch.random.fork_rng(devices=[]):
+        with self._replaying(), torch.enable_grad(), call.autocast.again(), _random_numbers(gradient):
             quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
             if quick is None or self._only_scales is None:
                 compute = self._from_rows if sliced else self._from_all
@@ -113,8 +114,9 @@ class ReplayedKind(Kind):
         assert call.arguments is not None
         args, kwargs = call.arguments
         leaves = _leaves(held)
-        with _random_state(call.random):
-            output = self._run(leaves, args, kwargs)
+        if call.random is not None:
+            call.random.rewind()
+        output = self._run(leaves, args, kwargs)
         for rows in call.chosen.rows:
             yield _pull_back(output, leaves, only(gradient, call.layout, call.chosen.batch, rows))
 
@@ -266,14 +268,13 @@ def _pull_back(
 
 
 @contextmanager
-def _random_state(state: torch.Tensor | None) -> Iterator[None]:
-    """Run with the random numbers that a call had; the generator is then where it was."""
-    if state is None:
+def _random_numbers(gradient: torch.Tensor) -> Iterator[None]:
+    """Take the generators back afterwards to where they were."""
+    state = RandomState([gradient.device])
+    try:
         yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(state)
-        yield
+    finally:
+        state.rewind()
 
 
 def _tensors_in(value: Any) -> int:

@@ -93,6 +93,7 @@ class Stepping:
         self._ahead = None
         if is_skipped(optimizer):
             return
+        self._forwards.wait()
         ratio = self._accumulation.ratio()
         gradients = self._accumulation.gradients()
         self._check(ratio, gradients)

@@ -62,7 +62,7 @@ def look_ahead(
     wanted = records if products and ratio else {}
     dots = {sample: dot / ratio for sample, dot in inner_products(wanted, gradients).items()}
     drawn = [one for batch in batches for one in batch.ids]
-    known = [batch.tokens for batch in batches if batch.tokens is not None]
+    known = [batch.tokens.tolist() for batch in batches if batch.tokens is not None]
     counts = [count for counts in known for count in counts] if len(known) == len(batches) else []
     tokens: dict[int, int] = {}
     for sample, count in zip(drawn, counts, strict=False):

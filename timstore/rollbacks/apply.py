@@ -62,7 +62,7 @@ class _Foreseen:
     """One parameter's share in a `Change`."""
 
     def __init__(self) -> None:
-        self.squares = torch.zeros(3, dtype=torch.float64)
+        self.squares = torch.zeros(3, dtype=torch.float64, device="cpu")
         self.finite = True
         self.digest = ""
 

@@ -37,7 +37,8 @@ def read_coordinates(plan: Plan, moments: State, workspace: Workspace) -> Vector
     for block in workspace.blocks():
         division = plan.divisions.get(block.parameter)
         if division is None:
-            result.write(block.parameter, block.start, torch.ones(block.stop - block.start, dtype=workspace.dtype))
+            ones = torch.ones(block.stop - block.start, dtype=workspace.dtype, device=workspace.device)
+            result.write(block.parameter, block.start, ones)
             continue
         width = plan.parameters[block.parameter].matrix_shape[1]
         found = moments.read(block.parameter, width, block.start, block.stop)

@@ -285,10 +285,11 @@ def probe_losses(model: torch.nn.Module, probe: Probe, delta: Vector, names: Seq
     after = dict(before)
     for name in names:
         after[name] = before[name] + delta.read(name).to(before[name]).view(before[name].shape)
-    totals, positions = torch.zeros(2, dtype=torch.float64), 0
+    totals, positions = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
     with torch.no_grad(), probe.undisturbed():
         for old, new in zip(probe.answers(before), probe.answers(after), strict=True):
-            totals += torch.tensor([_loss(probe.loss, one.outputs, old) for one in (old, new)], dtype=torch.float64)
+            losses = [_loss(probe.loss, one.outputs, old) for one in (old, new)]
+            totals += torch.tensor(losses, dtype=torch.float64, device="cpu")
             positions += len(old.outputs)
     return totals[0].item() / positions, totals[1].item() / positions
 

@@ -36,7 +36,7 @@ class Space:
     def project(self, apply: Apply) -> torch.Tensor:
         """Return another matrix within this space, (k, k). Cost: one product for every basis vector."""
         size = len(self.basis)
-        found = torch.zeros(size, size, dtype=torch.float64)
+        found = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         for column, vector in enumerate(self.basis):
             image = apply(vector)
             for row, other in enumerate(self.basis):
@@ -73,7 +73,7 @@ def krylov(start: Vector, apply: Apply, workspace: Workspace, steps: int) -> Spa
         candidate.scale(1 / size)
         beside.append(size)
         basis.append(candidate)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     for number, size in enumerate(beside):
         matrix[number, number + 1] = matrix[number + 1, number] = size
     return Space(basis, matrix, length)

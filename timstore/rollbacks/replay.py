@@ -92,7 +92,7 @@ class Replay:
             CorruptionError: an object is missing or was changed.
         """
         result = Replayed()
-        squares = torch.zeros(2, dtype=_EXACT)
+        squares = torch.zeros(2, dtype=_EXACT, device="cpu")
         for name in workspace.sizes:
             for piece in self._pieces(self.known[name], budget):
                 began = self._start(piece, workspace.device)
