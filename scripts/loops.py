@@ -73,6 +73,7 @@ class Work:
         logits: of a model and rows of `tokens`, with keyword arguments for the model.
         loss: of what `logits` returned and the same rows, which may be fewer than BATCH: a sum over samples, divided
             by what a whole batch has of them.
+        device: where it is trained.
         moments: when the step number `SETTLED` began in the latest run, and when the last one was over.
     """
 
@@ -81,6 +82,7 @@ class Work:
     tokens: torch.Tensor
     steps: int
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_mean
+    device: str = "cpu"
     moments: list[float] = field(default_factory=list)
 
     @property
@@ -94,10 +96,20 @@ class Work:
         self.moments.clear()
         for step in range(self.steps):
             if step == SETTLED:
-                self.moments.append(time.perf_counter())
+                self._note()
             yield torch.arange(step * BATCH, (step + 1) * BATCH) % len(self.tokens)
         if self.moments:
-            self.moments.append(time.perf_counter())
+            self._note()
+
+    def _note(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self.moments.append(time.perf_counter())
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return a batch, on its way to the device."""
+        taken = self.tokens[ids]
+        return taken if self.device == "cpu" else taken.pin_memory().to(self.device, non_blocking=True)
 
     def begin(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -112,7 +124,7 @@ def transformer_work(tokens: torch.Tensor, steps: int, width: int = WIDTH) -> Wo
 def bare(work: Work, model: nn.Module, optimizer: torch.optim.Optimizer, *, named: bool = False) -> None:
     """Train; `named` hands the sample ids to the model, for whoever takes them out again."""
     for ids in work.batches():
-        tokens = work.tokens[ids]
+        tokens = work.rows(ids)
         more: dict[str, Any] = {"sample_ids": ids} if named else {}
         work.loss(work.logits(model, tokens, **more), tokens).backward()
         finish(model, optimizer)
@@ -178,6 +190,7 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    device_bytes: int = 0
     later_seconds: float = math.nan
 
 
@@ -197,6 +210,12 @@ def timed(run: Callable[[], object]) -> Run:
     except OSError:
         status = Path("/nonexistent")
     before = memory("VmRSS")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     begun, cpu = time.perf_counter(), time.process_time()
     run()
-    return Run(time.perf_counter() - begun, time.process_time() - cpu, memory("VmHWM") - before)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    return Run(seconds, cpu, memory("VmHWM") - before, torch.cuda.max_memory_allocated() if cuda else 0)

@@ -12,7 +12,6 @@ import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
 
-
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
 if "TIMSTORE_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TIMSTORE_DEVICE"])

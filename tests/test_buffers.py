@@ -24,7 +24,9 @@ def test_a_copy_has_the_bits_of_the_chosen_rows_whatever_happens_to_the_tensor(d
     tensor.fill_(0)
     pool.wait()
     assert copied.shape == tuple(wanted.shape) and copied.flags.c_contiguous
-    assert copied.dtype == (BFLOAT16 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype, device="cpu").numpy().dtype)
+    assert copied.dtype == (
+        BFLOAT16 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+    )
     assert copied.tobytes() == bits
 
 
