@@ -11,6 +11,7 @@ from stores import made_store
 import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
+from timstore.recording import accumulation
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
 if "TIMSTORE_DEVICE" in os.environ:
@@ -22,6 +23,13 @@ if "TIMSTORE_DEVICE" in os.environ:
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(params=["one by one", "together"])
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How gradients are looked at: as on the host, or as on a CUDA device."""
+    if request.param == "together":
+        monkeypatch.setattr(accumulation, "is_kept_together", lambda parameter: True)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch import nn
 
 import timstore
 
+pytestmark = pytest.mark.usefixtures("kept")
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:

@@ -15,6 +15,8 @@ import timstore
 from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 
+pytestmark = pytest.mark.usefixtures("kept")
+
 # --- what is written ---------------------------------------------------------------------------------------
 
 

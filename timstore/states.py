@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from timstore.encoding import Matrix, restore
+from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
 from timstore.errors import CorruptionError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
 from timstore.ledger import table
-from timstore.records import Parameter, as_array, widen
+from timstore.records import BFLOAT16, Parameter, as_array, narrow, widen
 from timstore.snapshot import Snapshot
 from timstore.writing import Item
+
+_BLOCK_NUMBERS = 1 << 16
 
 
 def state_precision(role: str, of_records: str) -> str:
@@ -48,11 +50,7 @@ def state_item(
     for parameter, value in numbers.items():
         array = as_array(value)
         wide = array.reshape(Parameter(parameter, array.shape, "").matrix_shape)
-        stored, _ = store_as(wide, precision)
-        error = 0.0
-        if precision != "exact":
-            size = norm(wide)
-            error = norm(widen(wide) - restore(stored, None)) / size if size else 0.0
+        stored, error = _stored(wide, precision)
         rows.append(
             {
                 "attempt": attempt,
@@ -70,6 +68,21 @@ def state_item(
         matrices.append((role, Matrix(stored)))
     size_bytes = sum(matrix.values.nbytes for _, matrix in matrices)
     return Item(size_bytes, tables={"states": table("states", rows)}, moment=moment, states=matrices)
+
+
+def _stored(numbers: np.ndarray, precision: str) -> tuple[np.ndarray, float]:
+    """Return a matrix as it is kept, exact or as bfloat16, and its relative error."""
+    if precision == "exact" or numbers.dtype == BFLOAT16:
+        return store_as(numbers, "exact")[0], 0.0
+    stored = np.empty(numbers.shape, BFLOAT16)
+    square, lost = 0.0, 0.0
+    # By blocks that a cache holds: the whole would be read a dozen times.
+    for rows in range(0, len(numbers), step := max(1, _BLOCK_NUMBERS // numbers.shape[1])):
+        block = widen(numbers[rows : rows + step])
+        stored[rows : rows + step] = narrow(block)
+        square += norm(block) ** 2
+        lost += norm(block - widen(stored[rows : rows + step])) ** 2
+    return stored, (lost / square) ** 0.5 if square else 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -43,7 +43,7 @@ _STORED: dict[str, np.dtype[Any]] = {
 _MISSING = 2**64 - 1
 # Compression lets go of the interpreter lock, and shares the cores with the training.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_ENCODERS = min(4, max(2, _CORES // 2))
+_ENCODERS = min(8, max(2, _CORES // 2))
 # What is written, and what format 1.1 wrote and is read for ever.
 WRITTEN, EARLIER = "zstd", "lz4"
 _SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}

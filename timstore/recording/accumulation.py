@@ -1,6 +1,6 @@
 """What backward accumulated since the last step, and what the optimizer consumes of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from timstore.errors import StateError
+from timstore.recording.elements import (
+    Elements,
+    Values,
+    is_kept_together,
+    kept_together,
+    on_host,
+    without_largest,
+)
 
-Values = np.ndarray | torch.Tensor
-
-# Elements that are kept of a gradient: so many runs of so many, since memory comes by the line.
-_RUNS, _RUN = 32, 8
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
@@ -50,7 +54,7 @@ class Accumulation:
     ) -> None:
         self._parameters = parameters
         self._vanished = vanished
-        self._elements: dict[str, _Elements] = {}
+        self._elements: dict[str, Elements] = {}
         # Of what was accumulated since the last step.
         self._kept: dict[str, Values] = {}
         self.clip_value: float | None = None
@@ -60,7 +64,9 @@ class Accumulation:
         self._paused = paused
         self._accumulated = accumulated
         self._averaged = averaged
-        self._settling = False
+        # Looked at together, when the backward pass is over.
+        self._together = {name for name, one in parameters.items() if is_kept_together(one) and one.numel()}
+        self._settling = -1
         # In steps that prove that it can be told from what is averaged.
         self._local: dict[str, torch.Tensor] | None = {} if averaged else None
         self.touched: set[str] = set()
@@ -165,8 +171,10 @@ class Accumulation:
     def _sums(self, names: Sequence[str]) -> np.ndarray:
         """Return, of each parameter's kept elements, (now x then, then x then, now x now), (parameters, 3)."""
         sums = np.empty((len(names), 3))
-        now = _on_host([self._elements[name].of(self._parameters[name]) for name in names])
-        then = _on_host([self._kept[name] for name in names])
+        together = kept_together(self._gradients_together(names))
+        alone = {name: self._elements[name].of(self._parameters[name]) for name in names if name not in together}
+        now = on_host([together[name] if name in together else alone[name] for name in names])
+        then = on_host([self._kept[name] for name in names])
         starts = np.cumsum([0, *(len(self._kept[name]) for name in names[:-1])])
         with np.errstate(over="ignore", invalid="ignore"):
             for column, product in enumerate((now * then, then * then, now * now)):
@@ -193,10 +201,10 @@ class Accumulation:
                 return
             self.touched.add(name)
             self._accumulated(parameter)  # type: ignore[arg-type]
-            if not self._averaged:
+            if not self._averaged and name not in self._together:
                 self._keep(name, parameter)
                 return
-            self.settle_later()
+            self._settle_later()
             if self._local is not None:
                 assert parameter.grad is not None
                 self._local[name] = parameter.grad.detach().clone()
@@ -204,25 +212,38 @@ class Accumulation:
         return arrived
 
     def _keep(self, name: str, parameter: torch.Tensor) -> None:
-        if name not in self._elements:
-            self._elements[name] = _Elements(parameter)
-        self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
+        if name not in self._together:
+            if name not in self._elements:
+                self._elements[name] = Elements(parameter)
+            self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
         if self._whole is not None:
             assert parameter.grad is not None
             self._whole[name] = parameter.grad.detach().clone()
 
     def settle_later(self) -> None:
         """Look at the gradients when this backward pass is over, where they are averaged at its end."""
-        if self._averaged and not self._settling:
-            self._settling = True
+        if self._averaged:
+            self._settle_later()
+
+    def _settle_later(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if self._settling != task:
+            self._settling = task
             _when_over(lambda: _when_over(self._settle))  # behind what others want done by then
 
     def _settle(self) -> None:
-        self._settling = False
-        for name, parameter in self._parameters.items():
-            # Also those that only other processes' samples reached.
-            if parameter.grad is not None and parameter.numel():
+        self._settling = -1
+        # Of averaged ones also those that only other processes' samples reached.
+        names = [name for name in self._parameters if self._averaged or name in self.touched]
+        for name in names:
+            parameter = self._parameters[name]
+            if parameter.grad is not None and parameter.numel() and (self._averaged or name in self._together):
                 self._keep(name, parameter)
+        self._kept.update(kept_together(self._gradients_together(names)))
+
+    def _gradients_together(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        found = ((name, self._parameters[name].grad) for name in names if name in self._together)
+        return {name: gradient.detach() for name, gradient in found if gradient is not None}
 
     def take_local(self) -> dict[str, torch.Tensor]:
         """Return what this process alone accumulated for this step; it is not kept for others until asked for."""
@@ -236,79 +257,19 @@ class Accumulation:
 
     def looked_up(self, local: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""
-        kept = torch.from_numpy(_on_host(list(self._kept.values())))
-        mine = [
-            self._elements[name].of_flat(local[name].reshape(-1))
-            if name in local
-            else torch.zeros(len(held), device="cpu")
-            for name, held in self._kept.items()
-        ]
-        return kept, torch.from_numpy(_on_host(mine))
-
-
-class _Elements:
-    """Which elements of a parameter's gradient are kept: some of it, and its extremes.
-
-    On the host they are looked up by numpy, on one core: torch would split so small an operation among all, and mostly
-    wait for the last.
-    """
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        numel, device = parameter.numel(), parameter.device
-        starts = torch.arange(0, numel, max(_RUN, numel // _RUNS), device=device)
-        spread = (starts[:, None] + torch.arange(_RUN, device=device)).flatten()
-        spread = spread[spread < numel]
-        self._positions = torch.cat([spread, spread[:1], spread[:1]])
-        self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-        self._host = self._positions.numpy() if self._by_numpy else np.empty(0, np.int64)
-
-    def chosen(self, parameter: torch.Tensor, extremes: bool) -> Values:
-        """Return a copy of the elements of a gradient, chosen by it; the extremes of a table, which is mostly zero."""
-        # To ask a CUDA device whether some are there would take longer: the host would have to wait.
-        if not extremes and not parameter.is_cuda and _any(found := self.of(parameter)):
-            return found
-        if self._by_numpy:
-            numbers = _numbers(parameter)
-            self._host[-2:] = numbers.argmax(), numbers.argmin()
-        else:
-            flat = _flat(parameter)
-            self._positions[-2:] = torch.stack([flat.argmax(), flat.argmin()])
-        return self.of(parameter)
-
-    def of_flat(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return these elements of other numbers, given flat."""
-        places = torch.from_numpy(self._host) if self._by_numpy else self._positions
-        return numbers[places.to(numbers.device)]
-
-    def of(self, parameter: torch.Tensor) -> Values:
-        """Return a copy of the elements that were chosen last, as they are now."""
-        if self._by_numpy:
-            return _numbers(parameter).take(self._host)
-        return _flat(parameter)[self._positions]
-
-
-def _on_host(pieces: Sequence[Values]) -> np.ndarray:
-    """Return the values of all pieces as one float64 array."""
-    tensors = [one for one in pieces if isinstance(one, torch.Tensor)]
-    if len(tensors) == len(pieces) and len({(one.device, one.dtype) for one in tensors}) == 1:
-        pieces = [torch.cat(tensors)]  # one transfer
-    return np.concatenate(
-        [one.cpu().double().numpy() if isinstance(one, torch.Tensor) else one for one in pieces]
-    ).astype(np.float64)
-
-
-def _any(values: Values) -> bool:
-    return bool(values.any()) if isinstance(values, torch.Tensor) else bool(np.count_nonzero(values))
-
-
-def _numbers(parameter: torch.Tensor) -> np.ndarray:
-    assert parameter.grad is not None
-    return parameter.grad.detach().numpy().reshape(-1)
-
-
-def _flat(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.detach().reshape(-1)
+        together = kept_together({name: one for name, one in local.items() if name in self._together})
+        kept: list[Values] = []
+        mine: list[Values] = []
+        for name, held in self._kept.items():
+            # The largest magnitude of a mean is not the mean of the largest.
+            kept.append(without_largest(held) if name in self._together else held)
+            if name not in local:
+                mine.append(np.zeros(len(kept[-1])))
+            elif name in self._together:
+                mine.append(without_largest(together[name]))
+            else:
+                mine.append(self._elements[name].of_flat(local[name].reshape(-1)))
+        return torch.from_numpy(on_host(kept)), torch.from_numpy(on_host(mine))
 
 
 def _nonzero(parameter: torch.Tensor) -> bool:

@@ -80,8 +80,9 @@ def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> l
 def norm_of_gradients(gradients: Collection[torch.Tensor]) -> float:
     """Return the norm of all gradients together; of float32 and less it is taken in float32, as clipping does."""
     exact = (torch.float32, torch.float64)
-    norms = [one if one.dtype in exact else torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
-    whole = float(nn.utils.get_total_norm(norms))
+    halves = [one for one in gradients if one.dtype not in exact]
+    norms = torch._foreach_norm(halves, 2, dtype=torch.float32) if halves else ()
+    whole = float(nn.utils.get_total_norm([*norms, *(one for one in gradients if one.dtype in exact)]))
     if math.isfinite(whole):
         return whole
     # Numbers whose squares are beyond float32, if they are finite at all.
