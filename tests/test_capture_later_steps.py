@@ -170,7 +170,7 @@ def test_a_layer_is_looked_at_as_it_runs_in_training(tmp_path: Path, tokens: int
 
 @pytest.mark.skipif(
     torch.get_default_device().type == "cuda",
-    reason="an index out of range, of fewer rows, ends a process that uses CUDA",
+    reason="there an index out of range ends the process",
 )
 def test_rows_in_another_order_in_training_only_need_a_pass_of_each_sample(tmp_path: Path) -> None:
     forward = lambda self, x: shuffled(self.layer, x) if self.training else self.layer(x)  # noqa: E731
