@@ -80,13 +80,13 @@ class Factors:
     Attributes:
         inputs: (T, d_in), the layer's input, T tokens. Layers that share the same array share its storage.
         output_gradients: (T, d_out), the gradient of the loss at the layer's output.
-        norm: of the product, a number or an array of one, where the recorder took it already. `Store.append` does not
-            go by it.
+        square: of the product's norm, a number or an array of one, where the recorder took it already; rounding may
+            leave it below zero. `Store.append` does not go by it.
     """
 
     inputs: Any
     output_gradients: Any
-    norm: Any = None
+    square: Any = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

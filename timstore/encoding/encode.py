@@ -1,5 +1,6 @@
 """Choose how each gradient of a record is stored: dense, factors or rows, whichever is smaller."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +52,13 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Layer:
-    """One factored part on its way through `encode`: which parameter it belongs to, its two factors, their norm."""
+    """One factored part on its way through `encode`: which parameter it belongs to, its factors and their square."""
 
     parameter: Parameter
     part: int
     inputs: np.ndarray
     output_gradients: np.ndarray
-    norm: Any
+    square: Any
 
 
 def encode(
@@ -94,7 +95,7 @@ def _encode_all(
     for name, parts in gradients.items():
         for number, part in enumerate(parts):
             if isinstance(part, Factors):
-                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients, part.norm)
+                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients, part.square)
                 layers.setdefault(id(part.inputs), []).append(layer)
             else:
                 encoded.append(_encode_rows(parameters[name], number, part, precision, max_rel_error))
@@ -144,7 +145,7 @@ def _encode_shared(
         _row_map(union, keep) if len(output) < len(rows) else None
         for output, (_, keep) in zip(outputs, chosen, strict=True)
     ]
-    norms = [float(layer.norm) for layer, _ in chosen if layer.norm is not None]
+    norms = [_root(float(layer.square)) for layer, _ in chosen if layer.square is not None]
     if len(norms) < len(chosen):
         norms = _norms(rows, outputs, row_maps)
     for rung in LADDER[precision]:
@@ -183,6 +184,10 @@ def _norms(rows: np.ndarray, outputs: list[np.ndarray], row_maps: Sequence[np.nd
         return factor_norms([widen(output) for output in outputs], widen(rows))
     pairs = zip(outputs, row_maps, strict=True)
     return [factor_norm(widen(output), widen(_mapped(rows, row_map))) for output, row_map in pairs]
+
+
+def _root(square: float) -> float:
+    return max(square, 0.0) ** 0.5 if math.isfinite(square) else math.nan
 
 
 def _both(left: Keep, right: Keep) -> Keep:

@@ -79,10 +79,10 @@ class _ProjectionKind(LinearKind):
         if self._weight is not None and wanted(self._weight[0]):
             weight, first = self._weight
             inputs = call.input_rows(gradient.dtype)
-            norms = call.norms(outputs, gradient)
+            squares = call.squares(outputs, gradient)
             parts: list[Gradient] = [
-                Factors(given, _widened(call, rows, first, len(weight)), norm)
-                for given, rows, norm in zip(inputs, outputs, norms, strict=True)
+                Factors(given, _widened(call, rows, first, len(weight)), square)
+                for given, rows, square in zip(inputs, outputs, squares, strict=True)
             ]
             captured.append((weight, parts))
         if self._bias is not None and wanted(self._bias[0]):

@@ -263,8 +263,8 @@ def apart(records: Mapping[int, Mapping[str, list[Gradient]]]) -> dict[int, dict
 
     def one(part: Gradient) -> Gradient:
         if isinstance(part, Factors):
-            norm = None if part.norm is None else float(part.norm)
-            return Factors(copied(part.inputs), copied(part.output_gradients), norm)
+            square = None if part.square is None else float(part.square)
+            return Factors(copied(part.inputs), copied(part.output_gradients), square)
         return Rows(copied(part.indices), copied(part.values), part.shape) if isinstance(part, Rows) else copied(part)
 
     return {

@@ -7,7 +7,7 @@ two would leave each other holes: it grows to a multiple, and pages are taken fr
 import math
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -38,12 +38,9 @@ class Buffers:
         if pool is None:
             made = _CudaPool(tensor.device) if tensor.is_cuda else _Pool()
             pool = self._pools.setdefault(tensor.device, made)
-        shape = tensor.shape if rows is None else (len(rows), *tensor.shape[1:])
         # numpy has no bfloat16.
         raw = tensor.dtype == torch.bfloat16
-        tensor = tensor.view(torch.int16) if raw else tensor
-        copied = pool.take(shape, torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype)
-        pool.fill(torch.from_numpy(copied), tensor, rows)
+        copied = pool.copy(tensor.view(torch.int16) if raw else tensor, rows)
         return copied.view(BFLOAT16) if raw else copied
 
     def wait(self) -> None:
@@ -60,28 +57,34 @@ class _Pool:
         self._current: np.ndarray | None = None
         self._end = 0
 
-    def fill(self, into: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Copy a tensor, or rows of it."""
-        if rows is None or tensor.device != into.device:
-            into.copy_(tensor if rows is None else tensor.index_select(0, rows))
-        else:
-            torch.index_select(tensor, 0, rows, out=into)
+    def copy(self, tensor: torch.Tensor, rows: torch.Tensor | None) -> np.ndarray:
+        """Return a copy of a tensor, or of rows of it."""
+        shape = tensor.shape if rows is None else (len(rows), *tensor.shape[1:])
+        size = math.prod(shape) * tensor.itemsize
+        # The latest slab, while it lasts: what was captured together is let go of together.
+        if self._current is None or self._end + size > len(self._current):
+            self._let_go()
+            self._current, self._end = self._unused(size), 0
+        copied = self._current[self._end : self._end + size]
+        self._fill(copied, tensor, rows, shape)
+        self._end = -(-(self._end + size) // _ALIGNED) * _ALIGNED
+        return copied.view(torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype).reshape(shape)
 
     def wait(self) -> None:
         """Return when everything is there."""
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return memory that nothing is in."""
-        size = math.prod(shape) * dtype.itemsize
-        # The latest slab, while it lasts: what was captured together is let go of together.
-        if self._current is None or self._end + size > len(self._current):
-            self._current, self._end = self._unused(size), 0
-        piece = self._current[self._end : self._end + size]
-        self._end = -(-(self._end + size) // _ALIGNED) * _ALIGNED
-        return piece.view(dtype).reshape(shape)
+    def _fill(self, copied: np.ndarray, tensor: torch.Tensor, rows: torch.Tensor | None, shape: Sequence[int]) -> None:
+        """Copy into these bytes."""
+        into = torch.from_numpy(copied)
+        if rows is not None and tensor.device != into.device:
+            tensor, rows = tensor.index_select(0, rows), None
+        _put(into, tensor, rows, shape)
+
+    def _let_go(self) -> None:
+        """Nothing more comes into the current slab."""
+        self._current = None
 
     def _unused(self, size: int) -> np.ndarray:
-        self._current = None
         slab = next((one for one in self.slabs if one.size >= size and one.unused), None)
         if slab is None:
             slab = self._new_slab(max(size, _SLAB_BYTES))
@@ -95,27 +98,60 @@ class _Pool:
 
 
 class _CudaPool(_Pool):
-    """Page-locked slabs, filled on a stream beside the one that training computes on."""
+    """Page-locked slabs, each filled from one of the device at once, on a stream beside those that training uses.
+
+    Into the device's slab copies go in training's own order, so that it may change or free its tensors afterwards.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def fill(self, into: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor | None) -> None:
-        # On the device first: training may change or free its own before that has left.
-        whole = tensor.clone(memory_format=torch.contiguous_format) if rows is None else tensor.index_select(0, rows)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            into.copy_(whole, non_blocking=True)
-        whole.record_stream(self._stream)
+        self._there = torch.empty(0, dtype=torch.uint8, device=device)
+        self._sent = 0
+        self._writing: set[torch.cuda.Stream] = set()
 
     def wait(self) -> None:
+        self._send()
         self._stream.synchronize()
+
+    def _fill(self, copied: np.ndarray, tensor: torch.Tensor, rows: torch.Tensor | None, shape: Sequence[int]) -> None:
+        if not self._end:
+            assert self._current is not None
+            self._there = torch.empty(len(self._current), dtype=torch.uint8, device=self._device)
+        self._writing.add(torch.cuda.current_stream(self._device))
+        _put(self._there[self._end : self._end + len(copied)], tensor, rows, shape)
+
+    def _let_go(self) -> None:
+        self._send()
+        self._sent = 0
+        super()._let_go()
+
+    def _send(self) -> None:
+        """Begin to copy to the host what is new in the device's slab."""
+        if self._current is None or self._sent == self._end:
+            return
+        span = slice(self._sent, self._end)
+        for stream in self._writing:
+            self._stream.wait_stream(stream)
+        with torch.cuda.stream(self._stream):
+            torch.from_numpy(self._current[span]).copy_(self._there[span], non_blocking=True)
+        self._there.record_stream(self._stream)
+        self._sent = self._end
+        self._writing.clear()
 
     def _new_slab(self, size: int) -> "_Slab":
         size = 1 << (size - 1).bit_length()  # as much is taken in any case
         return _Slab(size, torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy)
+
+
+def _put(into: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor | None, shape: Sequence[int]) -> None:
+    """Copy a tensor, or rows of it, to where these bytes are."""
+    place = into.view(tensor.dtype).view(shape)
+    if rows is None:
+        place.copy_(tensor)
+    else:
+        torch.index_select(tensor, 0, rows, out=place)
 
 
 class _Slab:

@@ -129,8 +129,8 @@ class Call:
             self.input.tensor = None
         return self.input.arrays
 
-    def norms(self, outputs: HostRows, gradient: torch.Tensor) -> Sequence[Any]:
-        """Return the norm of each captured sample's product, from the Gram matrices of its factors.
+    def squares(self, outputs: HostRows, gradient: torch.Tensor) -> Sequence[Any]:
+        """Return the squared norm of each captured sample's product, from the Gram matrices of its factors.
 
         All samples at once, and where training computes: the writer's one thread would take longer, and on the host
         take its cores. None each, left to the writer, where the products themselves are cheaper, or lengths differ.
@@ -152,12 +152,11 @@ class Call:
         with torch.no_grad():
             if self.input.gram is None:
                 self.input.gram = _gram(torch.from_numpy(widen(given)))
-            squares = (self.input.gram * _gram(computed)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
-            norms = squares.sqrt().masked_fill_(~squares.isfinite(), math.nan)
-        if norms.is_cuda:
-            copied = self.buffers.copy(norms)
-            return [copied[place, ...] for place in range(rows)]
-        return norms.tolist()
+            found = (self.input.gram * _gram(computed)).sum((1, 2), dtype=torch.float64)
+        if not found.is_cuda:
+            return found.tolist()
+        copied = self.buffers.copy(found)
+        return [copied[place, ...] for place in range(rows)]
 
 
 @dataclass(frozen=True, slots=True)

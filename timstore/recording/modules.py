@@ -64,22 +64,22 @@ class LinearKind(Kind):
         captured: Captured = []
         if isinstance(weight, nn.Parameter) and wanted(weight):
             inputs = call.input_rows(gradient.dtype)
-            parts = zip(inputs, outputs, call.norms(outputs, gradient), strict=True)
+            parts = zip(inputs, outputs, call.squares(outputs, gradient), strict=True)
             captured.append((weight, [self.factors(*part) for part in parts]))
         if isinstance(bias, nn.Parameter) and wanted(bias):
             captured.append((bias, sums(call, gradient, outputs, bias.dtype)))
         return captured
 
-    def factors(self, inputs: np.ndarray, outputs: np.ndarray, norm: float | None) -> Gradient:
-        """Return one sample's gradient of the weight."""
-        return Factors(inputs, outputs, norm)
+    def factors(self, inputs: np.ndarray, outputs: np.ndarray, square: Any) -> Gradient:
+        """Return one sample's gradient of the weight, and its squared norm where that is known."""
+        return Factors(inputs, outputs, square)
 
 
 class TransposedLinearKind(LinearKind):
     """transformers' `Conv1D`, whose weight is (d_in, d_out): its gradient is A' D."""
 
-    def factors(self, inputs: np.ndarray, outputs: np.ndarray, norm: float | None) -> Gradient:
-        return Factors(outputs, inputs, norm)
+    def factors(self, inputs: np.ndarray, outputs: np.ndarray, square: Any) -> Gradient:
+        return Factors(outputs, inputs, square)
 
 
 class EmbeddingKind(Kind):
