@@ -103,14 +103,8 @@ def fits(setting: str, case: str) -> bool:
     return setting not in REAL_MODELS or "vmap" not in case
 
 
-def compare(
-    setting: str, work: Work, repeats: int, cases: dict[str, Case], disk: Path | None = None
-) -> list[dict[str, Any]]:
-    """Return a row per case; a case that fails says why instead.
-
-    Args:
-        disk: a folder to record in; None for the system's own for temporary files.
-    """
+def compare(setting: str, work: Work, repeats: int, cases: dict[str, Case]) -> list[dict[str, Any]]:
+    """Return a row per case; a case that fails says why instead."""
     few = replace(work, steps=2, moments=[])
     trained = sum(one.numel() for one in work.begin()[0].parameters() if one.requires_grad)
     found: dict[str, list[tuple[Run, int]]] = {name: [] for name in cases}
@@ -119,7 +113,7 @@ def compare(
         for name, case in cases.items():
             if name in failed:
                 continue
-            with tempfile.TemporaryDirectory(dir=disk) as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 try:  # the first round warms up
                     run = timed(lambda case=case, now=work if number else few, at=Path(folder): case(now, at))
                 except Exception as error:

@@ -74,7 +74,8 @@ class Work:
         loss: of what `logits` returned and the same rows, which may be fewer than BATCH: a sum over samples, divided
             by what a whole batch has of them.
         device: where it is trained.
-        moments: when the step number `SETTLED` began in the latest run, and when the last one was over.
+        settled: the first of the steps that `later_seconds` is of.
+        moments: when that one began in the latest run, and when the last one was over.
     """
 
     new_model: Callable[[], nn.Module]
@@ -83,19 +84,20 @@ class Work:
     steps: int
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_mean
     device: str = "cpu"
+    settled: int = SETTLED
     moments: list[float] = field(default_factory=list)
 
     @property
     def later_seconds(self) -> float:
         """What one step took, but for the first ones, which carry what is done once."""
         began, ended = self.moments or (math.nan, math.nan)
-        return (ended - began) / (self.steps - SETTLED)
+        return (ended - began) / (self.steps - self.settled)
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Yield the sample ids of each step."""
         self.moments.clear()
         for step in range(self.steps):
-            if step == SETTLED:
+            if step == self.settled:
                 self._note()
             yield torch.arange(step * BATCH, (step + 1) * BATCH) % len(self.tokens)
         if self.moments:
