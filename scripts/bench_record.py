@@ -19,8 +19,8 @@ Settings, all with AdamW, clipping and batches of 8 samples:
   package index at the first call, and stay in the user's cache.
 
 Opacus and dattri-LLM are installed into environments of their own (in the user's cache), and measured there at width
-128 against the bare loop there. `torch.func` is measured with the first three settings alone. A pass of each sample is
-not measured with the ResNet, whose BatchNorm makes another loss of a batch of one.
+128, dattri-LLM also at width 512, against the bare loop there. `torch.func` is measured with the first three settings
+alone. A pass of each sample is not measured with the ResNet, whose BatchNorm makes another loss of a batch of one.
 
 Run: python scripts/bench_record.py (about an hour on two cores; --repeats 2 --only timstore: 15 minutes; --quick for a
 look; --sweep for growth)
@@ -87,11 +87,13 @@ def sequences(steps: int) -> torch.Tensor:
     return Text.read(0).tuning[: steps * BATCH]
 
 
-WIDTH_128 = "width 128"
+WIDTH_128, WIDTH_512 = "width 128", "width 512"
+# What is measured of whom: dense gradients of width 512 are 17 GB.
+OTHERS = {WIDTH_128: (128, list(PEERS)), WIDTH_512: (512, ["dattri-llm"])}
 SETTINGS: dict[str, Callable[[int], Work]] = {
     WIDTH_128: lambda steps: transformer_work(sequences(steps), steps),
     "demo's Llama": lambda steps: llama_work(sequences(steps), steps),
-    "width 512": lambda steps: transformer_work(sequences(steps), max(2, steps // 5), 512),
+    WIDTH_512: lambda steps: transformer_work(sequences(steps), max(2, steps // 5), 512),
     **REAL_MODELS,
 }
 
@@ -164,18 +166,20 @@ def row(
     }
 
 
-def peer_rows(steps: int, repeats: int) -> list[dict[str, Any]]:
+def peer_rows(setting: str, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each of the other libraries that is measured in a setting."""
     rows = []
-    work = SETTINGS[WIDTH_128](steps)
-    trained = sum(one.numel() for one in work.begin()[0].parameters())
-    for peer, name in PEERS.items():
+    width, peers = OTHERS.get(setting, (0, []))
+    for peer in peers:
+        work = SETTINGS[setting](steps)
+        trained = sum(one.numel() for one in work.begin()[0].parameters())
         try:
-            found = measure(peer, work.tokens, steps, repeats, torch.get_num_threads())
+            found = measure(peer, work, width, repeats, torch.get_num_threads())
         except (RuntimeError, OSError) as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
+            print(f"{PEERS[peer]}: left out: {error}", file=sys.stderr)
             continue
         own, plain = ([Run(**one) for one in found[kind]] for kind in ("own", "bare"))
-        rows.append(row(WIDTH_128, name, steps, trained, own, plain, found["bytes"]))
+        rows.append(row(setting, PEERS[peer], work.steps, trained, own, plain, found["bytes"]))
     return rows
 
 
@@ -233,8 +237,7 @@ def main() -> None:
             print(f"{setting}: left out: {error}", file=sys.stderr)
             continue
         rows += compare(setting, work, repeats, {name: case for name, case in cases.items() if fits(setting, name)})
-    if WIDTH_128 in given.settings and not given.only:
-        rows += peer_rows(steps, repeats)
+        rows += [] if given.only else peer_rows(setting, steps, repeats)
     if not rows:
         sys.exit("nothing was measured")
     title = f"Cost of recording: steps of {BATCH} samples, {torch.get_num_threads()} threads"

@@ -53,11 +53,11 @@ def environment(peer: str) -> Path:
     return python
 
 
-def measure(peer: str, tokens: Any, steps: int, repeats: int, threads: int) -> dict[str, Any]:
+def measure(peer: str, work: Any, width: int, repeats: int, threads: int) -> dict[str, Any]:
     """Return the costs of each repeat, `bare` and its `own` (the fields of `loops.Run`), and `bytes` on disk.
 
     Args:
-        tokens: the tensor that the loop trains on, (sequences, T).
+        work: what `loops.transformer_work` returned, of this width.
 
     Raises:
         RuntimeError: with one line that says why there are no figures.
@@ -66,8 +66,9 @@ def measure(peer: str, tokens: Any, steps: int, repeats: int, threads: int) -> d
 
     python = environment(peer)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(tokens, Path(folder, "tokens.pt"))
-        command = [python, __file__, peer, Path(folder, "tokens.pt"), str(steps), str(repeats), str(threads)]
+        torch.save(work.tokens, Path(folder, "tokens.pt"))
+        numbers = map(str, (work.steps, width, repeats, threads))
+        command = [python, __file__, peer, Path(folder, "tokens.pt"), *numbers]
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         answer = subprocess.run(command, capture_output=True, text=True, env=clean)
     if answer.returncode:
@@ -76,14 +77,14 @@ def measure(peer: str, tokens: Any, steps: int, repeats: int, threads: int) -> d
     return figures
 
 
-def main(peer: str, tokens: str, steps: int, repeats: int, threads: int) -> None:
+def main(peer: str, tokens: str, steps: int, width: int, repeats: int, threads: int) -> None:
     import torch
     from loops import bare, timed, transformer_work
 
     torch.set_num_threads(threads)
     recorded: dict[str, Callable[..., None]] = {"opacus": with_opacus, "dattri-llm": with_dattri}
-    work = transformer_work(torch.load(tokens), steps)
-    few = transformer_work(torch.load(tokens), 2)
+    work = transformer_work(torch.load(tokens), steps, width)
+    few = transformer_work(torch.load(tokens), 2, width)
     figures: dict[str, list[Any]] = {"bare": [], "own": [], "bytes": []}
     bare(few, *few.begin())
     for number in range(repeats + 1):
@@ -134,4 +135,4 @@ def with_dattri(work: Any, model: Any, optimizer: Any, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *(int(one) for one in sys.argv[3:6]))
+    main(sys.argv[1], sys.argv[2], *(int(one) for one in sys.argv[3:7]))
