@@ -1,5 +1,6 @@
 """Whole parameters' worth of numbers beside the records: optimizer state, and parameters before a rollback."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,14 +76,15 @@ def _stored(numbers: np.ndarray, precision: str) -> tuple[np.ndarray, float]:
     if precision == "exact" or numbers.dtype == BFLOAT16:
         return store_as(numbers, "exact")[0], 0.0
     stored = np.empty(numbers.shape, BFLOAT16)
-    square, lost = 0.0, 0.0
+    norms, errors = [], []
     # By blocks that a cache holds: the whole would be read a dozen times.
-    for rows in range(0, len(numbers), step := max(1, _BLOCK_NUMBERS // numbers.shape[1])):
+    for rows in range(0, len(numbers), step := max(1, _BLOCK_NUMBERS // max(1, numbers.shape[1]))):
         block = widen(numbers[rows : rows + step])
         stored[rows : rows + step] = narrow(block)
-        square += norm(block) ** 2
-        lost += norm(block - widen(stored[rows : rows + step])) ** 2
-    return stored, (lost / square) ** 0.5 if square else 0.0
+        norms.append(norm(block))
+        errors.append(norm(block - widen(stored[rows : rows + step])))
+    size = math.hypot(*norms)
+    return stored, math.hypot(*errors) / size if size else 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
