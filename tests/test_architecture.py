@@ -35,9 +35,12 @@ LAYERS = [
     ["timstore.optimizers"],
     ["timstore.ranks"],
     ["timstore.wrappers"],
-    ["timstore.recording", "timstore.rollbacks", "timstore.maintenance"],
+    ["timstore.recording", "timstore.rollbacks", "timstore.maintenance", "timstore.interchange"],
+    ["timstore.checkpoints"],
     ["timstore"],
     ["timstore.integrations"],
+    ["timstore.cli"],
+    ["timstore.__main__"],
 ]
 
 OWNERS = {
@@ -45,7 +48,7 @@ OWNERS = {
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
     "isal": ["timstore.format", "timstore.maintenance"],
-    "duckdb": ["timstore.catalog", "timstore.handle"],
+    "duckdb": ["timstore.catalog", "timstore.handle", "timstore.cli.sql"],
     "torch": [
         "timstore.fingerprints",
         "timstore.content",
@@ -55,11 +58,21 @@ OWNERS = {
         "timstore.wrappers",
         "timstore.recording",
         "timstore.rollbacks",
+        "timstore.interchange",
+        "timstore.checkpoints",
         "timstore",
         "timstore.integrations",
     ],
-    "rich": ["timstore.progress", "timstore.rollbacks", "timstore.maintenance"],
-    "transformers": ["timstore.integrations"],
+    "ijson": ["timstore.interchange"],
+    "rich": [
+        "timstore.progress",
+        "timstore.rollbacks",
+        "timstore.maintenance",
+        "timstore.interchange",
+        "timstore.cli.sql",
+    ],
+    "typer": ["timstore.cli"],
+    "transformers": ["timstore.checkpoints", "timstore.integrations"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from timstore.errors import (
@@ -25,6 +26,7 @@ from timstore.store import Store as _Store
 if TYPE_CHECKING:
     import torch
 
+    from timstore.interchange import save_gradient_trajectory
     from timstore.maintenance import Finding, Verification
     from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
@@ -51,6 +53,7 @@ __all__ = [
     "Verification",
     "open",
     "rollback",
+    "save_gradient_trajectory",
     "verify",
 ]
 
@@ -60,6 +63,10 @@ def __getattr__(name: str) -> Any:
         from timstore import maintenance
 
         return getattr(maintenance, name)
+    if name == "save_gradient_trajectory":
+        from timstore.interchange import save_gradient_trajectory
+
+        return save_gradient_trajectory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -195,7 +202,7 @@ class Store(_Store):
 
     def rollback(
         self,
-        model: "torch.nn.Module",
+        target: "torch.nn.Module | str | os.PathLike[str]",
         ids: Iterable[int] | None = None,
         *,
         where: str | None = None,
@@ -216,15 +223,20 @@ class Store(_Store):
         dry_run: bool = False,
         force: bool = False,
         progress: bool | None = None,
+        output: str | os.PathLike[str] | None = None,
+        in_place: bool = False,
+        model: "torch.nn.Module | None" = None,
     ) -> "RollbackReport":
-        """Remove the contribution of samples from the model, in place, streaming their records.
+        """Remove the contribution of samples from a model, in place, or from a checkpoint, streaming their records.
 
-        With a probe (64 examples of any data like the training data, public will do) the removed sum passes
-        once through a filter made of the model's own curvature; without one, first order alone damages a
-        fine-tuned transformer, and the report says so. The model changes last: after an error it is what it was.
-        Before it changes, a row is written to the `rollbacks` table.
+        With a probe (64 examples of any data like the training data, public will do) the removed sum passes once
+        through a filter made of the model's own curvature; without one, first order alone damages a fine-tuned
+        transformer, and the report says so. The model changes last: after an error it is what it was. Before it
+        changes, a row is written to the `rollbacks` table. A checkpoint (safetensors) is rolled back block by block,
+        and loaded only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
 
         Args:
+            target: the model, or the path of a checkpoint, file or folder.
             ids: the samples to remove; or `where`, an SQL condition on the `records` table.
             strength: between 0 and 1, the share that is removed.
             epochs, parameters: only these.
@@ -235,7 +247,7 @@ class Store(_Store):
             optimizer: the one that trained the model: its momentum and moments are corrected as far as the records
                 determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
-                `record(probe=...)` when None.
+                `record(probe=...)` when None, unless that takes loading a checkpoint.
             bins: time bins of the filter.
             outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.
             loss: the training loss, `cross_entropy` (default) or `mse`, a mean.
@@ -246,20 +258,21 @@ class Store(_Store):
             dry_run: compute and report, change nothing.
             force: also when these samples were removed from this model before.
             progress: show a bar; by default when a person is looking.
+            output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
+            model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
 
         Raises:
+            AlreadyExistsError, ReadOnlyError, StorageError: the output is there already, or cannot be written.
             CoverageError: samples, steps or learning rates that were never recorded; a method or denominator that the
                 records do not allow, with what would have had to be recorded.
             ModelMismatchError: another model, or one that was trained on without recording.
             StateError: these samples were removed before.
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
-            CorruptionError: an object of the store is missing or was changed.
+            FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
         """
-        from timstore.rollbacks import rollback
-
-        return rollback(
+        return _way(target)(
             self,
-            model,
+            target,
             ids,
             where=where,
             strength=strength,
@@ -279,6 +292,9 @@ class Store(_Store):
             dry_run=dry_run,
             force=force,
             progress=progress,
+            output=output,
+            in_place=in_place,
+            model=model,
         )
 
     def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
@@ -321,34 +337,40 @@ def open(
     return Store(path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability)
 
 
+def _way(target: Any) -> "Callable[..., RollbackReport]":
+    """Return what rolls back such a target: checkpoints are given by their paths."""
+    room = "checkpoints" if isinstance(target, str | os.PathLike) else "rollbacks"
+    return import_module(f"timstore.{room}").rollback  # type: ignore[no-any-return]
+
+
 def rollback(
-    model: "torch.nn.Module",
+    target: "torch.nn.Module | str | os.PathLike[str]",
     ids: Iterable[int] | None = None,
     store: _Store | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> "RollbackReport":
-    """Remove the contribution of samples from the model; see `Store.rollback` for the options.
+    """Remove the contribution of samples from a model or a checkpoint; see `Store.rollback` for the options.
 
     Args:
+        target: a model, or the path of a checkpoint; then `output=` says where it goes (or `in_place=True`).
         store: a store or its path; when None, the only store that is open in this process.
 
     Raises:
         StateError: no store, or several, are open.
     """
-    from timstore.rollbacks import rollback as roll_back
-
+    roll_back = _way(target)
     if isinstance(store, _Store):
-        return roll_back(store, model, ids, **options)
+        return roll_back(store, target, ids, **options)
     if store is not None:
         if not os.path.exists(store):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with open(store) as opened:
-            return roll_back(opened, model, ids, **options)
+            return roll_back(opened, target, ids, **options)
     found = _open_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
-    return roll_back(found[0], model, ids, **options)
+    return roll_back(found[0], target, ids, **options)
 
 
 def verify(

@@ -27,19 +27,32 @@ class Samples:
         Raises:
             InvalidInputError: no `sample` column, ids that are no integers, missing ids, or columns named alike.
         """
-        table = _as_table(rows)
-        if "sample" not in table.column_names:
-            raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
-        spelled = [name.lower() for name in table.column_names]
-        twice = sorted(name for name in table.column_names if spelled.count(name.lower()) > 1)
-        if twice:
-            raise InvalidInputError(f"SQL does not tell the columns {', '.join(twice)} apart: keep one of them")
-        ids = table["sample"]
-        if not pa.types.is_integer(ids.type) or ids.null_count:
-            raise InvalidInputError(f"the column `sample` holds integers without gaps, not {ids.type}")
+        table = as_rows(rows)
         if table.num_rows:
-            position = table.column_names.index("sample")
-            self._write(table.set_column(position, "sample", ids.cast(pa.int64())))
+            self._write(table)
+
+
+def as_rows(rows: Any) -> pa.Table:
+    """Return what `Samples.update` takes as a table, its ids as int64.
+
+    Raises:
+        InvalidInputError: no `sample` column, ids that are no integers, missing ids, or columns named alike.
+    """
+    table = _as_table(rows)
+    if "sample" not in table.column_names:
+        raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
+    spelled = [name.lower() for name in table.column_names]
+    twice = sorted(name for name in table.column_names if spelled.count(name.lower()) > 1)
+    if twice:
+        raise InvalidInputError(f"SQL does not tell the columns {', '.join(twice)} apart: keep one of them")
+    ids = table["sample"]
+    if not pa.types.is_integer(ids.type) or ids.null_count:
+        raise InvalidInputError(f"the column `sample` holds integers without gaps, not {ids.type}")
+    try:
+        ids = ids.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise InvalidInputError(f"the column `sample` holds integers of 63 bits: {error}") from error
+    return table.set_column(table.column_names.index("sample"), "sample", ids)
 
 
 def check_columns(table: pa.Table, known: pa.Table) -> None:
@@ -48,8 +61,10 @@ def check_columns(table: pa.Table, known: pa.Table) -> None:
     Raises:
         InvalidInputError: naming the column and both types.
     """
-    for name in sorted(set(table.column_names) & set(known.column_names)):
-        held, given = known.schema.field(name).type, table.schema.field(name).type
+    # SQL does not tell Owner from owner.
+    types = {field.name.lower(): field.type for field in known.schema}
+    for name in sorted(name for name in table.column_names if name.lower() in types):
+        held, given = types[name.lower()], table.schema.field(name).type
         try:
             pa.unify_schemas([pa.schema([(name, held)]), pa.schema([(name, given)])], promote_options="permissive")
         except pa.ArrowException:

@@ -10,30 +10,36 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike, numbered
+from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike, integers, numbered
 
 STORED = tuple(kind for kind in ROLLED if kind != "samples")
 
 # Small inserts cost more per row, large ones memory.
 _INSERT_ROWS = 1_000_000
 
-_COMMITS = pa.schema(
-    [
-        ("commit", pa.int64()),
-        ("writer", pa.string()),
-        ("seq", pa.int64()),
-        ("at", pa.string()),
-        ("records", pa.int64()),
-        ("bytes", pa.int64()),
-    ]
-)
-_ATTEMPTS = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("attempt", "from_epoch", "from_step", "ranks")),
-        ("scope", pa.list_(pa.int64())),
-        ("recorded", pa.string()),
-    ]
-)
+_SQL_TYPES = {
+    pa.int64(): "BIGINT",
+    pa.int32(): "INTEGER",
+    pa.float64(): "DOUBLE",
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+}
+_COMMITS = {
+    "commit": "BIGINT",
+    "writer": "VARCHAR",
+    "seq": "BIGINT",
+    "at": "VARCHAR",
+    "records": "BIGINT",
+    "bytes": "BIGINT",
+}
+_ATTEMPTS = {
+    "attempt": "BIGINT",
+    "from_epoch": "BIGINT",
+    "from_step": "BIGINT",
+    "ranks": "BIGINT",
+    "scope": "BIGINT[]",
+    "recorded": "VARCHAR",
+}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,15 +74,15 @@ class AttemptRow:
 
 def create_tables(connection: duckdb.DuckDBPyConnection) -> None:
     """Make the tables of schema `stored`, empty."""
-    connection.execute("CREATE SCHEMA stored")
-    for kind in STORED:
-        _replace(connection, kind, numbered(SCHEMAS[kind].empty_table(), kind, 0))
+    tables = {kind: numbered(_empty(kind), kind, 0).schema for kind in STORED}
+    columns = {kind: {field.name: _sql_type(field.type) for field in schema} for kind, schema in tables.items()}
     # Few distinct words in millions of rows: grouping by an ENUM takes a quarter of the time that text takes.
-    words = {"encoding": ("dense", "factors", "rows"), "precision": PRECISIONS}
-    for column, values in words.items():
-        connection.execute(f"ALTER TABLE stored.gradients ALTER {column} TYPE ENUM {values}")
-    _replace(connection, "commits", _COMMITS.empty_table())
-    _replace(connection, "samples", SCHEMAS["samples"].empty_table())
+    columns["gradients"] |= {"encoding": "ENUM ('dense', 'factors', 'rows')", "precision": f"ENUM {PRECISIONS}"}
+    columns |= {"commits": _COMMITS, "samples": {"sample": "BIGINT"}}
+    connection.execute("CREATE SCHEMA stored")
+    for kind, types in columns.items():
+        named = ", ".join(f"{quoted(name)} {one}" for name, one in types.items())
+        connection.execute(f"CREATE TABLE stored.{kind} ({named})")
 
 
 def load_commits(
@@ -103,10 +109,10 @@ def load_commits(
             covered += table.num_rows
         elif kind in loading:
             loading[kind].add(table, "a checkpoint")
-    heads = []
+    heads: dict[str, list[Any]] = {name: [] for name in _COMMITS}
     for commit in commits:
-        heads.append({name: getattr(commit, name) for name in _COMMITS.names if name != "commit"})
-        heads[-1]["commit"] = commit.number
+        for name, column in heads.items():
+            column.append(commit.number if name == "commit" else getattr(commit, name))
         where = f"commit {commit.seq} of writer {commit.writer}"
         for kind, table in commit.tables.items():
             if kind == "samples":
@@ -115,15 +121,21 @@ def load_commits(
                 loading[kind].add(numbered(table, kind, commit.number), where, writer=commit.writer, seq=commit.seq)
     for one in loading.values():
         one.insert()
-    _insert(connection, "commits", pa.Table.from_pylist(heads, _COMMITS))
+    connection.execute(f"INSERT INTO stored.commits BY NAME {_unnested(_COMMITS)}", list(heads.values()))
     if samples:
         _merge_samples(connection, samples)
 
 
 def load_attempts(connection: duckdb.DuckDBPyConnection, attempts: Sequence[AttemptRow]) -> None:
     """Replace the attempts."""
-    rows = [{name: getattr(attempt, name) for name in _ATTEMPTS.names} for attempt in attempts]
-    _replace(connection, "attempts", pa.Table.from_pylist(rows, _ATTEMPTS))
+    columns = [[getattr(attempt, name) for attempt in attempts] for name in _ATTEMPTS]
+    connection.execute(f"CREATE OR REPLACE TABLE stored.attempts AS {_unnested(_ATTEMPTS)}", columns)
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"{_sql_type(kind.value_type)}[]"
+    return _SQL_TYPES[kind]
 
 
 def quoted(name: str) -> str:
@@ -137,7 +149,7 @@ class _Loading:
     def __init__(self, connection: duckdb.DuckDBPyConnection, kind: str) -> None:
         self._connection = connection
         self._kind = kind
-        self._schema = numbered(SCHEMAS[kind].empty_table(), kind, 0).schema
+        self._schema = numbered(_empty(kind), kind, 0).schema
         self._waiting: list[pa.Table] = []
         self._rows = 0
 
@@ -168,8 +180,8 @@ class _Loading:
 
 def _numbered_heads(table: pa.Table, first: int) -> pa.Table:
     """Return rows of a checkpoint's commits, the first of them number `first`, as those of `_COMMITS`."""
-    numbers = pa.array(np.arange(first, first + table.num_rows))
-    return table.add_column(0, "commit", numbers).select(_COMMITS.names)
+    numbers = integers(np.arange(first, first + table.num_rows))
+    return table.add_column(0, "commit", numbers).select(list(_COMMITS))
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -189,7 +201,7 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
         table = table.rename_columns([str(number) for number in range(len(names))])
-        table = table.append_column("written", pa.array(np.arange(table.num_rows)))
+        table = table.append_column("written", integers(np.arange(table.num_rows)))
         merged = "".join(
             f', arg_max("{number}", written) AS {quoted(name)}' for number, name in enumerate(names) if number
         )
@@ -202,10 +214,14 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
         raise FormatError(f"the columns attached to samples do not fit together: {error}") from error
 
 
-def _replace(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    connection.register("given", table)
-    connection.execute(f"CREATE OR REPLACE TABLE stored.{name} AS FROM given")
-    connection.unregister("given")
+def _empty(kind: str) -> pa.Table:
+    """Return a row table without rows. Its schema's own `empty_table` would import pandas."""
+    return pa.Table.from_batches([], schema=SCHEMAS[kind])
+
+
+def _unnested(columns: Mapping[str, str]) -> str:
+    """Return a query of rows from one list per column; `pa.Table.from_pylist` would import pandas."""
+    return "SELECT " + ", ".join(f"unnest(?::{kind}[]) AS {quoted(name)}" for name, kind in columns.items())
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:

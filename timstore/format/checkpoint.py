@@ -125,7 +125,7 @@ def _newest(writer: str, head: Any, path: str) -> Commit:
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
-    return tables.hold_words(tables.read_rows(read_verified(objects, info, owner)))
+    return tables.read_rows(read_verified(objects, info, owner), words=True)
 
 
 def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:

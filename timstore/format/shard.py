@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from isal.isal_zlib import crc32
-from numcodecs.blosc import Blosc
 
 from timstore.errors import CorruptionError, FormatError
 from timstore.records import BFLOAT16
+
+if TYPE_CHECKING:
+    from numcodecs.blosc import Blosc
 
 CHUNK_BYTES = 512 * 1024
 # Zstd codes every 128 KB with symbol statistics of their own. Blosc blocks in which a plane of the byte shuffle is at
@@ -46,7 +48,6 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 _ENCODERS = min(8, max(2, _CORES // 2))
 # What is written, and what format 1.1 wrote and is read for ever.
 WRITTEN, EARLIER = "zstd", "lz4"
-_SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
 
 def stored_name(dtype: np.dtype[Any]) -> str:
@@ -158,10 +159,12 @@ class ArrayLayout:
         }
         return json.dumps(document, indent=2).encode()
 
-    def encoder(self) -> Blosc:
+    def encoder(self) -> "Blosc":
         """Return the compressor of chunks."""
+        from numcodecs.blosc import Blosc  # which SQL alone does not need
+
         options = self._blosc
-        shuffle = _SHUFFLES[options["shuffle"]]
+        shuffle = getattr(Blosc, options["shuffle"].upper())
         return Blosc(options["cname"], options["clevel"], shuffle, options["blocksize"])
 
     @property

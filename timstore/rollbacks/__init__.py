@@ -3,9 +3,10 @@
 import warnings
 from typing import Any
 
-from timstore.errors import TimstoreWarning
+from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback as _rollback
+from timstore.rollbacks.targets import ModelInMemory
 from timstore.rollbacks.together import changed_together
 from timstore.rollbacks.undo import undo as _undo
 from timstore.store import Store
@@ -13,10 +14,25 @@ from timstore.store import Store
 __all__ = ["ProbeReport", "RollbackReport", "rollback", "undo"]
 
 
-def rollback(store: Store, model: Any, ids: Any, *, optimizer: Any = None, **options: Any) -> RollbackReport:
-    """Remove the contribution of samples from the model; see `timstore.Store.rollback`."""
+def rollback(
+    store: Store,
+    target: Any,
+    ids: Any,
+    *,
+    optimizer: Any = None,
+    output: Any = None,
+    in_place: bool = False,
+    model: Any = None,
+    **options: Any,
+) -> RollbackReport:
+    """Remove the contribution of samples from a model; see `timstore.Store.rollback`."""
+    if output is not None or in_place or model is not None:
+        raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
     report = changed_together(
-        store, model, optimizer, lambda inner, steps: _rollback(store, inner, ids, optimizer=steps, **options)
+        store,
+        target,
+        optimizer,
+        lambda inner, steps: _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options),
     )
     for warning in report.warnings:
         warnings.warn(warning, TimstoreWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""The last step: add the deltas to the model, once per parameter, in the parameter's own precision."""
+"""The last step: add the deltas to the parameters, once to each, in its own precision."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,12 @@ from functools import partial
 import torch
 
 from timstore.fingerprints import digest_of_blocks
+from timstore.rollbacks.targets import Place
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.rollbacks.workers import side_by_side
+
+# So many numbers, and the copies in float64 that are made of them, stay in a core's cache.
+_CACHED_NUMEL = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +34,32 @@ class Change:
     digests: dict[str, str]
 
 
-def new_values(parameter: torch.Tensor, delta: Vector, name: str, block_numel: int) -> Iterator[torch.Tensor]:
-    """Yield the parameter's new values, flat and in order, a block at a time; the parameter is not changed."""
-    flat = parameter.detach().reshape(-1)
-    for start in range(0, flat.numel(), block_numel):
-        block = flat[start : start + block_numel]
-        change = delta.read(name, start, start + len(block)).to(block.device)
-        yield (block.to(change.dtype) + change).to(block.dtype)
+def moved_blocks(
+    place: Place, delta: Vector, name: str, block_numel: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (old values, their change, new values), flat and in order, a block at a time; nothing is changed."""
+    start = 0
+    for old in place.blocks(block_numel if place.device.type != "cpu" else min(block_numel, _CACHED_NUMEL)):
+        change = delta.read(name, start, start + len(old)).to(old.device)
+        yield old, change, (old.to(change.dtype) + change).to(old.dtype)
+        start += len(old)
 
 
-def foresee(
-    parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace, workers: int = 1
-) -> Change:
+def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, workers: int = 1) -> Change:
     """Return what `apply` will do. Cost: one pass over the delta, memory of a block for each worker."""
     found: dict[str, _Foreseen] = {}
 
-    def look(name: str, parameter: torch.nn.Parameter) -> Iterator[int]:
+    def look(name: str, place: Place) -> Iterator[int]:
         found[name] = _Foreseen()
-        blocks = found[name].seen(parameter, delta, name, workspace.block_numel)
-        found[name].digest = digest_of_blocks(parameter.dtype, tuple(parameter.shape), blocks)
+        blocks = found[name].seen(moved_blocks(place, delta, name, workspace.block_numel))
+        found[name].digest = digest_of_blocks(place.dtype, place.shape, blocks)
         yield 0
 
-    _each(parameters, look, workers)
-    ordered = [found[name] for name in parameters]
+    _each(places, look, workers)
+    ordered = [found[name] for name in places]
     norm, before_norm, lost_norm = torch.stack([one.squares for one in ordered]).sum(0).sqrt().tolist()
     finite = all(one.finite for one in ordered)
-    return Change(norm, before_norm, lost_norm, finite, {name: found[name].digest for name in parameters})
+    return Change(norm, before_norm, lost_norm, finite, {name: found[name].digest for name in places})
 
 
 class _Foreseen:
@@ -66,45 +70,29 @@ class _Foreseen:
         self.finite = True
         self.digest = ""
 
-    def seen(self, parameter: torch.Tensor, delta: Vector, name: str, block_numel: int) -> Iterator[torch.Tensor]:
+    def seen(self, blocks: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Iterator[torch.Tensor]:
         """Yield the new values, block by block, and take what is to be known of each."""
-        flat = parameter.detach().reshape(-1)
-        start = 0
-        for new in new_values(parameter, delta, name, block_numel):
-            old = flat[start : start + len(new)].double()
-            wanted = delta.read(name, start, start + len(new)).to(old.device).double()
+        for block, change, new in blocks:
+            old, wanted = block.double(), change.double()
             lost = (new.double() - old).sub_(wanted)
             squares = torch.stack([one.dot(one) for one in (wanted, old, lost)]).cpu()
             self.squares += squares
             # A new value that is not finite is a loss that is not; large losses may overflow as well.
             self.finite = self.finite and (bool(squares[2].isfinite()) or bool(new.isfinite().all()))
-            start += len(new)
             yield new
 
 
-def apply(parameters: Mapping[str, torch.nn.Parameter], delta: Vector, workspace: Workspace, workers: int = 1) -> None:
-    """Add the delta to the parameters, in place."""
+def apply(places: Mapping[str, Place], delta: Vector, workspace: Workspace, workers: int = 1) -> None:
+    """Add the delta to the parameters, where they are."""
 
-    def add(name: str, parameter: torch.nn.Parameter) -> Iterator[int]:
-        with torch.no_grad():
-            new_blocks = new_values(parameter, delta, name, workspace.block_numel)
-            if parameter.is_contiguous():
-                start, flat = 0, parameter.view(-1)
-                for new in new_blocks:
-                    flat[start : start + len(new)] = new
-                    start += len(new)
-            else:
-                parameter.copy_(torch.cat(list(new_blocks)).view(parameter.shape))
+    def add(name: str, place: Place) -> Iterator[int]:
+        place.write(new for _, _, new in moved_blocks(place, delta, name, workspace.block_numel))
         yield 0
 
-    _each(parameters, add, workers)
+    _each(places, add, workers)
 
 
-def _each(
-    parameters: Mapping[str, torch.nn.Parameter],
-    run: Callable[[str, torch.nn.Parameter], Iterator[int]],
-    workers: int,
-) -> None:
+def _each(places: Mapping[str, Place], run: Callable[[str, Place], Iterator[int]], workers: int) -> None:
     """Run something for every parameter, several at a time."""
-    tasks = [(number, partial(run, *one)) for number, one in enumerate(parameters.items())]
+    tasks = [(number, partial(run, *one)) for number, one in enumerate(places.items())]
     side_by_side(tasks, max(1, min(workers, len(tasks))), lambda _: None)

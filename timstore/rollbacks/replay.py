@@ -6,7 +6,7 @@ its own state and its hyperparameters; that the first of the two runs ends where
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
 from timstore.rollbacks.loading import ParameterRows, Piece, pieces_of
 from timstore.rollbacks.reruns import Rerun
 from timstore.rollbacks.tape import Tape
+from timstore.rollbacks.targets import Place
 from timstore.rollbacks.timeline import Timeline
 from timstore.rollbacks.vectors import Vector, Workspace
 
@@ -75,7 +76,7 @@ class Replay:
 
     def run(
         self,
-        model: dict[str, torch.nn.Parameter],
+        places: Mapping[str, Place],
         increments: Sequence[Vector],
         readers: Readers,
         budget: Budget,
@@ -98,7 +99,7 @@ class Replay:
                 began = self._start(piece, workspace.device)
                 actual, other = self._both(piece, began, increments, readers, budget)
                 start, stop = piece.span
-                end = model[name].detach().reshape(-1)[start:stop].to(_EXACT)
+                end = places[name].read(start, stop).to(_EXACT)
                 ended = actual.parameter.detach().reshape(-1)
                 squares += torch.stack([(ended - end).square().sum(), (ended - began).square().sum()]).cpu()
                 if self.keep_states:

@@ -42,6 +42,7 @@ class RollbackReport:
         replay_off: how far the replayed run ended from the model, over how far the run went; None without a replay.
         optimizer: what became of the optimizer's state; None where no optimizer was given.
         rollback_id: the digest of the model afterwards, as in the `rollbacks` table.
+        checkpoint: which files are changed, and where the new ones are; None for a model in memory.
     """
 
     samples: tuple[int, ...]
@@ -65,6 +66,7 @@ class RollbackReport:
     replay_off: float | None = None
     optimizer: str | None = None
     probe: ProbeReport | None = None
+    checkpoint: str | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +98,8 @@ class RollbackReport:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")
         if self.optimizer is not None:
             lines.append(f"optimizer     {self.optimizer}")
+        if self.checkpoint is not None:
+            lines.append(f"checkpoint    {self.checkpoint}")
         if self.skipped:
             lines.append(f"skipped       {len(self.skipped)} samples without records")
         lines += [f"warning       {warning}" for warning in self.warnings]

@@ -1,18 +1,16 @@
 """Plan, stream, filter, audit, apply: the way of a rollback, in this order and no other."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from timstore.errors import InvalidInputError, ModelMismatchError, ReadOnlyError, StateError
-from timstore.fingerprints import digests
+from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.intake import byte_count
-from timstore.records import Parameter
 from timstore.rollbacks.apply import apply, foresee
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
@@ -29,6 +27,7 @@ from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
+from timstore.rollbacks.targets import Place, Target
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 from timstore.states import State
@@ -44,7 +43,7 @@ _OFF = 0.02
 
 def rollback(
     store: Store,
-    model: torch.nn.Module,
+    target: Target,
     ids: Iterable[int] | None = None,
     *,
     where: str | None = None,
@@ -66,7 +65,7 @@ def rollback(
     force: bool = False,
     progress: bool | None = None,
 ) -> RollbackReport:
-    """Remove the contribution of samples from the model; see `timstore.Store.rollback`."""
+    """Remove the contribution of samples from the target; see `timstore.Store.rollback`."""
     started = time.perf_counter()
     request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
     limit_bytes = byte_count(memory_limit, "memory_limit")
@@ -76,9 +75,9 @@ def rollback(
         raise InvalidInputError(f"bins is a number of time bins, 1 or more, not {bins!r}")
     if store.mode == "r" and not dry_run:
         raise ReadOnlyError(f"{store.path} was opened to read, and a rollback is written down: open it with mode 'a'")
-    asked = _probe(store, model, probe, outputs, loss)
+    asked = _probe(store, target, probe, outputs, loss)
     snapshot = store.snapshot()
-    before = digests(model)
+    before = target.digests()
     identity = recognise(snapshot, before)
     selection = select(snapshot, request, identity.moment)
     _check_not_removed(identity, selection.samples, force)
@@ -92,10 +91,11 @@ def rollback(
             )
         asked = None
     plan = run.plan(bins if asked else 1)
-    changed = _match(model, plan.parameters)
+    changed = target.places(plan.parameters)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
+    live = _live(target, changed) if optimizer is not None or keep_delta else {}
     if optimizer is not None:
-        check_optimizer(optimizer, changed, run.timelines)
+        check_optimizer(optimizer, live, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
     products = len(plan.lengths) * (steps + 1) - 1 + 4 * _MATCHING_STEPS if asked else 0
@@ -116,7 +116,7 @@ def rollback(
             largest = into_steps(increments, coordinates)
         decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
         delta, probed = _filtered(
-            model, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
+            target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
         )
         change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
@@ -147,31 +147,46 @@ def rollback(
             replay_off=None if replayed is None else replayed.relative_off,
             optimizer=optimizer_text,
             probe=probed,
+            checkpoint=target.text,
             warnings=tuple(
-                [*run.warnings(identity), *_overlap(snapshot, asked, selection.samples), *_warnings(probed)]
+                [
+                    *run.warnings(identity),
+                    *_overlap(snapshot, asked, selection.samples),
+                    *_warnings(
+                        probed, is_kept=not target.is_loaded and snapshot.view.newest_object("probe") is not None
+                    ),
+                ]
             ),
         )
         if not dry_run:
-            # The row comes first: digests decide what a model is, so a row whose change never came is harmless.
-            store.append_rollback(_row(report, identity.digest), dict(changed) if keep_delta else None)
-            apply(changed, delta, workspace, budget.workers)
+            row = _row(report, identity.digest)
+            target.change(
+                apply=lambda: apply(changed, delta, workspace, budget.workers),
+                record=lambda: store.append_rollback(row, live if keep_delta else None),
+            )
             if optimizer is not None:
-                correction.apply(optimizer, changed)
+                correction.apply(optimizer, live)
     return replace(report, seconds=time.perf_counter() - started)
 
 
 def _probe(
     store: Store,
-    model: torch.nn.Module,
+    target: Target,
     batches: Iterable[Any] | None,
     outputs: Callable[[Any], Any] | None,
     loss: str | None,
 ) -> Probe | None:
     """Return the probe that was given, or the one that the store keeps."""
-    kept = store.probe() if batches is None else None
+    kept = store.probe() if batches is None and target.is_loaded else None
     if kept is not None:
         batches, loss = kept[0], loss or kept[1]
-    return None if batches is None else Probe(model, batches, outputs=outputs, loss=loss or "cross_entropy")
+    return None if batches is None else Probe(target.model(), batches, outputs=outputs, loss=loss or "cross_entropy")
+
+
+def _live(target: Target, changed: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that change, as an optimizer knows them."""
+    held = dict(target.model().named_parameters())
+    return {name: held[name] for name in changed}
 
 
 def _check_not_removed(identity: Identity, samples: Sequence[int], force: bool) -> None:
@@ -185,9 +200,9 @@ def _check_not_removed(identity: Identity, samples: Sequence[int], force: bool) 
         )
 
 
-def _check_replayed(replayed: Replayed, parameters: dict[str, torch.nn.Parameter]) -> None:
+def _check_replayed(replayed: Replayed, places: Mapping[str, Place]) -> None:
     """Refuse a replay that does not end where the model is: something else than the optimizer changed it."""
-    halves = any(one.dtype in (torch.float16, torch.bfloat16) for one in parameters.values())
+    halves = any(one.dtype in (torch.float16, torch.bfloat16) for one in places.values())
     if replayed.relative_off > _OFF and not halves:
         raise StateError(
             f"run again over the recorded gradients, the optimizer ends {replayed.relative_off:.1%} of the run's "
@@ -197,21 +212,8 @@ def _check_replayed(replayed: Replayed, parameters: dict[str, torch.nn.Parameter
         )
 
 
-def _match(model: torch.nn.Module, wanted: dict[str, Parameter]) -> dict[str, torch.nn.Parameter]:
-    """Return the model's parameters that change, in the plan's order."""
-    held = dict(model.named_parameters())
-    for name, parameter in wanted.items():
-        if name not in held:
-            raise ModelMismatchError(f"the model has no parameter {name}, which was recorded", parameter=name)
-        if tuple(held[name].shape) != parameter.shape:
-            raise ModelMismatchError(
-                f"parameter {name} has shape {tuple(held[name].shape)}; {parameter.shape} was recorded", parameter=name
-            )
-    return {name: held[name] for name in wanted}
-
-
 def _filtered(
-    model: torch.nn.Module,
+    target: Target,
     run: Run,
     plan: Plan,
     increments: Sequence[Vector],
@@ -227,7 +229,7 @@ def _filtered(
         if coordinates is not None:
             decayed(increments[0], coordinates, plan)
         return increments[0], None
-    response = run.response(len(increments))
+    model, response = target.model(), run.response(len(increments))
     found = probe_filter(
         model,
         increments,
@@ -261,11 +263,12 @@ def _overlap(snapshot: Snapshot, probe: Probe | None, samples: Sequence[int]) ->
     ]
 
 
-def _warnings(probed: ProbeReport | None) -> list[str]:
+def _warnings(probed: ProbeReport | None, is_kept: bool) -> list[str]:
     if probed is None:
+        kept = ", or probe=store.probe()[0], the one that the store keeps" if is_kept else ""
         return [
             "first order only: the other samples' gradients are taken as recorded, which over-forgets and can damage "
-            "the model; pass probe= (64 examples of any data like the training data)"
+            f"the model; pass probe= (64 examples of any data like the training data){kept}"
         ]
     # So that NaN counts as damage.
     if probed.loss_before and not probed.loss_after <= probed.loss_before * (1 + _DAMAGE):

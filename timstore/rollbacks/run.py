@@ -1,6 +1,6 @@
 """One recorded run and what leaves it: the method that its records allow, and the sums that the method makes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -21,6 +21,7 @@ from timstore.rollbacks.request import Request
 from timstore.rollbacks.response import Response
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.tape import Tape, find_tape
+from timstore.rollbacks.targets import Place
 from timstore.rollbacks.timeline import Moment, Timeline, read_timelines
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
@@ -145,7 +146,7 @@ class Run:
     def sum_up(
         self,
         plan: Plan,
-        model: dict[str, torch.nn.Parameter],
+        places: Mapping[str, Place],
         increments: Sequence[Vector],
         workspace: Workspace,
         keep_states: bool,
@@ -166,7 +167,7 @@ class Run:
             precision=self.snapshot.settings.precision,
             strength=self.request.strength,
             keep_states=keep_states,
-        ).run(model, increments, self.readers, self.budget, workspace, advance)
+        ).run(places, increments, self.readers, self.budget, workspace, advance)
 
     def correction(
         self, optimizer: torch.optim.Optimizer | None, replayed: Replayed | None, workspace: Workspace

@@ -1,0 +1,157 @@
+"""`timstore samples import`: what a file says about samples, in the store."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cli_stores import fill, json_of, run
+
+import timstore
+from timstore.cli import sample_files
+
+ROWS = [{"sample": 0, "owner": "u-7", "zip": "00123"}, {"sample": 40, "owner": None, "zip": "99999"}]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("cli") / "run.tim")
+
+
+@pytest.fixture
+def store(filled, tmp_path):
+    return shutil.copytree(filled, tmp_path / "run.tim")
+
+
+def written(path, rows):
+    """Write rows in the format that a file's name tells."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".TSV" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def held(path, columns="*", where="true"):
+    with timstore.open(path, "r") as opened:
+        answer = opened.sql(f"SELECT {columns} FROM samples WHERE {where} ORDER BY sample")
+        return [dict(zip(answer.columns, row, strict=True)) for row in answer.fetchall()]
+
+
+def files(path):
+    return {one: one.read_bytes() for one in path.rglob("*") if one.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".TSV", ".jsonl", ".parquet"])
+def test_columns_of_every_format_are_attached(store, tmp_path, suffix):
+    file = written(tmp_path / f"owners{suffix}", ROWS)
+    text = ["--text", "zip"] if suffix in (".csv", ".TSV") else []
+    (found,) = json_of("samples", "import", store, file, *text, "--yes")
+    assert found == {"dry_run": False, "rows": 2, "columns": ["owner", "zip"], "new": 1, "replaced": 1}
+    assert held(store, where="sample IN (0, 40)") == ROWS
+    # What the file does not name is as it was.
+    assert held(store, "owner", "sample = 1") == [{"owner": "u-1"}]
+
+
+def test_csv_tells_text_from_numbers_and_an_empty_cell_from_an_empty_text(store, tmp_path):
+    (tmp_path / "a.csv").write_text('sample,number,share,day,note\n1,00123,0.5,2026-01-02,""\n2,,,,"a, b"\n')
+    run("samples", "import", store, tmp_path / "a.csv")
+    first, second = held(store, "number, share, day, note", "sample IN (1, 2)")
+    assert (first["number"], first["share"], str(first["day"]), first["note"]) == (123, 0.5, "2026-01-02", "")
+    assert second == {"number": None, "share": None, "day": None, "note": "a, b"}
+
+
+def test_a_dry_run_changes_nothing_and_says_what_would_be_done(store, tmp_path):
+    file, before = written(tmp_path / "owners.csv", ROWS), files(store)
+    text, _ = run("samples", "import", store, file, "--dry-run")
+    assert text == "would attach owner, zip to 2 rows: 1 new sample, 1 stored value replaced\n"
+    assert files(store) == before
+
+
+def test_stored_values_are_replaced_only_by_those_who_say_so(store, tmp_path):
+    file, before = written(tmp_path / "owners.csv", ROWS), files(store)
+    text, messages = run("samples", "import", store, file, code=2)
+    assert text == "" and "1 stored value will be replaced" in messages and "--yes" in messages
+    assert files(store) == before
+    run("samples", "import", store, file, "-y")
+    # The same values again replace nothing, and nobody is asked.
+    assert json_of("samples", "import", store, file)[0]["replaced"] == 0
+
+
+def test_a_column_in_other_letters_is_the_same_column(store, tmp_path):
+    file = written(tmp_path / "owners.csv", [{"sample": 0, "OWNER": "u-9"}])
+    assert json_of("samples", "import", store, file, "--yes")[0]["replaced"] == 1
+    assert held(store, "owner", "sample = 0") == [{"owner": "u-9"}]
+    # Of another type it would make the tables of the store unreadable.
+    file = written(tmp_path / "numbers.csv", [{"sample": 0, "OWNER": 5}])
+    assert "error: the samples column" in run("samples", "import", store, file, "--yes", code=1)[1]
+    with (
+        timstore.open(store) as opened,
+        pytest.raises(timstore.InvalidInputError, match="OWNER holds string, not int64"),
+    ):
+        opened.samples.update([{"sample": 0, "OWNER": 5}])
+    assert held(store, "owner", "sample = 0") == [{"owner": "u-9"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "owner\nu-1\n", "need an integer column `sample`"),
+        ("a.csv", "sample,owner\nx,u-1\n", "holds integers"),
+        ("a.csv", "sample,owner\n,u-1\n", "holds integers without gaps"),
+        ("a.csv", "sample,owner\n1,u-1,more\n", "a.csv: "),
+        ("a.csv", "sample,owner,Owner\n1,a,b\n", "apart"),
+        ("a.csv", "sample,owner\n1,5\n", "owner holds string, not int64"),
+        ("a.csv", b"sample,owner\n1,\xff\n", "column owner is no UTF-8 text"),
+        ("a.csv", "", "a.csv: "),
+        ("a.jsonl", '{"sample": 1}\nnonsense\n', "line 2: no JSON"),
+        ("a.jsonl", '{"sample": 1}\n[2]\n', "line 2: a line holds one object"),
+        ("a.jsonl", '{"sample": "1"}\n', "holds integers"),
+        ("a.jsonl", '{"sample": 1, "x": 1}\n{"sample": 2, "x": "a"}\n', "a.jsonl: "),
+        ("a.jsonl", b'{"sample": 1, "x": "\xff"}\n', "line 1: no JSON"),
+        ("a.parquet", "no parquet", "a.parquet: "),
+        ("a.xlsx", "", "is named .csv, "),
+    ],
+)
+def test_a_file_that_cannot_be_attached_is_refused_with_its_reason(store, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = files(store)
+    text, messages = run("samples", "import", store, tmp_path / name, "--yes", code=1)
+    assert text == "" and messages.startswith("error: ") and said in messages
+    assert files(store) == before
+
+
+def test_ids_beyond_63_bits_are_refused(store, tmp_path):
+    pq.write_table(pa.table({"sample": np.array([2**63 + 1], np.uint64)}), tmp_path / "a.parquet")
+    assert "63 bits" in run("samples", "import", store, tmp_path / "a.parquet", code=1)[1]
+
+
+def test_a_large_file_goes_in_by_blocks_that_have_to_fit_together(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_files, "_ROWS", 100)
+    rows = [{"sample": number, "x": None if number < 150 else number, "y": float(number)} for number in range(300)]
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        found = json_of("samples", "import", store, written(tmp_path / name, rows), "--yes")[0]
+        assert (found["rows"], found["replaced"]) == (300, 0)
+    assert held(store, "sample, x, y", "x IS NOT NULL OR sample < 150") == rows
+    # A later block that does not fit: nothing of the earlier ones is written.
+    before = files(store)
+    rows[250]["z"], rows[0]["z"] = "text", 1
+    assert "z holds" in run("samples", "import", store, written(tmp_path / "b.jsonl", rows), "--yes", code=1)[1]
+    assert files(store) == before
+
+
+def test_what_is_not_there_ends_with_five(store, tmp_path):
+    assert run("samples", "import", store, tmp_path / "no.csv", code=5)[1].endswith(
+        "no.csv: No such file or directory\n"
+    )
+    file = written(tmp_path / "owners.csv", ROWS)
+    assert "there is no store" in run("samples", "import", tmp_path / "no.tim", file, code=5)[1]
+    assert not (tmp_path / "no.tim").exists()

@@ -1,0 +1,3 @@
+from timstore.cli import main
+
+main()

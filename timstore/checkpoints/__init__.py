@@ -1,0 +1,21 @@
+"""Checkpoints on disk: rolled back tensor by tensor, in bounded memory, without loading the model."""
+
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from timstore.checkpoints.rollback import rollback as _rollback
+from timstore.errors import TimstoreWarning
+from timstore.rollbacks.report import RollbackReport
+from timstore.store import Store
+
+__all__ = ["rollback"]
+
+
+def rollback(store: Store, path: str | os.PathLike[str], ids: Iterable[int] | None, **options: Any) -> RollbackReport:
+    """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
+    report = _rollback(store, path, ids, **options)
+    for warning in report.warnings:
+        warnings.warn(warning, TimstoreWarning, stacklevel=3)
+    return report

@@ -1,0 +1,118 @@
+"""A rollback of a checkpoint on disk: understand it, hold it against the store, and go the way of any rollback."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from timstore.checkpoints.folder import Checkpoint, opened
+from timstore.checkpoints.names import Naming, understood
+from timstore.checkpoints.outputs import Output
+from timstore.checkpoints.target import CheckpointTarget
+from timstore.errors import InvalidInputError, ModelMismatchError
+from timstore.intake import byte_count
+from timstore.records import Parameter
+from timstore.rollbacks.report import RollbackReport
+from timstore.rollbacks.rollback import rollback as roll_back
+from timstore.snapshot import Snapshot
+from timstore.store import Store
+
+# Read, a header takes several times its length.
+_HEADER_SHARE = 16
+
+
+def rollback(
+    store: Store,
+    path: str | os.PathLike[str],
+    ids: Iterable[int] | None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    keep_delta: bool = False,
+    dry_run: bool = False,
+    memory_limit: int | str = "512MB",
+    **options: Any,
+) -> RollbackReport:
+    """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
+    _check(path, output, in_place, optimizer, keep_delta, dry_run)
+    header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
+    with opened(Path(path), header_bytes) as checkpoint:
+        chosen = None
+        if output is not None or in_place:
+            chosen = Output.choose(checkpoint, None if output is None else Path(output))
+        snapshot = store.snapshot()
+        trained = snapshot.parameters()
+        moments = _fingerprints(snapshot)
+        naming = understood(checkpoint, {*moments, *trained}, trained, is_checked=bool(moments))
+        absent = {name: _unchanged(name, moments, checkpoint) for name in naming.absent}
+        target = CheckpointTarget(checkpoint, naming, absent, None if dry_run else chosen, model)
+        try:
+            return roll_back(store, target, ids, dry_run=dry_run, memory_limit=memory_limit, **options)
+        except ModelMismatchError as error:
+            hint = _hint(checkpoint, naming, trained) if error.kind == "unknown-model" else None
+            if hint is None:
+                raise
+            raise ModelMismatchError(f"{error}. {hint}", kind=error.kind, **error.fields) from error
+
+
+def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: bool, dry_run: bool) -> None:
+    if "://" in str(path):
+        raise InvalidInputError(f"{path}: this version rolls back checkpoints in local files", path=str(path))
+    if output is not None and in_place:
+        raise InvalidInputError("say where the checkpoint goes: output=, or in_place=True, and not both")
+    if output is None and not in_place and not dry_run:
+        raise InvalidInputError(f"say where the checkpoint goes: output=, or in_place=True to replace {path}")
+    if optimizer is not None:
+        raise InvalidInputError(
+            "optimizer= goes along with a model in memory; a checkpoint is rolled back without it: load the model and "
+            "its optimizer, and roll back the model"
+        )
+    if keep_delta:
+        raise InvalidInputError(
+            "keep_delta= keeps the parameters of a model in memory for undo; of a checkpoint keep the input, which "
+            "output= leaves as it is"
+        )
+
+
+def _fingerprints(snapshot: Snapshot) -> dict[str, set[str]]:
+    """Return every digest that each parameter ever had when digests were kept."""
+    found: dict[str, set[str]] = {}
+    for row in snapshot.catalog.rows("SELECT DISTINCT parameter, digest FROM fingerprints").to_pylist():
+        found.setdefault(row["parameter"], set()).add(row["digest"])
+    return found
+
+
+def _unchanged(name: str, moments: Mapping[str, set[str]], checkpoint: Checkpoint) -> str:
+    """Return the digest of a parameter that an adapter does not hold."""
+    if len(moments[name]) != 1:
+        raise ModelMismatchError(
+            f"parameter {name} changed in training, and the adapter {checkpoint.path} does not hold it: roll back the "
+            "whole model",
+            parameter=name,
+        )
+    return next(iter(moments[name]))
+
+
+def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Parameter]) -> str | None:
+    """Return what may have made a checkpoint unlike what was recorded."""
+    folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.absolute().parent
+    left = sorted(name for name in os.listdir(folder) if re.fullmatch(r"\..+\.[0-9a-f]{8}\.old", name))
+    if left:
+        return (
+            f"In {folder} lies {left[0]}: a rollback in place was cut off while it renamed files. Rename all .old "
+            "files of its number back to the names in them; or all .new ones, which goes on"
+        )
+    spelled = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    for name, parameter in trained.items():
+        dtype = checkpoint.tensor(naming.tensors[name]).dtype
+        if spelled.get(dtype, dtype) != parameter.dtype:
+            return (
+                f"Tensor {naming.tensors[name]} has dtype {dtype}, and {parameter.dtype} was recorded: roll back the "
+                "checkpoint in the precision of the training, and convert it then"
+            )
+    return None

@@ -1,0 +1,20 @@
+"""The library's messages name arguments as Python spells them; a command line has options."""
+
+import re
+
+_SPELLED = {
+    "missing='skip'": "--skip-missing",
+    "probe=store.probe()[0]": "--probe kept",
+    "dry_run=True": "--dry-run",
+    "in_place=True": "--in-place",
+    "force=True": "--force",
+    "allow_pickle=True": "--allow-pickle",
+    **{f"{name}=": f"--{name}" for name in ("probe", "output", "where", "strength", "method", "lr", "scale")},
+}
+# `name=` alone, or `name=value` where that is an option of its own; not the `name=` of an example in Python.
+_ARGUMENT = re.compile("(?<![a-z_])(" + "|".join(map(re.escape, _SPELLED)) + r")(?=[\s,.:;)]|$)")
+
+
+def spelled(message: str) -> str:
+    """Return a message with the options in the place of the arguments."""
+    return _ARGUMENT.sub(lambda found: _SPELLED[found[1]], message)

@@ -1,0 +1,1 @@
+"""Hydra configurations of the trainers for OpenUnlearning: `pkg://timstore.integrations.conf`."""

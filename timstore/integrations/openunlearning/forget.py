@@ -1,0 +1,118 @@
+"""Which samples the rows of the forget split are."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timstore.errors import CoverageError, InvalidInputError, NotFoundError
+from timstore.intake import whole_number
+from timstore.samples import names_of_samples, sample_named
+from timstore.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRows:
+    """The forget split, as the store knows it.
+
+    Attributes:
+        samples: ids, in the order of the rows; rows of the same tokens are one.
+        rows: how many there are.
+        missing: the numbers of those that were never recorded.
+    """
+
+    samples: tuple[int, ...]
+    rows: int
+    missing: tuple[int, ...]
+
+    def __str__(self) -> str:
+        found = self.rows - len(self.missing)
+        return (
+            f"{found} of {self.rows} forget rows are recorded, as {len(self.samples)} samples; {len(self.missing)} not"
+        )
+
+
+def find_forget_rows(store: Store, hashes: Sequence[str], id_map: Any, missing: str) -> ForgetRows:
+    """Return the samples that the forget rows are, by their content hashes or by an explicit map.
+
+    Raises:
+        InvalidInputError: the records know their samples by numbers alone, and there is no map; or a map that is none.
+        CoverageError: no row was recorded; or not all, unless told to skip.
+    """
+    known = {row[0] for row in store.sql("SELECT DISTINCT sample FROM records").fetchall()}
+    table = store.snapshot().catalog.rows("SELECT * FROM samples")
+    by_row: list[list[int]]
+    if id_map is not None:
+        given = _read(id_map, len(hashes), names_of_samples(table, "name"))
+        by_row = [[given[number]] if number in given else [] for number in range(len(hashes))]
+    else:
+        # Who recorded by a function of his own may have named samples by their content.
+        columns = [name for name in ("content_hash", "name") if name in table.column_names]
+        by_hash: dict[str, list[int]] = {}
+        for name in columns:
+            for sample, content in zip(table["sample"].to_pylist(), table[name].to_pylist(), strict=True):
+                by_hash.setdefault(str(content), []).append(sample)
+        by_row = [by_hash.get(one, []) for one in hashes]
+        if not any(by_row) and "content_hash" not in columns:
+            raise InvalidInputError(
+                f"{store.path} knows its samples by numbers that whoever recorded them chose, not by their tokens, and "
+                "a row's place in the forget split is none of them: pass id_map, the number of each forget row to its "
+                "sample id",
+                kind="no-id-map",
+            )
+    held = [[one for one in ids if one in known] for ids in by_row]
+    absent = tuple(number for number, ids in enumerate(held) if not ids)
+    found = ForgetRows(tuple(dict.fromkeys(one for ids in held for one in ids)), len(hashes), absent)
+    if not found.samples or (absent and missing == "error"):
+        raise CoverageError(_refusal(store, found, id_map is not None, len(known)), kind="forget-rows", rows=absent)
+    return found
+
+
+def _refusal(store: Store, found: ForgetRows, is_mapped: bool, known: int) -> str:
+    first = ", ".join(map(str, found.missing[:8])) + (", ..." if len(found.missing) > 8 else "")
+    some = f"{len(found.missing)} (rows {first})" if found.samples else "none"
+    lacking = "were never recorded" if found.samples else "was ever recorded"
+    why = (
+        "what id_map says is no sample of it"
+        if is_mapped
+        else "rows are known by their tokens, so tokenizer, chat template (with its date), maximum length and collator "
+        "have to be those of the recording"
+    )
+    skip = "; missing: skip goes on without them" if found.samples else ""
+    return f"of {found.rows} forget rows, {some} {lacking} in {store.path}, which has {known} samples: {why}{skip}"
+
+
+def _read(id_map: Any, rows: int, names: Mapping[str, int] | None) -> dict[int, int]:
+    """Return the sample of each row that a map names.
+
+    Raises:
+        NotFoundError: no such file.
+        InvalidInputError: it is no map, or names a row that there is not.
+    """
+    what = "id_map"
+    if isinstance(id_map, str | os.PathLike):
+        what = f"id_map {id_map}"
+        try:
+            id_map = json.loads(Path(id_map).read_bytes())
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {what}", path=str(id_map)) from None
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"{what} is no JSON: {error}") from None
+    if isinstance(id_map, Sequence) and not isinstance(id_map, str):
+        id_map = dict(enumerate(id_map))
+    if not isinstance(id_map, Mapping):
+        raise InvalidInputError(
+            f"{what} gives the number of a forget row its sample id, and is no {type(id_map).__name__}"
+        )
+    found = {}
+    for key, sample in id_map.items():
+        row = int(key) if isinstance(key, str) and key.isdecimal() else whole_number(key, f"{what}: a row")
+        if not 0 <= row < rows:
+            raise InvalidInputError(f"{what} names row {row}, and the forget split has {rows}")
+        if isinstance(sample, str):
+            found[row] = sample_named(sample, names, "name")
+        else:
+            found[row] = whole_number(sample, f"{what}: the sample of row {row}")
+    return found

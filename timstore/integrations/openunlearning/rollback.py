@@ -1,0 +1,152 @@
+"""The trainer that does not train: what the forget split did to the model is rolled back."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+
+from timstore import open as open_store
+from timstore import rollback
+from timstore.errors import CoverageError, InvalidInputError, StorageError
+from timstore.integrations.openunlearning.arguments import RollbackArguments
+from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
+from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
+from timstore.integrations.openunlearning.rows import hashes_of
+from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
+from timstore.integrations.openunlearning.trajectories import store_of
+from timstore.rollbacks import RollbackReport
+
+REPORT = "timstore_report.json"
+
+logger = logging.getLogger(__name__)
+
+
+class TIMParameterRollback(OpenUnlearningTrainer):
+    """Rolls the forget split back once, where another trainer would train; saves and evaluates like any.
+
+    The rows of `train_dataset.forget` are found among the recorded samples by their tokens. The probe is drawn from
+    `train_dataset.retain`. `train` returns a `TrainOutput`, logs what was removed, and writes `timstore_report.json`
+    into the output directory.
+
+    Args:
+        kwargs: the fields of `RollbackArguments`, and what a Trainer takes.
+
+    Raises, at `train()`, before the model is touched:
+        CoverageError: no forget row was ever recorded, or not all; several processes hold the model.
+        NotFoundError: `tim_output_dir` holds no trajectories.
+        InvalidInputError: the data set has no forget split; a method argument that cannot be right.
+        StateError: these samples were removed from this model before.
+        ModelMismatchError: the model is not the one that the recorded run ended with.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._asked = RollbackArguments.taken_from(kwargs)
+        self.rollback_report: RollbackReport | None = None
+        super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Roll back; train on the retain split afterwards only where `train_after` says so.
+
+        Args:
+            args, kwargs: of `Trainer.train`, for that training.
+        """
+        started = time.perf_counter()
+        self._check_alone()
+        forget = getattr(self.train_dataset, "forget", None)
+        if forget is None:
+            raise InvalidInputError(
+                f"{type(self.train_dataset).__name__} has no forget split: run src/train.py with "
+                "--config-name=unlearn.yaml, whose data set has one"
+            )
+        retain = getattr(self.train_dataset, "retain", None)
+        rows, probe, report = self._roll_back(forget, retain)
+        self.rollback_report = report
+        logger.info("%s\n%s", rows, report)
+        metrics = {"rollback_rows": rows.rows, "rollback_rows_missing": len(rows.missing), **_numbers(report)}
+        self.log(metrics)
+        self._write(rows, probe, report)
+        metrics["train_runtime"] = round(time.perf_counter() - started, 4)
+        if not self._asked.train_after:
+            return TrainOutput(self.state.global_step, 0.0, metrics)
+        output = self._train_on(retain, *args, **kwargs)
+        return TrainOutput(output.global_step, output.training_loss, {**metrics, **output.metrics})
+
+    def _roll_back(self, forget: Any, retain: Any) -> tuple[ForgetRows, RetainProbe | None, RollbackReport]:
+        asked = self._asked
+        hashes = hashes_of(forget, self.data_collator, "forget")
+        probe = None
+        if asked.probe is not None:
+            self._check_differentiable()
+            batch_rows = self.args.per_device_train_batch_size
+            probe = probe_of(retain, self.data_collator, asked.probe, frozenset(hashes), batch_rows)
+        with open_store(store_of(asked)) as store:
+            rows = find_forget_rows(store, hashes, asked.id_map, asked.missing)
+            model: Any = self.model
+            report = rollback(
+                model,
+                ids=rows.samples,
+                store=store,
+                strength=asked.rollback_strength,
+                method=asked.method,
+                denominator=asked.denominator,
+                probe=None if probe is None else probe.batches,
+                memory_limit=asked.memory_limit,
+                missing=asked.missing,
+                keep_delta=asked.keep_delta,
+                force=asked.force,
+                progress=False if self.args.disable_tqdm else None,
+            )
+        return rows, probe, report
+
+    def _train_on(self, retain: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+        whole, self.train_dataset = self.train_dataset, retain
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.train_dataset = whole
+
+    def _check_alone(self) -> None:
+        """Refuse processes that each hold a part of the model, or a copy that would go its own way."""
+        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise CoverageError(
+                "a rollback changes the model in one process that holds all of it: run python src/train.py without "
+                "accelerate launch, DeepSpeed and FSDP"
+            )
+
+    def _check_differentiable(self) -> None:
+        kind = str(getattr(getattr(self.model, "config", None), "_attn_implementation", ""))
+        if "flash" in kind:
+            raise InvalidInputError(
+                f"the probe needs second derivatives, which {kind} has not: set "
+                "model.model_args.attn_implementation=sdpa, or probe: null",
+                kind="flash-attention",
+            )
+
+    def _write(self, rows: ForgetRows, probe: RetainProbe | None, report: RollbackReport) -> None:
+        path = Path(str(self.args.output_dir)) / REPORT
+        told = {
+            "tim_output_dir": str(self._asked.tim_output_dir),
+            "forget_rows": rows.rows,
+            "missing_rows": list(rows.missing),
+            "probe_rows": [] if probe is None else probe.rows,
+            **report.to_dict(),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(told, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}", path=str(path)) from error
+
+
+def _numbers(report: RollbackReport) -> dict[str, float]:
+    """Return what a log can plot."""
+    names = ("records", "delta_norm", "relative_change", "error_bound", "rounding", "strength", "seconds")
+    found = {f"rollback_{name}": getattr(report, name) for name in names}
+    found["rollback_samples"] = len(report.samples)
+    if report.probe is not None:
+        found["rollback_probe_loss_before"] = report.probe.loss_before
+        found["rollback_probe_loss_after"] = report.probe.loss_after
+    return found

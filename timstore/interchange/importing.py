@@ -1,0 +1,317 @@
+"""The older layout into a store: gradients by sample, step by step."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from timstore.errors import InvalidInputError, StateError, TimstoreWarning
+from timstore.interchange.json_files import read_json
+from timstore.interchange.layout import FORMATS, Trajectories, find, sample_of
+from timstore.interchange.numbering import Numbering
+from timstore.interchange.visits import Visit
+from timstore.progress import shown_if
+from timstore.records import StepGroup
+from timstore.store import Store
+
+_STAGED = ".importing"
+# Long before the writer would by itself: it holds half a gigabyte then.
+_COMMIT_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import found; prints well.
+
+    Attributes:
+        epochs, samples, records, gradients: in the files.
+        known: gradients that an interrupted import had brought already.
+        duplicate_keys: sample keys that came again within one epoch's file. Each is a sign that the program that wrote
+            it lost what the sample had before: what the file still holds was merged.
+        unknown_steps: records without a step, numbered in the order of their file.
+        not_finite: gradients that hold NaN or Inf.
+        text_ids: samples named by text; `samples.name` says which.
+    """
+
+    epochs: int = 0
+    samples: int = 0
+    records: int = 0
+    gradients: int = 0
+    known: int = 0
+    duplicate_keys: int = 0
+    unknown_steps: int = 0
+    not_finite: int = 0
+    text_ids: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.gradients:,} gradients of {self.samples:,} samples in {self.epochs} epochs"]
+        notes = {
+            "of them were there already": self.known,
+            "sample keys came twice, and were merged: the program that wrote them lost what came before": (
+                self.duplicate_keys
+            ),
+            "records have no step: numbered in the order of their file": self.unknown_steps,
+            "gradients hold NaN or Inf": self.not_finite,
+            "samples are named by text: see samples.name": self.text_ids,
+        }
+        return "\n".join([*lines, *(f"{count:,} {what}" for what, count in notes.items() if count)])
+
+
+def import_trajectories(
+    directory: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    lr: float | None = None,
+    scale: float | None = None,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+) -> Imported:
+    """Bring a directory of the older layout (`global_info.json`, `epoch_N.json` or `.pkl`) into a store.
+
+    A store that is new is there when all of it is; in one that has records, the files are read twice, first to see
+    that they are sound. An import that was cut off goes on when it is called again.
+
+    Memory: of one gradient, and 32 MB; of a pickle, the whole file.
+
+    Args:
+        store: one that is open, or a path.
+        format: `json`, `pickle`, or `auto` for whatever is there.
+        lr: learning rate, where `global_info.json` names none.
+        scale: what the gradients are multiplied by, to be a sample's summand of the gradient that the optimizer
+            consumed, such as 1 / batch; `scale` of `global_info.json`, or 1, when None.
+        allow_pickle: read `.pkl`, by an unpickler that knows plain data, arrays and tensors and runs nothing.
+        progress: show a bar; by default when a person is looking.
+
+    Raises:
+        NotFoundError: no such directory, or no epoch in it.
+        InvalidInputError: no learning rate, two files for one epoch, another shape than before; pickle not allowed;
+            the store holds these epochs from elsewhere.
+        FormatError: a file that is broken off or not of the layout; the store is as it was.
+        StorageError: a file cannot be read, or the store not be written.
+    """
+    found = find(Path(directory), format)
+    if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in found.files.values()):
+        raise InvalidInputError(
+            f"{directory} holds pickles: pass allow_pickle=True to read them by an unpickler that runs nothing",
+            kind="pickle",
+        )
+    if lr is not None or (found.rate is None and not found.rates):
+        found = replace(found, rate=_given_rate(lr, directory), rates={})
+    found = replace(found, scale=_given_scale(scale if scale is not None else found.scale))
+    sizes = sum(path.stat().st_size for path in found.files.values())
+    with ExitStack() as stack:
+        target, again = stack.enter_context(_target(store))
+        bars = stack.enter_context(
+            shown_if(
+                progress,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+        )
+        task = bars.add_task("importing", total=sizes * (2 if again else 1))
+
+        def advance(count: int) -> None:
+            bars.advance(task, count)
+
+        work = _Import(found, target)
+        work.check_store()
+        if again:
+            work.check_files(advance)
+        report = work.run(advance)
+        target.commit()
+    if report.not_finite:
+        warnings.warn(
+            f"{report.not_finite} gradients hold NaN or Inf: a rollback of their samples is refused",
+            TimstoreWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+@contextmanager
+def _target(store: Store | str | os.PathLike[str]) -> Iterator[tuple[Store, bool]]:
+    """Yield the store to write into, and whether it has to be kept from what is half an import.
+
+    A new one is made beside, and moved to its place when it is whole; what an interruption left there is gone on with.
+    """
+    if isinstance(store, Store):
+        store.commit()
+        yield store, True
+        return
+    path = Path(store)
+    if path.exists() and any(path.iterdir()):
+        with Store(path) as opened:
+            yield opened, True
+        return
+    staged = path.with_name(path.name + _STAGED)
+    try:
+        with Store(staged) as opened:
+            yield opened, False
+    except (InvalidInputError, StateError, ValueError):
+        # Not what an interruption is: the same would come again.
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rmdir()
+    staged.rename(path)
+
+
+@dataclass(slots=True)
+class _Import:
+    """One directory on its way into one store."""
+
+    found: Trajectories
+    store: Store
+    samples: set[int] = field(default_factory=set)
+    names: dict[int, str] = field(default_factory=dict)
+    waiting: int = 0
+
+    def check_store(self) -> None:
+        """Refuse a store that has these epochs from elsewhere."""
+        for epoch, path in self.found.files.items():
+            mark = self._mark(path, True), self._mark(path, False)
+            rows = self.store.sql("SELECT DISTINCT options FROM steps WHERE epoch = ?", [epoch]).fetchall()
+            recorded = self.store.sql("SELECT count(*) FROM records WHERE epoch = ?", [epoch]).fetchall()[0][0]
+            if any(options not in mark for (options,) in rows) or (recorded and not rows):
+                raise InvalidInputError(
+                    f"{self.store.path} holds records of epoch {epoch} that are not of {path}: import into another "
+                    "store",
+                    kind="other-records",
+                )
+
+    def check_files(self, advance: Callable[[int], None]) -> None:
+        """Read everything, so that nothing is left half written: what is wrong shows here."""
+        shapes = {name: one.shape for name, one in self.store.snapshot().parameters().items()}
+        for epoch, path in self.found.files.items():
+            for visit in _visits(path, advance):
+                for parameter, gradient, step in visit.gradients():
+                    if shapes.setdefault(parameter, gradient.shape) != gradient.shape:
+                        raise InvalidInputError(
+                            f"{path}, sample {visit.key}: {parameter} has shape {gradient.shape}, not "
+                            f"{shapes[parameter]} as before",
+                            parameter=parameter,
+                        )
+                    if step is not None:
+                        self._rate(epoch, step, path)
+
+    def run(self, advance: Callable[[int], None]) -> Imported:
+        """Write what is not there yet."""
+        report = Imported(epochs=len(self.found.files))
+        for epoch, path in self.found.files.items():
+            report = self._epoch(epoch, path, report, advance)
+        if self.names:
+            self.store.samples.update([{"sample": one, "name": name} for one, name in self.names.items()])
+        return replace(report, samples=len(self.samples), text_ids=len(self.names))
+
+    def _epoch(self, epoch: int, path: Path, report: Imported, advance: Callable[[int], None]) -> Imported:
+        numbering = Numbering(
+            self.store.sql("SELECT step, sample, parameter FROM gradients WHERE epoch = ?", [epoch]).fetchall()
+        )
+        steps: dict[tuple[int, bool], None] = {}
+        gradients, known, again, not_finite = 0, 0, 0, 0
+        for visit in _visits(path, advance):
+            sample, name = sample_of(visit.key, str(path))
+            if name is not None:
+                self.names[sample] = name
+            again += numbering.meets(sample)
+            self.samples.add(sample)
+            for parameter, gradient, step in visit.gradients():
+                number = numbering.place(sample, parameter, step)
+                gradients += 1
+                not_finite += not bool(np.isfinite(gradient).all())
+                if numbering.is_there(number, sample, parameter):
+                    known += 1
+                    continue
+                if (number, step is None) not in steps:
+                    self._step(epoch, number, path, step is None)
+                    steps[number, step is None] = None
+                self._append(epoch, number, sample, parameter, gradient, path)
+        return replace(
+            report,
+            records=report.records + numbering.records,
+            gradients=report.gradients + gradients,
+            known=report.known + known,
+            duplicate_keys=report.duplicate_keys + again,
+            unknown_steps=report.unknown_steps + numbering.unknown,
+            not_finite=report.not_finite + not_finite,
+        )
+
+    def _step(self, epoch: int, number: int, path: Path, unknown: bool) -> None:
+        group = StepGroup(lr=self._rate(epoch, number, path), options=self._mark(path, unknown))
+        self.store.append_step(epoch, number, [group])
+
+    def _rate(self, epoch: int, step: int, path: Path) -> float:
+        rate = self.found.rate_at(epoch, step)
+        if rate is None:
+            raise InvalidInputError(
+                f"{path}: global_info.json has no learning rate of epoch {epoch}, step {step}: pass lr=",
+                kind="no-learning-rate",
+            )
+        return rate
+
+    def _append(self, epoch: int, step: int, sample: int, parameter: str, gradient: np.ndarray, path: Path) -> None:
+        if self.found.scale not in (None, 1.0):
+            gradient = narrowed_product(gradient, self.found.scale)
+        try:
+            self.store.append(
+                epoch, step, sample, {parameter: gradient}, allow_zero=True, allow_nonfinite=True, copy=False
+            )
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{path}: {error}", kind=error.kind, **error.fields) from None
+        self.waiting += gradient.nbytes
+        if self.waiting >= _COMMIT_BYTES:
+            self.store.commit()
+            self.waiting = 0
+
+    def _mark(self, path: Path, unknown: bool) -> str:
+        """Return what is kept beside every step of a file, by which an import that goes on knows its own."""
+        origin = {"file": path.name, "bytes": path.stat().st_size}
+        return json.dumps({"imported": origin, "step": "unknown" if unknown else "recorded"}, sort_keys=True)
+
+
+def narrowed_product(gradient: np.ndarray, scale: float | None) -> np.ndarray:
+    """Return a gradient times the scale, rounded once, in its own dtype."""
+    product = gradient.astype(np.float64) * (1.0 if scale is None else scale)
+    return product.astype(gradient.dtype)
+
+
+def _visits(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
+    if path.suffix == ".json":
+        yield from read_json(path, advance)
+    else:
+        from timstore.interchange.pickle_files import read_pickled
+
+        yield from read_pickled(path)
+        advance(path.stat().st_size)
+
+
+def _given_rate(lr: float | None, directory: Any) -> float:
+    if lr is None:
+        raise InvalidInputError(
+            f"{directory}: global_info.json names no learning_rate, and a guess would remove too much or too little: "
+            "pass lr=, the rate that the run was trained with",
+            kind="no-learning-rate",
+        )
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not np.isfinite(lr):
+        raise InvalidInputError(f"lr is a number, not {lr!r}")
+    return float(lr)
+
+
+def _given_scale(scale: float | None) -> float:
+    if scale is None:
+        return 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale) or scale == 0:
+        raise InvalidInputError(f"scale is a number other than zero, not {scale!r}")
+    return float(scale)

@@ -1,0 +1,127 @@
+"""What a rollback changes, and where each parameter of it lives: here in a module, elsewhere in a file."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from timstore.errors import ModelMismatchError
+from timstore.fingerprints import digests
+from timstore.records import Parameter
+
+
+class Place(Protocol):
+    """One parameter where it lives; its elements are counted flat."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it is kept in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are when they are read."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop); do not change them, `write` does."""
+
+    def blocks(self, numel: int) -> Iterator[torch.Tensor]:
+        """Yield all elements in order, so many at a time; do not change them."""
+
+    def write(self, blocks: Iterator[torch.Tensor]) -> None:
+        """Take new values of all elements, in order; each block may be made of the old values of its elements."""
+
+
+class Target(Protocol):
+    """A model to roll back, in memory or not."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a model is in memory anyway, so that the probe that the store keeps is asked without being told."""
+
+    @property
+    def text(self) -> str | None:
+        """What is changed, in words; None where that goes without saying."""
+
+    def model(self) -> torch.nn.Module:
+        """Return the model itself, to be asked and not changed; loaded if need be."""
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of every parameter."""
+
+    def places(self, wanted: Mapping[str, Parameter]) -> dict[str, Place]:
+        """Return where the wanted parameters are, in their order.
+
+        Raises:
+            ModelMismatchError: one is missing or has another shape.
+        """
+
+    def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
+        """Change the places that were handed out, as `apply` writes to them, and have `record` write that down.
+
+        Digests decide what a model is, so that a record whose change never came is harmless; a change without a record
+        is not. So the record comes before anything of the change can be seen.
+        """
+
+
+class ModelInMemory:
+    """A module whose parameters are changed in place."""
+
+    is_loaded = True
+    text = None
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def model(self) -> torch.nn.Module:
+        return self._model
+
+    def digests(self) -> dict[str, str]:
+        return digests(self._model)
+
+    def places(self, wanted: Mapping[str, Parameter]) -> dict[str, Place]:
+        held = dict(self._model.named_parameters())
+        for name, parameter in wanted.items():
+            if name not in held:
+                raise ModelMismatchError(f"the model has no parameter {name}, which was recorded", parameter=name)
+            if tuple(held[name].shape) != parameter.shape:
+                raise ModelMismatchError(
+                    f"parameter {name} has shape {tuple(held[name].shape)}; {parameter.shape} was recorded",
+                    parameter=name,
+                )
+        return {name: InModule(held[name]) for name in wanted}
+
+    def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
+        record()
+        apply()
+
+
+class InModule:
+    """A module's parameter or buffer."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter = parameter
+        self.shape = tuple(parameter.shape)
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._parameter.detach().reshape(-1)[start:stop]
+
+    def blocks(self, numel: int) -> Iterator[torch.Tensor]:
+        flat = self._parameter.detach().reshape(-1)
+        for start in range(0, flat.numel(), numel):
+            yield flat[start : start + numel]
+
+    def write(self, blocks: Iterator[torch.Tensor]) -> None:
+        with torch.no_grad():
+            if self._parameter.is_contiguous():
+                start, flat = 0, self._parameter.view(-1)
+                for new in blocks:
+                    flat[start : start + len(new)] = new
+                    start += len(new)
+            else:
+                self._parameter.copy_(torch.cat(list(blocks)).view(self._parameter.shape))
