@@ -200,6 +200,21 @@ def test_a_bare_model_is_found_in_one_with_a_head_and_the_other_way_round(tmp_pa
     assert made.all_bits(made.tensors_in(tmp_path / "inner-out")) == made.all_bits(tied.model.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "transformer.h."])
+def test_a_prefix_before_all_names_is_seen_through_either_way(tmp_path: Path, prefix: str) -> None:
+    names = {"0.weight": (2, 3), "0.bias": (2,), "1.weight": (3, 2)}
+    held = {name: torch.zeros(shape) for name, shape in names.items()}
+    for recorded, saved in (("", prefix), (prefix, "")):
+        store, path, output = (tmp_path / f"{recorded}{what}" for what in ("s", "a.safetensors", "out"))
+        with timstore.open(store) as opened:
+            opened.append(0, 0, 1, {recorded + name: torch.ones(shape) for name, shape in names.items()}, lr=0.5)
+        save_file({saved + name: tensor for name, tensor in held.items()} | {"other.weight": torch.zeros(2, 3)}, path)
+        timstore.rollback(path, [1], store, output=output)
+        found = load_file(output)
+        assert not found["other.weight"].any()
+        assert all(found[saved + name].eq(0.5).all() for name in names)
+
+
 def test_in_place_replaces_the_files_that_change_and_nothing_else(
     sharded: tuple[nn.Module, Path, Path], tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_folder_without_permission(nobody: Callable[[], None]) -> None:
             os.chown(place, NOBODY if os.geteuid() == 0 else -1, -1)
         (root / "in").mkdir()
         save_file({"w": torch.zeros(3)}, root / "in" / "a.safetensors")
+        (root / "in" / "a.safetensors").chmod(0o644)
         (root / "closed").mkdir()
         for name in ("in", "closed"):
             (root / name).chmod(0o555)

@@ -27,16 +27,14 @@ class Naming:
         tensors: recorded parameter to tensor.
         absent: recorded parameters that an adapter leaves to the model under it.
         way: from any parameter's name to what it would be called there.
+        may_be_tied: tensors that are no recorded parameter, but may hold one a second time; none where a tensor may
+            hold the same by chance.
     """
 
     tensors: dict[str, str]
     absent: tuple[str, ...]
     way: Way
-
-    def others(self, names: Iterable[str]) -> list[str]:
-        """Return those tensors that are no recorded parameter."""
-        taken = set(self.tensors.values())
-        return [name for name in names if name not in taken]
+    may_be_tied: tuple[str, ...]
 
 
 def understood(
@@ -53,17 +51,18 @@ def understood(
         ModelMismatchError: a parameter is not found, or has another shape, or could be one of several tensors.
     """
     names, where = sorted(recorded), checkpoint.path
+    is_certain = is_checked or bool(checkpoint.config.get("tie_word_embeddings"))
     way = _way(checkpoint, names, _adapters(trained) if checkpoint.is_adapter else [])
     tensors = {name: way(name) for name in names if way(name) in checkpoint.holders}
     missing = [name for name in names if name not in tensors]
     for name in missing:
-        kept = _kept_of_tied(checkpoint, way(name), trained.get(name), len(missing), set(tensors.values()), is_checked)
+        kept = _kept_of_tied(checkpoint, way(name), trained.get(name), len(missing), set(tensors.values()), is_certain)
         if kept is not None:
             tensors[name] = kept
     absent = tuple(name for name in missing if name not in tensors)
+    free = sorted(checkpoint.holders.keys() - set(tensors.values()))
     lost = [name for name in absent if not checkpoint.is_adapter or name in trained]
     if lost:
-        free = [name for name in checkpoint.holders if name not in tensors.values()]
         raise ModelMismatchError(
             f"{where} has no tensor for parameter {lost[0]} ({len(lost)} of {len(names)} recorded ones are missing); "
             f"it holds {_some(free) or 'nothing'} beside the others. It was saved from another model, or incomplete",
@@ -78,7 +77,9 @@ def understood(
                 parameter=name,
                 tensor=tensors[name],
             )
-    return Naming(tensors, absent, way)
+    # Vectors may be equal without being tied: all zeros, all ones.
+    tied = tuple(name for name in free if is_certain and len(checkpoint.tensor(name).shape) > 1)
+    return Naming(tensors, absent, way, tied)
 
 
 def _way(checkpoint: Checkpoint, names: list[str], adapters: list[str]) -> Way:
@@ -144,14 +145,13 @@ def _adapters(trained: Iterable[str]) -> list[str]:
 
 
 def _kept_of_tied(
-    checkpoint: Checkpoint, name: str, parameter: Parameter | None, missing: int, taken: set[str], is_checked: bool
+    checkpoint: Checkpoint, name: str, parameter: Parameter | None, missing: int, taken: set[str], is_certain: bool
 ) -> str | None:
     """Return the tensor that a missing one is tied to, where that is certain, or will be seen."""
     noted = checkpoint.metadata.get(name)  # as safetensors.torch.save_model does
     if noted in checkpoint.holders:
         return noted
-    certain = is_checked or bool(checkpoint.config.get("tie_word_embeddings"))
-    if parameter is None or missing > 1 or not certain:
+    if parameter is None or missing > 1 or not is_certain:
         return None
     alike = [one for one in checkpoint.holders if one not in taken and checkpoint.tensor(one).shape == parameter.shape]
     return alike[0] if len(alike) == 1 else None

@@ -95,8 +95,7 @@ class CheckpointTarget:
         return {**self._digests, **self._absent}
 
     def places(self, wanted: Mapping[str, Parameter]) -> dict[str, Place]:
-        others = self._naming.others(self._checkpoint.holders)
-        self._places = {name: self._place(name, others) for name in wanted}
+        self._places = {name: self._place(name) for name in wanted}
         return dict(self._places)
 
     def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
@@ -134,7 +133,7 @@ class CheckpointTarget:
             )
         return digest_of_blocks(dtype, tensor.shape, file.blocks(tensor))
 
-    def _place(self, parameter: str, others: Sequence[str]) -> "InFiles":
+    def _place(self, parameter: str) -> "InFiles":
         name = self._naming.tensors[parameter]
         file, tensor = self._held(name)
         if tensor.dtype not in _CHANGED:
@@ -144,7 +143,7 @@ class CheckpointTarget:
                 tensor=name,
             )
         # Of tied weights some savers keep both: unless both change, what a loader takes would be chance.
-        alike = [one for one in others if _kind(self._held(one)[1]) == _kind(tensor)]
+        alike = [one for one in self._naming.may_be_tied if _kind(self._held(one)[1]) == _kind(tensor)]
         tied = [one for one in alike if self._digest(one) == self._digests[parameter]]
         return InFiles([(file, tensor), *map(self._held, tied)], self._put)
 

@@ -75,10 +75,10 @@ def _steps(found: Overview) -> str:
 
 def _coverage(counts: dict[str, int | None]) -> str:
     if counts["drawn"] is None:
-        return f"{counts['recorded']} samples recorded; the steps do not name their batches"
+        return f"{counts['recorded']:,} samples recorded; the steps do not name their batches"
     text = (
-        f"{counts['recorded']} samples recorded, {counts['not_recorded']} drawn without, "
-        f"{counts['never_drawn']} never drawn"
+        f"{counts['recorded']:,} samples recorded, {counts['not_recorded']:,} drawn without, "
+        f"{counts['never_drawn']:,} never drawn"
     )
     return text + (f"; {counted(counts['gaps'], 'gap')} in what is recorded" if counts["gaps"] else "")
 
@@ -130,7 +130,7 @@ def _parameters(found: Overview, most: int) -> str:
     rows = [
         (
             row["parameter"],
-            "x".join(map(str, row["shape"])) or "scalar",
+            _shape(row["shape"]),
             "+".join(row["encodings"]),
             *_sizes(row, found.bytes),
         )
@@ -139,6 +139,10 @@ def _parameters(found: Overview, most: int) -> str:
     table = aligned(("parameter", "shape", "encoding", "size", "share", "ratio"), rows)
     left = len(found.parameters) - len(shown)
     return f"{table}\nand {counted(left, 'smaller one')}: --all lists them" if left else table
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
 def _sizes(row: dict[str, Any], total: int) -> tuple[str, str, str]:

@@ -30,7 +30,7 @@ FROM gradients GROUP BY ALL ORDER BY bytes DESC, encoding, precision
 _PARAMETERS = """
 SELECT parameter, shape, dtype, numel, coalesce(encodings, []) AS encodings, coalesce(bytes, 0) AS bytes,
     coalesce(dense_bytes, 0) AS dense_bytes
-FROM parameters LEFT JOIN (
+FROM parameters FULL JOIN (
     SELECT parameter, list_sort(list(DISTINCT encoding)) AS encodings, sum(bytes)::BIGINT AS bytes,
         sum(dense_bytes) FILTER (part = 0)::BIGINT AS dense_bytes
     FROM gradients GROUP BY ALL
