@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,18 +100,20 @@ def roll_back(path: Path, store: Path, output: Path, limit: str) -> Answer:
         warnings.simplefilter("ignore", timstore.TimstoreWarning)  # no probe
         opened.sql("FROM records LIMIT 1").fetchall()
         forget_pages(path.parent)
+        begun = time.process_time()
         with measured() as cost:
             opened.rollback(path, list(range(RECORDS)), output=output, memory_limit=limit, force=True)
-    return {"seconds": cost.seconds, "peak": cost.peak_bytes}
+    return {"seconds": cost.seconds, "peak": cost.peak_bytes, "processor": time.process_time() - begun}
 
 
 def copy(path: Path, output: Path) -> Answer:
     forget_pages(path.parent)
+    begun = time.process_time()
     with measured() as cost, path.open("rb", buffering=0) as source, output.open("wb", buffering=0) as to:
         while block := source.read(BLOCK):
             to.write(block)
         os.fsync(to.fileno())
-    return {"seconds": cost.seconds, "peak": cost.peak_bytes}
+    return {"seconds": cost.seconds, "peak": cost.peak_bytes, "processor": time.process_time() - begun}
 
 
 def worst_row(path: Path, output: Path, shapes: dict[str, tuple[int, int]]) -> float:
@@ -170,6 +173,7 @@ def _row(what: str, path: Path, answer: Answer, copied: Answer | None) -> dict[s
         "GB": size / 1e9,
         "s": answer["seconds"],
         "GB/s": size / answer["seconds"] / 1e9,
+        "processor s": answer["processor"],
         "times a copy": answer["seconds"] / copied["seconds"] if copied else None,
         "peak MB": answer["peak"] / 1e6,
         "roundings off": None,

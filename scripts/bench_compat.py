@@ -78,7 +78,7 @@ def epoch_file(path: Path, size: int) -> int:
         while file.tell() < size:
             file.write(", " if count else "")
             numbers = draw.standard_normal((512, 256)).astype(np.float32).tolist()
-            file.write(f"\"{count}\": " + json.dumps({"layer.weight": numbers, "layer.weight_step": count}))
+            file.write(f'"{count}": ' + json.dumps({"layer.weight": numbers, "layer.weight_step": count}))
             count += 1
         file.write("}}")
     return count

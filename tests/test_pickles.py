@@ -393,7 +393,7 @@ def test_a_listed_name_can_only_be_called_as_its_writer_calls_it(path: Path, law
     module, attribute = lawful.split()
     for form, data in forms(module, attribute, text("x")).items():
         if form != "as a factory":
-            refused(path, data)
+            refused(path, data, f"({form})" if form in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") else "")
 
 
 @pytest.mark.parametrize(
@@ -632,6 +632,9 @@ def test_bytes_of_torch_that_are_not_one_storage_are_refused(path: Path) -> None
     others += [BLOB[:-24] + struct.pack("<Q", 2**61) + data[8:], BLOB[:-24] + struct.pack("<q", -1) + data[8:]]
     others += [saved(value, as_zip=as_zip) for value in (torch.ones(4), {"a": 1}) for as_zip in (False, True)]
     others += [saved(torch.ones(4).untyped_storage(), as_zip=True)]
+    key = re.findall(rb"\d{6,}", BLOB)[0]
+    other = b"9" * len(key)
+    others += [BLOB.replace(key, other, 1), BLOB.replace(key, other).replace(other, key, 1)]
     assert len(set(others)) == len(others)
     assert BLOB not in others
     for blob in others:
@@ -772,6 +775,47 @@ def test_what_the_layout_never_has_is_refused(path: Path, array: Any, protocol: 
     refused(path, pickle.dumps(array, protocol))
 
 
+def dtype_of(kind: str, *state: bytes) -> bytes:
+    return array_of(items(b"K\x02"), b"C\x04" + bytes(4), "f2")["protocol 5"].replace(
+        called("numpy", "dtype", text("f2"), b"\x89", b"\x88")
+        + items(b"K\x03", text("<"), b"NNN", number(-1), number(-1), b"K\x00"),
+        called("numpy", "dtype", text(kind), b"\x89", b"\x88") + items(*state),
+    )
+
+
+def test_a_dtype_has_the_state_that_numpy_gives_it(path: Path) -> None:
+    three, sizes = b"K\x03", number(-1) + number(-1) + b"K\x00"
+    assert_same_bits(load(path, dtype_of("f2", three, text(">"), b"NNN", sizes)), np.zeros(2, "f2"))
+    for state in (
+        (b"K\x04", text("<"), b"NNN", sizes),
+        (three, text("="), b"NNN", sizes),
+        (three, b"N", b"NNN", sizes),
+        (three, text("<"), b"K\x01NN", sizes),
+        (three, text("<"), b"N" + items(text("a")) + b"N", sizes),
+        (three, text("<"), b"NN}", sizes),
+    ):
+        refused(path, dtype_of("f2", *state), "structured")
+    part = called("numpy", "dtype", text("u2")) + b"K\x00\x86"
+    named = b"}" + text("bfloat16") + part + b"s"
+    lawful = (three, text("|"), b"N", items(text("bfloat16")), named, b"K\x02K\x01K\x10")
+    assert_same_bits(load(path, dtype_of("V2", *lawful)), np.zeros(2, BFLOAT16))
+    for place, other in (
+        (3, items(text("float16"))),
+        (3, b"N"),
+        (4, b"N"),
+        (4, named.replace(b"K\x00\x86", b"K\x01\x86")),
+    ):
+        refused(path, dtype_of("V2", *lawful[:place], other, *lawful[place + 1 :]), "structured")
+
+
+def test_an_array_is_in_an_order_that_numpy_writes(path: Path) -> None:
+    data = array_of(items(b"K\x01K\x02"))["protocol 5"]
+    for order in ("C", "F"):
+        assert_same_bits(load(path, data.replace(text("C"), text(order))), np.zeros((1, 2), np.float32))
+    for order in (text("A"), text("K"), text("c"), b"N", b"K\x01", b"]"):
+        refused(path, data.replace(text("C"), order), "it has an array of shape (1, 2)")
+
+
 def test_booleans_are_0_or_1(path: Path) -> None:
     for data in array_of(items(b"K\x02"), b"C\x02\x00\x02", "b1").values():
         refused(path, data, "booleans")
@@ -880,6 +924,8 @@ def test_lists_of_lists_do_not_unfold(path: Path, levels: int) -> None:
         b"}h\xf0Ns",
     ):
         refused(path, b"\x80\x02" + bomb + use + b"\x86.")
+    key = re.compile(rb"X.\0\0\0\d{6,}q", re.DOTALL)
+    refused(path, tensor_of(key.sub(lambda found: bomb[:-2] + b"q", BLOB)), "another format")  # a key to compare
     head = b"\x80\x02" + bomb + b"."
     refused(path, tensor_of(head * 5))
     refused(path, tensor_of(BLOB.replace(b"q\x02X\x03\x00\x00\x00cpu", b"q\x02" + bomb[1:], 1)))

@@ -145,7 +145,9 @@ class CheckpointTarget:
         # Of tied weights some savers keep both: unless both change, what a loader takes would be chance.
         alike = [one for one in self._naming.may_be_tied if _kind(self._held(one)[1]) == _kind(tensor)]
         tied = [one for one in alike if self._digest(one) == self._digests[parameter]]
-        return InFiles([(file, tensor), *map(self._held, tied)], self._put)
+        # With a model that was loaded, vectors are where it is.
+        device = next(self._model.parameters()).device if "_model" in self.__dict__ else torch.device("cpu")
+        return InFiles([(file, tensor), *map(self._held, tied)], self._put, device)
 
     def _held(self, name: str) -> Held:
         return self._checkpoint.holders[name], self._checkpoint.tensor(name)
@@ -160,12 +162,14 @@ class InFiles:
 
     Attributes:
         held: the file and the place in it; the first is read, all are written.
+        device: to which the numbers are read.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(self, held: Sequence[Held], put: Callable[[TensorFile, memoryview, int], None]) -> None:
+    def __init__(
+        self, held: Sequence[Held], put: Callable[[TensorFile, memoryview, int], None], device: torch.device
+    ) -> None:
         self.held = held
+        self.device = device
         self._put = put
         tensor = held[0][1]
         self.shape = tensor.shape
@@ -174,16 +178,17 @@ class InFiles:
     def read(self, start: int, stop: int) -> torch.Tensor:
         file, tensor = self.held[0]
         size = self.dtype.itemsize
-        return file.read(tensor.start + start * size, tensor.start + stop * size).view(self.dtype)
+        return file.read(tensor.start + start * size, tensor.start + stop * size).view(self.dtype).to(self.device)
 
     def blocks(self, numel: int) -> Iterator[torch.Tensor]:
         file, tensor = self.held[0]
-        return (block.view(self.dtype) for block in file.blocks(tensor, numel * self.dtype.itemsize))
+        blocks = file.blocks(tensor, numel * self.dtype.itemsize)
+        return (block.view(self.dtype).to(self.device) for block in blocks)
 
     def write(self, blocks: Iterator[torch.Tensor]) -> None:
         done = 0
         for block in blocks:
-            data = block.contiguous().view(torch.uint8).numpy().data
+            data = block.cpu().contiguous().view(torch.uint8).numpy().data
             for file, tensor in self.held:
                 self._put(file, data, tensor.start + done)
             done += len(data)
