@@ -203,7 +203,7 @@ def test_another_model(recorded: Path) -> None:
     refused(recorded, mismatch, "none that the store recorded")
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in whole.items()}, path)
     refused(
-        recorded, mismatch, r"Tensor 0.weight has dtype BF16, and float32 was recorded: roll back the checkpoint in"
+        recorded, mismatch, r"Tensor 0.bias has dtype BF16, and float32 was recorded: roll back the checkpoint in"
     )
 
 

@@ -108,7 +108,7 @@ def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Paramete
             "files of its number back to the names in them; or all .new ones, which goes on"
         )
     spelled = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    for name, parameter in trained.items():
+    for name, parameter in sorted(trained.items()):
         dtype = checkpoint.tensor(naming.tensors[name]).dtype
         if spelled.get(dtype, dtype) != parameter.dtype:
             return (
