@@ -202,9 +202,7 @@ def test_another_model(recorded: Path) -> None:
     save_file({**whole, "0.weight": whole["0.weight"] + 1e-3}, path)
     refused(recorded, mismatch, "none that the store recorded")
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in whole.items()}, path)
-    refused(
-        recorded, mismatch, r"Tensor 0.bias has dtype BF16, and float32 was recorded: roll back the checkpoint in"
-    )
+    refused(recorded, mismatch, r"Tensor 0.bias has dtype BF16, and float32 was recorded: roll back the checkpoint in")
 
 
 def test_names_that_could_be_several(recorded: Path) -> None:
