@@ -149,13 +149,15 @@ def test_sql_prints_csv_that_reads_back(filled):
 
 
 def test_sql_prints_json_objects_of_plain_values(filled):
-    query = """SELECT 1 AS a, 2 AS a, 1.5 AS decimal, 'NaN'::DOUBLE AS nan, DATE '2026-01-02' AS day, 'x'::BLOB AS blob,
+    query = """SELECT 1 AS a, 2 AS a, 3 AS a_2,
+    1.5 AS decimal, 'NaN'::DOUBLE AS nan, DATE '2026-01-02' AS day, 'x'::BLOB AS blob,
     {'in': [1, NULL]} AS struct, 170141183460469231731687303715884105727::HUGEINT AS huge, true AS yes,
     TIMESTAMP '2026-01-02 03:04:05' AS at, INTERVAL 90 SECOND AS long, 'é' AS text"""
     assert json_of("sql", filled, query) == [
         {
             "a": 1,
             "a_2": 2,
+            "a_2_2": 3,
             "decimal": 1.5,
             "nan": None,
             "day": "2026-01-02",

@@ -161,6 +161,13 @@ def test_names_that_the_terminal_cannot_show_are_no_error(filled):
     assert json.loads(done.stdout) == {"ü": "é"}
 
 
+def test_a_question_that_is_no_text_is_a_sentence(filled, tmp_path):
+    (tmp_path / "question").write_bytes(b"SELECT '\xff' AS \xff")
+    with (tmp_path / "question").open() as question:
+        done = process("sql", filled, stdin=question)
+    assert done.returncode == 1 and done.stderr.startswith("error: DuckDB says: ")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_verbs_are_completed(shell):
     words = {

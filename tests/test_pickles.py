@@ -1013,7 +1013,7 @@ def test_a_container_within_itself_is_refused(path: Path, data: bytes) -> None:
         (b"}" + pickle.dumps(np.ones(2), 2)[2:-1] + b"Ns.", ""),
         (b"}" + name("collections", "OrderedDict") + b"Ns.", ""),
         (b"](K\x00Nu.", ""),
-        (b"]K\x00Ns.", ""),
+        (b"](NeK\x01Ns.", "sets items of a list"),
         (b"}Na.", ""),
         (b"NNa.", ""),
         (pickle.dumps(np.ones(2), 2)[2:-1] + b"Na.", ""),

@@ -61,8 +61,8 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line and end the process; the entry point `timstore`."""
-    for stream in (sys.stdout, sys.stderr):
-        # A parameter or a column may be named in what the terminal cannot show.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A parameter or a column may be named in what the terminal cannot show, a question hold what is no text.
         getattr(stream, "reconfigure", lambda errors: None)(errors="backslashreplace")
     code = 0
     try:

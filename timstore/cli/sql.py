@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Annotated, Any
 
 import duckdb
@@ -75,11 +75,10 @@ def _rows(answer: duckdb.DuckDBPyRelation) -> Iterator[tuple[Any, ...]]:
 
 def _told_apart(columns: Sequence[str]) -> list[str]:
     """Number columns of one name, since an object of JSON holds each name once."""
-    seen: dict[str, int] = {}
-    names = []
+    names: list[str] = []
     for name in columns:
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+        numbered = (f"{name}_{number}" for number in count(2))
+        names.append(next(one for one in chain([name], numbered) if one not in names))
     return names
 
 
