@@ -1,9 +1,11 @@
 """What every test starts from."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from stores import made_store
@@ -11,6 +13,7 @@ from stores import made_store
 import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
+from timstore.interchange.pickles import read_pickle
 from timstore.recording import accumulation
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
@@ -47,3 +50,15 @@ def objects(tmp_path: Path) -> LocalObjects:
 @pytest.fixture
 def settings(objects: LocalObjects) -> Settings:
     return read_settings(objects)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of pickles put them."""
+    made = tmp_path_factory.mktemp("pickles") / "epoch_0.pkl"
+    # What numpy, and Python for the text of protocol 0, import of themselves when it is first needed: before anything
+    # is watched.
+    for protocol in (0, pickle.DEFAULT_PROTOCOL):
+        made.write_bytes(pickle.dumps([np.ones(2, bool), torch.ones(2), np.float32(1), "text"], protocol))
+        read_pickle(made)
+    return made

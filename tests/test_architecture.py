@@ -32,6 +32,7 @@ LAYERS = [
     ["timstore.content"],
     ["timstore.undisturbed"],
     ["timstore.progress"],
+    ["timstore.reporting"],
     ["timstore.optimizers"],
     ["timstore.ranks"],
     ["timstore.wrappers"],

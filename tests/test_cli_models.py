@@ -243,11 +243,15 @@ def test_import_asks_before_it_adds_to_a_store(filled, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("import_trajectories", (), {"format": "auto", "lr": None, "scale": None, "allow_pickle": False}),
         (
             "import_trajectories",
-            ("--format", "pickle", "--lr", "1e-4", "--scale", "0.5", "--allow-pickle"),
-            {"format": "pickle", "lr": 1e-4, "scale": 0.5, "allow_pickle": True},
+            (),
+            {"format": "auto", "lr": None, "scale": None, "allow_pickle": False, "dry_run": False},
+        ),
+        (
+            "import_trajectories",
+            ("--format", "pickle", "--lr", "1e-4", "--scale", "0.5", "--allow-pickle", "--dry-run"),
+            {"format": "pickle", "lr": 1e-4, "scale": 0.5, "allow_pickle": True, "dry_run": True},
         ),
         ("export_trajectories", (), {"format": "json", "where": None}),
         ("export_trajectories", ("--format", "pickle", "--where", "true"), {"format": "pickle", "where": "true"}),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -164,10 +165,17 @@ def test_the_probe_holds_no_row_that_is_to_be_forgotten(newest: Checkout, tmp_pa
 
 def test_without_a_probe_it_is_first_order_and_needs_no_retain_split(newest: Checkout, tmp_path: Path) -> None:
     model = tuned(newest, tmp_path)
-    expected = copy.deepcopy(model)
+    expected, asked = copy.deepcopy(model), copy.deepcopy(model)
+    path = tmp_path / "tim" / "trajectories.tim"
+    with timstore.open(path) as store:  # nor is the one asked that a store keeps
+        store.keep_probe([{"input_ids": np.array(RETAIN[:1])}], loss="cross_entropy")
+        store.commit()
+        assert store.rollback(asked, ids_of(FORGET), strength=0.5, dry_run=True).method.endswith("+ probe")
     trainer = unlearning(newest, tmp_path, model, retain=None, probe=None, rollback_strength=0.5)
     trainer.train()
-    timstore.rollback(expected, ids_of(FORGET), tmp_path / "tim" / "trajectories.tim", strength=0.5)
+    report = timstore.rollback(expected, ids_of(FORGET), path, strength=0.5, probe=False)
+    assert report.probe is None
+    assert trainer.rollback_report.probe is None
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), expected.parameters(), strict=True))
     with pytest.raises(InvalidInputError, match=r"retain split, and there is none.*probe: null"):
         unlearning(newest, tmp_path, model, retain=None).train()
@@ -216,6 +224,7 @@ def test_it_trains_on_the_retain_split_only_when_asked_to(newest: Checkout, tmp_
         assert output.global_step == (5 if asked else 0)  # 14 rows in batches of 3
         assert seen.rows == (15 if asked else 0)
         assert output.metrics["rollback_records"] == 8
+        assert trainer.state.log_history[0]["rollback_records"] == 8
         assert isinstance(trainer.train_dataset, ForgetRetainDataset)
 
 

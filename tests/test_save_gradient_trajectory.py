@@ -107,5 +107,5 @@ def test_what_cannot_be_right_is_refused_and_the_rest_stays(tmp_path: Path, chan
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file/run cannot be made"):
+    with pytest.raises(StorageError, match=r"cannot make .*file/run"):
         timstore.save_gradient_trajectory(tmp_path / "file" / "run", 0, 0, 1, "w", np.ones(2))

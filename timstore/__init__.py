@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from timstore.errors import (
     AlreadyExistsError,
@@ -212,7 +212,7 @@ class Store(_Store):
         method: str = "auto",
         denominator: str = "kept",
         optimizer: "torch.optim.Optimizer | None" = None,
-        probe: Iterable[Any] | None = None,
+        probe: Iterable[Any] | Literal[False] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
         loss: str | None = None,
@@ -247,7 +247,7 @@ class Store(_Store):
             optimizer: the one that trained the model: its momentum and moments are corrected as far as the records
                 determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
-                `record(probe=...)` when None, unless that takes loading a checkpoint.
+                `record(probe=...)` when None, unless that takes loading a checkpoint; False for none.
             bins: time bins of the filter.
             outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.
             loss: the training loss, `cross_entropy` (default) or `mse`, a mean.

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,9 +30,14 @@ def digest_of_blocks(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterabl
 def digests(model: torch.nn.Module) -> dict[str, str]:
     """Return the digest of every named parameter."""
     named = dict(model.named_parameters())
-    # Hashing lets other threads run.
+    return digests_by(lambda name: digest(named[name]), named)
+
+
+def digests_by(digest_of: Callable[[str], str], names: Iterable[str]) -> dict[str, str]:
+    """Return the digest of every name, of several at once: hashing lets other threads run."""
+    names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(named, pool.map(digest, named.values()), strict=True))
+        return dict(zip(names, pool.map(digest_of, names), strict=True))
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

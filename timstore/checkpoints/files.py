@@ -1,48 +1,21 @@
 """One open safetensors file, read a bounded number of bytes at a time, and never mapped: mapped pages are memory."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from timstore.checkpoints.header import LENGTH_BYTES, Header, StoredTensor, header_length, parse_header
-from timstore.errors import InvalidInputError, NotFoundError, ReadOnlyError, StateError, StorageError, TimstoreError
+from timstore.errors import InvalidInputError, StateError, StorageError
+from timstore.reporting import reporting
 
 BLOCK_BYTES = 256 * 1024
 # Without O_NONBLOCK, opening a named pipe would wait for ever.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-
-
-@contextmanager
-def reporting(doing: str, path: Path) -> Iterator[None]:
-    """Turn what the system says into errors of ours that name the path."""
-    try:
-        yield
-    except TimstoreError:
-        raise
-    except OSError as error:
-        raise _translated(error, doing, path) from error
-
-
-def _translated(error: OSError, doing: str, path: Path) -> TimstoreError:
-    fields: dict[str, Any] = {"path": str(path), "errno": error.errno}
-    if error.errno == errno.ENOENT:
-        return NotFoundError(f"cannot {doing} {path}: there is no such file or folder", **fields)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and doing != "read":
-        return ReadOnlyError(
-            f"cannot {doing} {path}: {error.strerror}. Nothing was changed; choose an output where you may write",
-            **fields,
-        )
-    advice = "Make room, and try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Nothing was changed"
-    ours = StorageError(f"cannot {doing} {path}: {error.strerror or error}. {advice}", **fields)
-    ours.errno = error.errno
-    return ours
 
 
 class PlainFile:

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from timstore.checkpoints.files import PlainFile, TensorFile, reporting
+from timstore.checkpoints.files import PlainFile, TensorFile
 from timstore.checkpoints.header import StoredTensor
 from timstore.errors import FormatError, InvalidInputError, NotFoundError
+from timstore.reporting import reporting
 
 _SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from timstore.checkpoints.files import PlainFile, TensorFile, reporting
+from timstore.checkpoints.files import PlainFile, TensorFile
 from timstore.checkpoints.folder import Checkpoint
 from timstore.checkpoints.writing import Span, Writing, check_free
 from timstore.errors import AlreadyExistsError, InvalidInputError, ReadOnlyError
+from timstore.reporting import reporting
 
 
 @dataclass(frozen=True, slots=True)

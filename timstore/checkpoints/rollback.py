@@ -11,7 +11,7 @@ from torch import nn
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
 from timstore.checkpoints.outputs import Output
-from timstore.checkpoints.target import CheckpointTarget
+from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
 from timstore.errors import InvalidInputError, ModelMismatchError
 from timstore.intake import byte_count
 from timstore.records import Parameter
@@ -107,10 +107,9 @@ def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Paramete
             f"In {folder} lies {left[0]}: a rollback in place was cut off while it renamed files. Rename all .old "
             "files of its number back to the names in them; or all .new ones, which goes on"
         )
-    spelled = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     for name, parameter in sorted(trained.items()):
         dtype = checkpoint.tensor(naming.tensors[name]).dtype
-        if spelled.get(dtype, dtype) != parameter.dtype:
+        if TORCH_NAMES.get(dtype, dtype) != parameter.dtype:
             return (
                 f"Tensor {naming.tensors[name]} has dtype {dtype}, and {parameter.dtype} was recorded: roll back the "
                 "checkpoint in the precision of the training, and convert it then"

@@ -1,8 +1,6 @@
 """A checkpoint as what a rollback changes: its parameters are read from files and written to new ones, in blocks."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import torch
@@ -16,13 +14,13 @@ from timstore.checkpoints.names import Naming
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.writing import Writing
 from timstore.errors import FormatError
-from timstore.fingerprints import digest_of_blocks
+from timstore.fingerprints import digest_of_blocks, digests_by
 from timstore.records import Parameter
 from timstore.rollbacks.targets import Place
 
 # What can be changed; the others are compared, since digests are of a dtype's name too, or only copied.
 _CHANGED = ("F64", "F32", "F16", "BF16")
-_OF_TORCH = {
+TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -37,7 +35,6 @@ _OF_TORCH = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
-_THREADS = min(4, os.cpu_count() or 1)
 Held = tuple[TensorFile, StoredTensor]
 
 
@@ -118,13 +115,11 @@ class CheckpointTarget:
     @cached_property
     def _digests(self) -> dict[str, str]:
         tensors = self._naming.tensors
-        # Hashing lets other threads run.
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return dict(zip(tensors, pool.map(self._digest, tensors.values()), strict=True))
+        return digests_by(lambda parameter: self._digest(tensors[parameter]), tensors)
 
     def _digest(self, name: str) -> str:
         file, tensor = self._held(name)
-        dtype = getattr(torch, _OF_TORCH.get(tensor.dtype, ""), None)
+        dtype = getattr(torch, TORCH_NAMES.get(tensor.dtype, ""), None)
         if dtype is None:
             raise FormatError(
                 f"tensor {name} of {file.path} has dtype {tensor.dtype}, which this version cannot compare with what "
@@ -173,7 +168,7 @@ class InFiles:
         self._put = put
         tensor = held[0][1]
         self.shape = tensor.shape
-        self.dtype: torch.dtype = getattr(torch, _OF_TORCH[tensor.dtype])
+        self.dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         file, tensor = self.held[0]

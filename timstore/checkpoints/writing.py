@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from timstore.checkpoints.files import BLOCK_BYTES, PlainFile, reporting
+from timstore.checkpoints.files import BLOCK_BYTES, PlainFile
 from timstore.checkpoints.header import spans_between
 from timstore.errors import AlreadyExistsError, StorageError
+from timstore.reporting import reporting
 
 # Bytes [start, stop) of a file.
 Span = tuple[int, int]

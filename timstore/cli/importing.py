@@ -9,7 +9,7 @@ import typer
 
 import timstore
 from timstore.cli.asking import confirm
-from timstore.cli.options import AsJson, Yes
+from timstore.cli.options import AsJson, DryRun, Yes
 from timstore.cli.output import counted, print_json
 from timstore.errors import NotFoundError
 
@@ -39,6 +39,7 @@ def run(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickles, by an unpickler that runs nothing.")
     ] = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,14 +51,16 @@ def run(
     """
     from timstore.interchange import import_trajectories
 
-    held = _commits(path)
+    held = 0 if dry_run else _commits(path)
     if held:
         confirm(f"{path}, a store of {counted(held, 'commit')}, will be added to", yes)
-    report = import_trajectories(directory, path, format=layout.value, lr=lr, scale=scale, allow_pickle=allow_pickle)
+    report = import_trajectories(
+        directory, path, format=layout.value, lr=lr, scale=scale, allow_pickle=allow_pickle, dry_run=dry_run
+    )
     if as_json:
         print_json(asdict(report))
     else:
-        typer.echo(str(report))
+        typer.echo(f"would import {report}" if dry_run else f"imported {report}")
 
 
 def _commits(path: Path) -> int:

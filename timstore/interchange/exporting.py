@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from timstore.errors import AlreadyExistsError, InvalidInputError, StorageError
+from timstore.errors import AlreadyExistsError, InvalidInputError
 from timstore.interchange.layout import FORMATS, GRADIENTS, INFO, sample_of
 from timstore.interchange.numbers import json_pieces, pickled
 from timstore.progress import shown_if
+from timstore.reporting import reporting
 from timstore.snapshot import StoredRecord
 from timstore.store import Store
 
@@ -61,7 +62,7 @@ def export_trajectories(
         AlreadyExistsError: the directory exists and is not empty.
         InvalidInputError: another format; parameters that were trained at several rates in one step; a sample that a
             pickle has no room for.
-        StorageError: it cannot be written.
+        ReadOnlyError, StorageError: it cannot be written.
     """
     if format not in FORMATS:
         raise InvalidInputError(f"format is json or pickle, not {format!r}")
@@ -75,19 +76,14 @@ def export_trajectories(
         bars = stack.enter_context(shown_if(progress, *columns))
         work = _Export(opened, where, format)
         task = bars.add_task("", total=work.count())
-        try:
-            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        stack.callback(shutil.rmtree, staged, ignore_errors=True)  # nothing is left of it once it was renamed
+        with reporting("write", folder):
             staged.mkdir(parents=True)
             report = work.write(staged, lambda: bars.advance(task))
             if folder.exists():
                 folder.rmdir()
             staged.rename(folder)
-        except OSError as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise StorageError(f"{folder} cannot be written: {error.strerror}", path=str(folder)) from error
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
     return report
 
 
@@ -97,13 +93,13 @@ class _Export:
     def __init__(self, store: Store, where: str | None, format: str) -> None:
         self._store = store
         self._where = f"({where})" if where else "true"
-        self._pickles = format == "pickle"
+        self._format = format
 
     def count(self) -> int:
         return int(self._store.sql(f"SELECT count(*) FROM records WHERE {self._where}").fetchall()[0][0])
 
     def write(self, folder: Path, advance: Callable[[], None]) -> Exported:
-        if self._pickles:
+        if self._format == "pickle":
             self._check_slots()
         rates = self._rates()
         last = self._store.sql(f"SELECT max(epoch) FROM records WHERE {self._where}").fetchall()[0][0]
@@ -116,9 +112,9 @@ class _Export:
         (folder / INFO).write_text(json.dumps(info, indent=1))
         names, unknown = self._names(), self._unknown()
         records, gradients = 0, 0
+        write = write_pickle if self._format == "pickle" else write_json
         for epoch in epochs:
-            write = write_pickle if self._pickles else write_json
-            with open(folder / f"epoch_{epoch}{FORMATS['pickle' if self._pickles else 'json'][0]}", "wb") as file:
+            with open(folder / f"epoch_{epoch}{FORMATS[self._format][0]}", "wb") as file:
                 samples = self._samples(epoch, names, unknown, advance)
                 for_epoch = write(file, samples)
                 records, gradients = records + for_epoch[0], gradients + for_epoch[1]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,14 @@ from timstore.errors import InvalidInputError, StateError, TimstoreWarning
 from timstore.interchange.json_files import read_json
 from timstore.interchange.layout import FORMATS, Trajectories, find, sample_of
 from timstore.interchange.numbering import Numbering
+from timstore.interchange.pickle_files import read_pickled
 from timstore.interchange.visits import Visit
 from timstore.progress import shown_if
 from timstore.records import StepGroup
 from timstore.store import Store
 
-_STAGED = ".importing"
+# What a new store is called until all of it is there.
+STAGED = ".importing"
 # Long before the writer would by itself: it holds half a gigabyte then.
 _COMMIT_BYTES = 32 * 1024 * 1024
 
@@ -74,6 +77,7 @@ def import_trajectories(
     scale: float | None = None,
     allow_pickle: bool = False,
     progress: bool | None = None,
+    dry_run: bool = False,
 ) -> Imported:
     """Bring a directory of the older layout (`global_info.json`, `epoch_N.json` or `.pkl`) into a store.
 
@@ -90,6 +94,7 @@ def import_trajectories(
             consumed, such as 1 / batch; `scale` of `global_info.json`, or 1, when None.
         allow_pickle: read `.pkl`, by an unpickler that knows plain data, arrays and tensors and runs nothing.
         progress: show a bar; by default when a person is looking.
+        dry_run: read and check everything, and write nothing.
 
     Raises:
         NotFoundError: no such directory, or no epoch in it.
@@ -106,10 +111,11 @@ def import_trajectories(
         )
     if lr is not None or (found.rate is None and not found.rates):
         found = replace(found, rate=_given_rate(lr, directory), rates={})
-    found = replace(found, scale=_given_scale(scale if scale is not None else found.scale))
+    scale = _given_scale(scale if scale is not None else found.scale)
     sizes = sum(path.stat().st_size for path in found.files.values())
     with ExitStack() as stack:
-        target, again = stack.enter_context(_target(store))
+        target, is_new = stack.enter_context(_target(store, dry_run, lambda half: _other_epoch(half, found, scale)))
+        passes = [False] if dry_run else [True] if is_new else [False, True]
         bars = stack.enter_context(
             shown_if(
                 progress,
@@ -120,17 +126,14 @@ def import_trajectories(
                 TimeRemainingColumn(),
             )
         )
-        task = bars.add_task("importing", total=sizes * (2 if again else 1))
+        task = bars.add_task("importing", total=sizes * len(passes))
 
         def advance(count: int) -> None:
             bars.advance(task, count)
 
-        work = _Import(found, target)
-        work.check_store()
-        if again:
-            work.check_files(advance)
-        report = work.run(advance)
-        target.commit()
+        report = Imported()
+        for writes in passes:
+            report = _Import(found, target, scale, writes).run(advance)
     if report.not_finite:
         warnings.warn(
             f"{report.not_finite} gradients hold NaN or Inf: a rollback of their samples is refused",
@@ -141,25 +144,38 @@ def import_trajectories(
 
 
 @contextmanager
-def _target(store: Store | str | os.PathLike[str]) -> Iterator[tuple[Store, bool]]:
-    """Yield the store to write into, and whether it has to be kept from what is half an import.
+def _target(
+    store: Store | str | os.PathLike[str], dry_run: bool, other_epoch: Callable[[Store], int | None]
+) -> Iterator[tuple[Store, bool]]:
+    """Yield the store to write into, and whether it is new: another one has to be kept from what is half an import.
 
-    A new one is made beside, and moved to its place when it is whole; what an interruption left there is gone on with.
+    A new one is made beside, and moved to its place when it is whole. What an interruption left there is gone on with,
+    if it is of the same import.
     """
     if isinstance(store, Store):
-        store.commit()
-        yield store, True
+        if store.mode != "r":
+            store.commit()
+        yield store, False
         return
     path = Path(store)
     if path.exists() and any(path.iterdir()):
-        with Store(path) as opened:
-            yield opened, True
-        return
-    staged = path.with_name(path.name + _STAGED)
-    try:
-        with Store(staged) as opened:
+        with Store(path, "r" if dry_run else "a") as opened:
             yield opened, False
-    except (InvalidInputError, StateError, ValueError):
+        return
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder, Store(folder) as empty:
+            yield empty, True
+        return
+    staged = path.with_name(path.name + STAGED)
+    try:
+        if staged.exists():
+            with Store(staged, "r") as half:
+                is_other = other_epoch(half) is not None
+            if is_other:
+                shutil.rmtree(staged)
+        with Store(staged) as opened:
+            yield opened, True
+    except (StateError, ValueError):
         # Not what an interruption is: the same would come again.
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -170,56 +186,53 @@ def _target(store: Store | str | os.PathLike[str]) -> Iterator[tuple[Store, bool
 
 @dataclass(slots=True)
 class _Import:
-    """One directory on its way into one store."""
+    """One directory on its way into one store.
+
+    Attributes:
+        writes: whether it goes there; without, everything is read and checked, so that what is wrong shows before
+            anything is half written.
+    """
 
     found: Trajectories
     store: Store
+    scale: float
+    writes: bool
     samples: set[int] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)
     waiting: int = 0
 
-    def check_store(self) -> None:
-        """Refuse a store that has these epochs from elsewhere."""
-        for epoch, path in self.found.files.items():
-            mark = self._mark(path, True), self._mark(path, False)
-            rows = self.store.sql("SELECT DISTINCT options FROM steps WHERE epoch = ?", [epoch]).fetchall()
-            recorded = self.store.sql("SELECT count(*) FROM records WHERE epoch = ?", [epoch]).fetchall()[0][0]
-            if any(options not in mark for (options,) in rows) or (recorded and not rows):
-                raise InvalidInputError(
-                    f"{self.store.path} holds records of epoch {epoch} that are not of {path}: import into another "
-                    "store",
-                    kind="other-records",
-                )
-
-    def check_files(self, advance: Callable[[int], None]) -> None:
-        """Read everything, so that nothing is left half written: what is wrong shows here."""
-        shapes = {name: one.shape for name, one in self.store.snapshot().parameters().items()}
-        for epoch, path in self.found.files.items():
-            for visit in _visits(path, advance):
-                for parameter, gradient, step in visit.gradients():
-                    if shapes.setdefault(parameter, gradient.shape) != gradient.shape:
-                        raise InvalidInputError(
-                            f"{path}, sample {visit.key}: {parameter} has shape {gradient.shape}, not "
-                            f"{shapes[parameter]} as before",
-                            parameter=parameter,
-                        )
-                    if step is not None:
-                        self._rate(epoch, step, path)
-
     def run(self, advance: Callable[[int], None]) -> Imported:
         """Write what is not there yet."""
+        other = _other_epoch(self.store, self.found, self.scale)
+        if other is not None:
+            raise InvalidInputError(
+                f"{self.store.path} holds records of epoch {other} that are not of {self.found.files[other]}, or came "
+                "with another lr or scale: import into another store",
+                kind="other-records",
+            )
+        shapes = {name: one.shape for name, one in self.store.snapshot().parameters().items()}
         report = Imported(epochs=len(self.found.files))
         for epoch, path in self.found.files.items():
-            report = self._epoch(epoch, path, report, advance)
-        if self.names:
-            self.store.samples.update([{"sample": one, "name": name} for one, name in self.names.items()])
+            report = self._epoch(epoch, path, report, shapes, advance)
+        if self.writes:
+            if self.names:
+                self.store.samples.update([{"sample": one, "name": name} for one, name in self.names.items()])
+            self.store.commit()
         return replace(report, samples=len(self.samples), text_ids=len(self.names))
 
-    def _epoch(self, epoch: int, path: Path, report: Imported, advance: Callable[[int], None]) -> Imported:
+    def _epoch(
+        self,
+        epoch: int,
+        path: Path,
+        report: Imported,
+        shapes: dict[str, tuple[int, ...]],
+        advance: Callable[[int], None],
+    ) -> Imported:
         numbering = Numbering(
             self.store.sql("SELECT step, sample, parameter FROM gradients WHERE epoch = ?", [epoch]).fetchall()
         )
-        steps: dict[tuple[int, bool], None] = {}
+        marks = _marks(path, self.found.rate, self.scale)
+        steps: set[tuple[int, bool]] = set()
         gradients, known, again, not_finite = 0, 0, 0, 0
         for visit in _visits(path, advance):
             sample, name = sample_of(visit.key, str(path))
@@ -228,6 +241,12 @@ class _Import:
             again += numbering.meets(sample)
             self.samples.add(sample)
             for parameter, gradient, step in visit.gradients():
+                if shapes.setdefault(parameter, gradient.shape) != gradient.shape:
+                    raise InvalidInputError(
+                        f"{path}, sample {visit.key}: {parameter} has shape {gradient.shape}, not "
+                        f"{shapes[parameter]} as before",
+                        parameter=parameter,
+                    )
                 number = numbering.place(sample, parameter, step)
                 gradients += 1
                 not_finite += not bool(np.isfinite(gradient).all())
@@ -235,9 +254,12 @@ class _Import:
                     known += 1
                     continue
                 if (number, step is None) not in steps:
-                    self._step(epoch, number, path, step is None)
-                    steps[number, step is None] = None
-                self._append(epoch, number, sample, parameter, gradient, path)
+                    group = StepGroup(lr=self._rate(epoch, number, path), options=marks[step is None])
+                    if self.writes:
+                        self.store.append_step(epoch, number, [group])
+                    steps.add((number, step is None))
+                if self.writes:
+                    self._append(epoch, number, sample, parameter, gradient, path)
         return replace(
             report,
             records=report.records + numbering.records,
@@ -247,10 +269,6 @@ class _Import:
             unknown_steps=report.unknown_steps + numbering.unknown,
             not_finite=report.not_finite + not_finite,
         )
-
-    def _step(self, epoch: int, number: int, path: Path, unknown: bool) -> None:
-        group = StepGroup(lr=self._rate(epoch, number, path), options=self._mark(path, unknown))
-        self.store.append_step(epoch, number, [group])
 
     def _rate(self, epoch: int, step: int, path: Path) -> float:
         rate = self.found.rate_at(epoch, step)
@@ -262,8 +280,8 @@ class _Import:
         return rate
 
     def _append(self, epoch: int, step: int, sample: int, parameter: str, gradient: np.ndarray, path: Path) -> None:
-        if self.found.scale not in (None, 1.0):
-            gradient = narrowed_product(gradient, self.found.scale)
+        if self.scale != 1.0:
+            gradient = narrowed_product(gradient, self.scale)
         try:
             self.store.append(
                 epoch, step, sample, {parameter: gradient}, allow_zero=True, allow_nonfinite=True, copy=False
@@ -275,24 +293,36 @@ class _Import:
             self.store.commit()
             self.waiting = 0
 
-    def _mark(self, path: Path, unknown: bool) -> str:
-        """Return what is kept beside every step of a file, by which an import that goes on knows its own."""
-        origin = {"file": path.name, "bytes": path.stat().st_size}
-        return json.dumps({"imported": origin, "step": "unknown" if unknown else "recorded"}, sort_keys=True)
+
+def _other_epoch(store: Store, found: Trajectories, scale: float) -> int | None:
+    """Return the first epoch of which a store has records that are not of this import, None if there is none."""
+    for epoch, path in found.files.items():
+        marks = _marks(path, found.rate, scale).values()
+        rows = store.sql("SELECT DISTINCT options FROM steps WHERE epoch = ?", [epoch]).fetchall()
+        recorded = store.sql("SELECT count(*) FROM records WHERE epoch = ?", [epoch]).fetchall()[0][0]
+        if any(options not in marks for (options,) in rows) or (recorded and not rows):
+            return epoch
+    return None
 
 
-def narrowed_product(gradient: np.ndarray, scale: float | None) -> np.ndarray:
+def _marks(path: Path, rate: float | None, scale: float) -> dict[bool, str]:
+    """Return what is kept beside the steps of a file, by whether they are unknown: an import that goes on knows it."""
+    origin = {"file": path.name, "bytes": path.stat().st_size, "lr": rate, "scale": scale}
+    return {
+        unknown: json.dumps({"imported": origin, "step": "unknown" if unknown else "recorded"}, sort_keys=True)
+        for unknown in (True, False)
+    }
+
+
+def narrowed_product(gradient: np.ndarray, scale: float) -> np.ndarray:
     """Return a gradient times the scale, rounded once, in its own dtype."""
-    product = gradient.astype(np.float64) * (1.0 if scale is None else scale)
-    return product.astype(gradient.dtype)
+    return (gradient.astype(np.float64) * scale).astype(gradient.dtype)
 
 
 def _visits(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
     if path.suffix == ".json":
         yield from read_json(path, advance)
     else:
-        from timstore.interchange.pickle_files import read_pickled
-
         yield from read_pickled(path)
         advance(path.stat().st_size)
 

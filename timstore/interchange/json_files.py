@@ -11,13 +11,15 @@ from typing import Any, BinaryIO
 import ijson
 import numpy as np
 
-from timstore.errors import FormatError, StorageError
+from timstore.errors import FormatError
 from timstore.interchange.layout import GRADIENTS
 from timstore.interchange.tokens import NOT_FINITE, Tokens
 from timstore.interchange.visits import Visit, narrowed
+from timstore.reporting import reporting
 
-# What is read at once. A sample's gradients wait in memory for its step markers up to this size, beyond it on disk.
-_READ_BYTES = 1024 * 1024
+# Read at once: what comes of it stays in the processor's cache. Beyond the other size, gradients wait on disk for step
+# markers of their sample.
+_READ_BYTES = 16 * 1024
 _SPOOL_BYTES = 32 * 1024 * 1024
 # No gradient has as many axes.
 _DEEPEST = 32
@@ -35,11 +37,12 @@ def read_json(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
         FormatError: it is no JSON, broken off, or not of the layout; with the sample and the parameter.
         StorageError: it cannot be read.
     """
-    try:
-        with open(path, "rb") as file, tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
-            yield from _Reader(path, file, spool, advance).visits()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
+    with (
+        reporting("read", path),
+        open(path, "rb") as file,
+        tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool,
+    ):
+        yield from _Reader(path, file, spool, advance).visits()
 
 
 class _Reader:
@@ -137,7 +140,7 @@ class _Reader:
                     raise self._ragged()
                 lengths[level] = length
                 try:
-                    values.extend(row)
+                    values.fromlist(row)
                 except OverflowError:
                     raise self._wrong("an integer is beyond any float") from None
                 row.clear()

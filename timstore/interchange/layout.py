@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timstore.errors import InvalidInputError, NotFoundError, StorageError, TimstoreWarning
+from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
 from timstore.intake import number
+from timstore.reporting import reporting
 
 INFO = "global_info.json"
 GRADIENTS = "sample_gradients"
@@ -57,10 +58,8 @@ def find(directory: str | Path, format: str) -> Trajectories:
     if not folder.is_dir():
         raise NotFoundError(f"there is no directory {folder}", path=str(folder))
     endings = [end for name, ends in FORMATS.items() if format in ("auto", name) for end in ends]
-    try:
+    with reporting("read", folder):
         named = sorted(folder.iterdir())
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be read: {error.strerror}", path=str(folder)) from None
     files: dict[int, Path] = {}
     for path in named:
         match = _EPOCH.fullmatch(path.name)
@@ -98,11 +97,10 @@ def sample_of(key: Any, where: str) -> tuple[int, str | None]:
 
 def _info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        with reporting("read", path):
+            info = json.loads(path.read_bytes())
+    except NotFoundError:
         return {}
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}", path=str(path)) from None
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path} is not JSON: {error}", path=str(path)) from None
     if not isinstance(info, dict):

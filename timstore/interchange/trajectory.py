@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timstore.errors import InvalidInputError, StorageError
+from timstore.errors import InvalidInputError
 from timstore.interchange.layout import INFO, sample_of
 from timstore.lifetime import open_stores
+from timstore.reporting import reporting
 from timstore.store import Store
 
 STORE = "trajectories.tim"
@@ -30,10 +31,8 @@ class _Directory:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
+        with reporting("make", path):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be made: {error.strerror}", path=str(path)) from None
         self._path = path
         self.store = Store(path / STORE)
         self.info = ""
@@ -45,11 +44,9 @@ class _Directory:
         if text == self.info:
             return
         beside = self._path / f"{INFO}.{os.getpid()}"
-        try:
+        with reporting("write", self._path / INFO):
             beside.write_text(text)
             beside.replace(self._path / INFO)
-        except OSError as error:
-            raise StorageError(f"{self._path / INFO} cannot be written: {error.strerror}") from None
         self.info = text
 
     def name(self, sample: int, name: str) -> None:

@@ -202,7 +202,7 @@ class Accumulation:
             self.touched.add(name)
             self._accumulated(parameter)  # type: ignore[arg-type]
             if not self._averaged and name not in self._together:
-                self._keep(name, parameter)
+                self._keep([name])
                 return
             self._settle_later()
             if self._local is not None:
@@ -211,14 +211,16 @@ class Accumulation:
 
         return arrived
 
-    def _keep(self, name: str, parameter: torch.Tensor) -> None:
-        if name not in self._together:
-            if name not in self._elements:
-                self._elements[name] = Elements(parameter)
-            self._kept[name] = self._elements[name].chosen(parameter, self.extremes)
-        if self._whole is not None:
-            assert parameter.grad is not None
-            self._whole[name] = parameter.grad.detach().clone()
+    def _keep(self, names: Sequence[str]) -> None:
+        held = {name: one.grad for name in names if (one := self._parameters[name]).grad is not None and one.numel()}
+        for name, gradient in held.items():
+            if self._whole is not None:
+                self._whole[name] = gradient.detach().clone()
+            if name not in self._together:
+                if name not in self._elements:
+                    self._elements[name] = Elements(self._parameters[name])
+                self._kept[name] = self._elements[name].chosen(self._parameters[name], self.extremes)
+        self._kept.update(kept_together(self._gradients_together(held)))
 
     def settle_later(self) -> None:
         """Look at the gradients when this backward pass is over, where they are averaged at its end."""
@@ -234,12 +236,8 @@ class Accumulation:
     def _settle(self) -> None:
         self._settling = -1
         # Of averaged ones also those that only other processes' samples reached.
-        names = [name for name in self._parameters if self._averaged or name in self.touched]
-        for name in names:
-            parameter = self._parameters[name]
-            if parameter.grad is not None and parameter.numel() and (self._averaged or name in self._together):
-                self._keep(name, parameter)
-        self._kept.update(kept_together(self._gradients_together(names)))
+        names = self._together & self.touched
+        self._keep([name for name in self._parameters if self._averaged or name in names])
 
     def _gradients_together(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = ((name, self._parameters[name].grad) for name in names if name in self._together)

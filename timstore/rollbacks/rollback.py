@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,7 +53,7 @@ def rollback(
     method: str = "auto",
     denominator: str = "kept",
     optimizer: torch.optim.Optimizer | None = None,
-    probe: Iterable[Any] | None = None,
+    probe: Iterable[Any] | Literal[False] | None = None,
     bins: int = 4,
     outputs: Callable[[Any], Any] | None = None,
     loss: str | None = None,
@@ -172,11 +172,13 @@ def rollback(
 def _probe(
     store: Store,
     target: Target,
-    batches: Iterable[Any] | None,
+    batches: Iterable[Any] | Literal[False] | None,
     outputs: Callable[[Any], Any] | None,
     loss: str | None,
 ) -> Probe | None:
-    """Return the probe that was given, or the one that the store keeps."""
+    """Return the probe that was given, or the one that the store keeps; none where none is wanted."""
+    if batches is False:
+        return None
     kept = store.probe() if batches is None and target.is_loaded else None
     if kept is not None:
         batches, loss = kept[0], loss or kept[1]

@@ -10,13 +10,14 @@ from transformers.trainer_utils import TrainOutput
 
 from timstore import open as open_store
 from timstore import rollback
-from timstore.errors import CoverageError, InvalidInputError, StorageError
+from timstore.errors import CoverageError, InvalidInputError
 from timstore.integrations.openunlearning.arguments import RollbackArguments
 from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
 from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
 from timstore.integrations.openunlearning.rows import hashes_of
 from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
 from timstore.integrations.openunlearning.trajectories import store_of
+from timstore.reporting import reporting
 from timstore.rollbacks import RollbackReport
 
 REPORT = "timstore_report.json"
@@ -71,7 +72,9 @@ class TIMParameterRollback(OpenUnlearningTrainer):
         metrics["train_runtime"] = round(time.perf_counter() - started, 4)
         if not self._asked.train_after:
             return TrainOutput(self.state.global_step, 0.0, metrics)
+        told = self.state.log_history
         output = self._train_on(retain, *args, **kwargs)
+        self.state.log_history[:0] = told  # a training begins with an empty one
         return TrainOutput(output.global_step, output.training_loss, {**metrics, **output.metrics})
 
     def _roll_back(self, forget: Any, retain: Any) -> tuple[ForgetRows, RetainProbe | None, RollbackReport]:
@@ -92,7 +95,7 @@ class TIMParameterRollback(OpenUnlearningTrainer):
                 strength=asked.rollback_strength,
                 method=asked.method,
                 denominator=asked.denominator,
-                probe=None if probe is None else probe.batches,
+                probe=False if probe is None else probe.batches,
                 memory_limit=asked.memory_limit,
                 missing=asked.missing,
                 keep_delta=asked.keep_delta,
@@ -134,11 +137,9 @@ class TIMParameterRollback(OpenUnlearningTrainer):
             "probe_rows": [] if probe is None else probe.rows,
             **report.to_dict(),
         }
-        try:
+        with reporting("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(told, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}", path=str(path)) from error
 
 
 def _numbers(report: RollbackReport) -> dict[str, float]:

@@ -4,12 +4,14 @@ import json
 import logging
 from pathlib import Path
 
-from timstore.errors import InvalidInputError, NotFoundError, StorageError
+from timstore.errors import InvalidInputError, NotFoundError
 from timstore.format import layout
 from timstore.integrations.openunlearning.arguments import RollbackArguments
 from timstore.interchange import import_trajectories
+from timstore.interchange.importing import STAGED
 from timstore.interchange.layout import FORMATS, find
 from timstore.interchange.trajectory import STORE
+from timstore.reporting import reporting
 
 IMPORTED = "imported.tim"
 _ORIGIN = "imported.json"
@@ -59,16 +61,14 @@ def _imported(folder: Path, asked: RollbackArguments) -> Path:
         "scale": asked.scale,
     }
     store, kept = folder / IMPORTED, folder / _ORIGIN
-    half = folder / f"{IMPORTED}.importing"
-    try:
+    half = folder / (IMPORTED + STAGED)
+    with reporting("write", kept):
         if (store.exists() or half.exists()) and kept.exists() and json.loads(kept.read_bytes()) != origin:
             raise InvalidInputError(
                 f"{store} was made of other files, or with another lr or scale: remove it, or {half.name} if that is "
                 "there, to import again"
             )
         kept.write_text(json.dumps(origin, indent=1))
-    except OSError as error:
-        raise StorageError(f"{kept}: {error.strerror}", path=str(kept)) from error
     if not store.exists():
         report = import_trajectories(
             folder,
