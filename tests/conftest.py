@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from timstore.recording import accumulation
 if "TIMSTORE_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TIMSTORE_DEVICE"])
     torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
+
+NOBODY = 65534
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +64,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.write_bytes(pickle.dumps([np.ones(2, bool), torch.ones(2), np.float32(1), "text"], protocol))
         read_pickle(made)
     return made
+
+
+@pytest.fixture
+def nobody() -> Iterator[Callable[[Path], None]]:
+    """What makes this process one that may not write everywhere, and a folder its own."""
+    is_root = os.geteuid() == 0
+
+    def become(own: Path) -> None:
+        if is_root:
+            for place in [own, *own.rglob("*")]:
+                os.chown(place, NOBODY, -1)
+            os.seteuid(NOBODY)
+
+    yield become
+    if is_root:
+        os.seteuid(0)

@@ -100,3 +100,16 @@ def rolled_back(store: Path) -> int:
     """Return how many rollbacks a store knows of."""
     with timstore.open(store, "r") as opened:
         return len(opened.sql("SELECT * FROM rollbacks").fetchall())
+
+
+def in_several_files(folder: Path) -> tuple[LlamaForCausalLM, Path, Path]:
+    """A recorded model, its store and its folder, in several files beside others."""
+    model, path = llama(), folder / "model"
+    record(folder / "s", model)
+    model.save_pretrained(path, max_shard_size="6KB")
+    (path / "tokenizer.json").write_text("{}")
+    (path / "original").mkdir()
+    (path / "original" / "notes.md").write_text("kept")
+    (path / "original" / "notes.md").chmod(0o600)
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return model, folder / "s", path

@@ -1,6 +1,9 @@
 """Files of the older layout that are broken, cut off or of something else: the store stays as it was."""
 
 import json
+import os
+import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,8 @@ import pytest
 from older_layouts import held, normal, written
 
 import timstore
-from timstore.errors import FormatError, InvalidInputError, NotFoundError
-from timstore.interchange import import_trajectories
+from timstore.errors import FormatError, InvalidInputError, NotFoundError, ReadOnlyError, StorageError
+from timstore.interchange import export_trajectories, import_trajectories
 
 GOOD = {"1": {"w": [[1.0, 2.0], [3.0, 4.0]], "b": [1.0]}}
 BAD = {
@@ -180,3 +183,31 @@ def test_a_dry_run_reads_everything_and_writes_nothing(tmp_path: Path, place: st
         assert sorted(tmp_path.rglob("*")) == before
         assert report == import_trajectories(folder, target)
     assert report.gradients == 4
+
+
+def test_what_the_system_does_not_allow_is_an_error_of_ours(nobody: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+        root = Path(name)
+        root.chmod(0o755)
+        written(root / "old", {0: GOOD}, learning_rate=0.1)
+        import_trajectories(root / "old", root / "s")
+        (root / "shut").mkdir()
+        written(root / "shut" / "old", {0: GOOD}, learning_rate=0.1)
+        (root / "old" / "epoch_0.json").chmod(0o000)
+        for folder, mode in ((root / "shut", 0o000), (root, 0o555)):
+            folder.chmod(mode)
+        nobody(root / "s")
+        for folder in (root / "shut" / "old", root / "old"):
+            with pytest.raises(StorageError, match=r"cannot read .*Permission denied"):
+                import_trajectories(folder, root / "s", dry_run=True)
+        with pytest.raises(ReadOnlyError, match="cannot"):
+            import_trajectories(root / "old", root / "new")
+        with pytest.raises(StorageError, match=r"cannot read .*Permission denied"):
+            import_trajectories(root / "old", root / "shut" / "new")
+        with pytest.raises(ReadOnlyError, match=r"cannot write .*choose an output where you may write"):
+            export_trajectories(root / "s", root / "out")
+        if os.getuid() == 0:
+            os.seteuid(0)
+        for folder in (root, root / "shut"):
+            folder.chmod(0o755)
+        assert sorted(one.name for one in root.iterdir()) == ["old", "s", "shut"]

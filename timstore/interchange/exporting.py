@@ -67,8 +67,9 @@ def export_trajectories(
     if format not in FORMATS:
         raise InvalidInputError(f"format is json or pickle, not {format!r}")
     folder = Path(directory)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AlreadyExistsError(f"{folder} is there and not empty: choose a new directory", path=str(folder))
+    with reporting("write", folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise AlreadyExistsError(f"{folder} is there and not empty: choose a new directory", path=str(folder))
     staged = folder.with_name(folder.name + _STAGED)
     with ExitStack() as stack:
         opened = store if isinstance(store, Store) else stack.enter_context(Store(store, "r"))

@@ -22,6 +22,7 @@ from timstore.interchange.pickle_files import read_pickled
 from timstore.interchange.visits import Visit
 from timstore.progress import shown_if
 from timstore.records import StepGroup
+from timstore.reporting import reporting
 from timstore.store import Store
 
 # What a new store is called until all of it is there.
@@ -158,7 +159,9 @@ def _target(
         yield store, False
         return
     path = Path(store)
-    if path.exists() and any(path.iterdir()):
+    with reporting("read", path):
+        is_there = path.exists() and any(path.iterdir())
+    if is_there:
         with Store(path, "r" if dry_run else "a") as opened:
             yield opened, False
         return

@@ -55,11 +55,11 @@ def find(directory: str | Path, format: str) -> Trajectories:
     folder = Path(directory)
     if format not in ("auto", *FORMATS):
         raise InvalidInputError(f"format is auto, json or pickle, not {format!r}")
-    if not folder.is_dir():
-        raise NotFoundError(f"there is no directory {folder}", path=str(folder))
-    endings = [end for name, ends in FORMATS.items() if format in ("auto", name) for end in ends]
     with reporting("read", folder):
+        if not folder.is_dir():
+            raise NotFoundError(f"there is no directory {folder}", path=str(folder))
         named = sorted(folder.iterdir())
+    endings = [end for name, ends in FORMATS.items() if format in ("auto", name) for end in ends]
     files: dict[int, Path] = {}
     for path in named:
         match = _EPOCH.fullmatch(path.name)
