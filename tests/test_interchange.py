@@ -208,10 +208,28 @@ def test_the_original_s_reader_takes_what_is_exported(store: timstore.Store, tmp
 def test_a_directory_that_is_there_is_left_alone(store: timstore.Store, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine").write_text("x")
-    with pytest.raises(AlreadyExistsError, match="not empty"):
+    with pytest.raises(AlreadyExistsError, match="no empty folder"):
         export_trajectories(store, tmp_path / "old")
     with pytest.raises(InvalidInputError, match="json or pickle"):
         export_trajectories(store, tmp_path / "new", format="yaml")
     with pytest.raises(InvalidInputError):
         export_trajectories(store, tmp_path / "new", where="nonsense >")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["old", "s"]
+
+
+def test_visits_without_a_step_may_come_before_those_with_one(tmp_path: Path) -> None:
+    later = {"1": {"w": [1.5]}, "2": {"w": [2.5], "w_step": 0}, "3": {"w": [3.5], "w_step": -1}}
+    report = import_trajectories(written(tmp_path / "old", {0: later}, learning_rate=0.1), tmp_path / "s")
+    assert (report.gradients, report.unknown_steps) == (3, 2)
+    steps = {sample: step for _, step, sample, _ in held(tmp_path / "s")}
+    assert steps[2] == 0
+    assert min(steps[1], steps[3]) > 1 << 32
+    assert steps[1] != steps[3]
+
+
+def test_a_scale_that_float32_cannot_hold_is_kept_in_float64(tmp_path: Path) -> None:
+    for number, scale in ((2.0**100, 2.0**40), (1.0, 1e-200)):
+        folder = written(tmp_path / f"old{scale}", {0: {"1": {"w": [number]}}}, learning_rate=0.1)
+        assert import_trajectories(folder, tmp_path / f"s{scale}", scale=scale).not_finite == 0
+        (found,) = held(tmp_path / f"s{scale}").values()
+        assert found.tolist() == [number * scale]

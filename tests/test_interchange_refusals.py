@@ -1,6 +1,7 @@
 """Files of the older layout that are broken, cut off or of something else: the store stays as it was."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def test_a_file_that_is_none_leaves_the_store_as_it_was(tmp_path: Path, name: st
     after = held(path) if path.exists() else None
     assert (before is None) == (after is None)
     assert before is None or (after is not None and before.keys() == after.keys())
-    assert not (tmp_path / "s.importing").exists()
+    assert not (tmp_path / ".s.importing").exists()
 
 
 def test_what_is_missing_or_said_twice_is_refused(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_what_was_cut_off_with_another_rate_is_begun_again(tmp_path: Path, monke
         patched.setattr(timstore.store.Store, "append", cut)
         with pytest.raises(KeyboardInterrupt):
             import_trajectories(folder, tmp_path / "s")
-    assert (tmp_path / "s.importing").exists()
+    assert (tmp_path / ".s.importing").exists()
     assert import_trajectories(folder, tmp_path / "s", lr=0.2).known == 0
     with timstore.open(tmp_path / "s", "r") as store:
         assert store.sql("SELECT DISTINCT lr FROM steps").fetchall() == [(0.2,)]
@@ -204,10 +205,30 @@ def test_what_the_system_does_not_allow_is_an_error_of_ours(nobody: Callable[[Pa
             import_trajectories(root / "old", root / "new")
         with pytest.raises(StorageError, match=r"cannot read .*Permission denied"):
             import_trajectories(root / "old", root / "shut" / "new")
-        with pytest.raises(ReadOnlyError, match=r"cannot write .*choose an output where you may write"):
+        with pytest.raises(ReadOnlyError, match=r"cannot make .*choose an output where you may write"):
             export_trajectories(root / "s", root / "out")
         if os.getuid() == 0:
             os.seteuid(0)
         for folder in (root, root / "shut"):
             folder.chmod(0o755)
         assert sorted(one.name for one in root.iterdir()) == ["old", "s", "shut"]
+
+
+@pytest.mark.parametrize(
+    ("info", "given", "message"),
+    [
+        ({"learning_rates": [[0, 0, math.nan]]}, {}, "learning_rates must be a finite number"),
+        ({"learning_rates": [[0.5, 0, 0.1]]}, {}, "learning_rates"),
+        ({"learning_rates": [[0, 0, 10**400]]}, {}, "learning_rates must be a number"),
+        ({"learning_rate": True}, {}, "learning_rate must be a finite number, not True"),
+        ({"num_epoch": 2 * 10**9, "learning_rate": 0.1}, {}, "no file of epoch 1"),
+        ({"learning_rate": 0.1}, {"lr": 10**400}, "lr must be a number"),
+        ({"learning_rate": 0.1}, {"scale": 10**400}, "scale must be a number"),
+        ({"learning_rate": 0.1}, {"scale": 0}, "scale is a number other than zero"),
+    ],
+)
+def test_rates_and_scales_are_finite_numbers(tmp_path: Path, info: Any, given: Any, message: str) -> None:
+    folder = written(tmp_path / "old", {0: GOOD}, **info)
+    with pytest.raises(InvalidInputError, match=message):
+        import_trajectories(folder, tmp_path / "s", **given)
+    assert not (tmp_path / "s").exists()

@@ -82,7 +82,13 @@ def test_everything_is_on_disk_when_the_interpreter_ends(tmp_path: Path, end: st
         ({"sample_idx": 1.5}, "integers or text"),
         ({"param_name": ""}, "param_name"),
         ({"epoch": -1}, "epoch"),
-        ({"global_info": {"learning_rate": "fast"}}, "lr"),
+        ({"gradient": [np.ones((2, 2)), np.ones((2, 2))]}, "shape"),
+        ({"gradient": [[1.0], [1.0, 2.0]]}, "numbers in lists of one length"),
+        ({"sample_idx": np.array([1, 2])}, "integers or text"),
+        ({"global_info": {"learning_rate": "fast"}}, "learning_rate must be a number"),
+        ({"global_info": {"learning_rate": float("nan")}}, "learning_rate must be a finite number"),
+        ({"global_info": [1]}, "a mapping that JSON can hold"),
+        ({"global_info": {("a", 1): 2}}, "a mapping that JSON can hold"),
     ],
 )
 def test_what_cannot_be_right_is_refused_and_the_rest_stays(tmp_path: Path, change: Any, message: str | None) -> None:

@@ -126,7 +126,7 @@ class Snapshot:
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         chosen = f"SELECT * FROM records WHERE ({where})" if where else "SELECT * FROM records"
         columns = f"{_RECORD}, loss, tokens, bytes"
-        records = self.catalog.sql(f"SELECT {columns} FROM ({chosen}) ORDER BY epoch, step, rank, sample").fetchall()
+        records = self.catalog.fetch(f"SELECT {columns} FROM ({chosen}) ORDER BY epoch, step, rank, sample")
         cache = ByteCache(_CACHE_BYTES)
         readers: dict[int, SegmentReader] = {}
         for block in _blocks(records, _BLOCK_BYTES // _WIDENED[self.settings.precision]):

@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from timstore.catalog.sandbox import ask, open_locked, private_folder, remove_own
+from timstore.catalog.sandbox import ask, fetch, open_locked, private_folder, remove_own
 from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, load_attempts, load_commits
 from timstore.catalog.views import create_views
 from timstore.errors import StateError
@@ -72,6 +72,15 @@ class Catalog:
             StateError: after `close`.
         """
         return ask(self._cursor(), query, params)
+
+    def fetch(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Return the rows that answer one question with a user's words in it.
+
+        Raises:
+            InvalidInputError: it is not one SELECT, or DuckDB refuses it, be it on the way.
+            StateError: after `close`.
+        """
+        return fetch(self._cursor(), query, params)
 
     def rows(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pa.Table:
         """Return the answer to one of the library's own questions; schema `stored` holds the rows of all attempts."""

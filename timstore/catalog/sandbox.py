@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -64,6 +65,19 @@ def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> duckdb
     raise InvalidInputError(
         f"one SELECT at a time, and nothing else; the tables are {', '.join(VIEWS)}", kind="not-a-select"
     )
+
+
+def fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> list[tuple[Any, ...]]:
+    """Return all rows of the answer to one SELECT.
+
+    Raises:
+        InvalidInputError: as `ask`; or a value that DuckDB meets on the way does not suit the question.
+    """
+    answer = ask(cursor, query, params)
+    try:
+        return answer.fetchall()
+    except duckdb.Error as error:
+        raise InvalidInputError(f"DuckDB says: {error}", kind="sql") from error
 
 
 def _is_one_select(statements: list[duckdb.Statement]) -> bool:

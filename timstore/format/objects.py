@@ -84,10 +84,13 @@ class LocalObjects:
         self.root = Path(root).absolute()
         self.durable = durable
         self._aligned: list[mmap.mmap] = []
+        self._was_there = False
 
     def synced(self) -> "LocalObjects":
         """Return the same objects, every write of them fsynced: for what copies before it deletes."""
-        return LocalObjects(self.root, durable=True)
+        objects = LocalObjects(self.root, durable=True)
+        objects._was_there = self._was_there
+        return objects
 
     def put(self, path: str, data: bytes) -> None:
         """Write a new file, and fsync it; its name is durable after `sync`.
@@ -302,9 +305,12 @@ class LocalObjects:
 
     def _open_root(self, create: bool) -> int:
         try:
-            if create:
+            # Made once: a store that was removed, settings and all, must not come to life again without them.
+            if create and not self._was_there:
                 self._make_root()
-            return os.open(self.root, _FOLDER)
+            folder = os.open(self.root, _FOLDER)
+            self._was_there = True
+            return folder
         except NotADirectoryError as error:
             raise InvalidInputError(f"{self.root} is not a folder; a store is one", path=str(self.root)) from error
 

@@ -15,12 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from timstore.errors import AlreadyExistsError, InvalidInputError
 from timstore.interchange.layout import FORMATS, GRADIENTS, INFO, sample_of
 from timstore.interchange.numbers import json_pieces, pickled
+from timstore.interchange.staging import emptied, place_of, publish, staged
+from timstore.interchange.visits import MARKER
 from timstore.progress import shown_if
 from timstore.reporting import reporting
 from timstore.snapshot import StoredRecord
 from timstore.store import Store
 
-_STAGED = ".exporting"
+# So many epochs without records get an empty file each; where there are more, the others' files have no announcement.
+_HOLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +64,29 @@ def export_trajectories(
     Raises:
         AlreadyExistsError: the directory exists and is not empty.
         InvalidInputError: another format; parameters that were trained at several rates in one step; a sample that a
-            pickle has no room for.
+            pickle has no room for; two parameters of which one is called as the step marker of the other.
         ReadOnlyError, StorageError: it cannot be written.
     """
     if format not in FORMATS:
         raise InvalidInputError(f"format is json or pickle, not {format!r}")
-    folder = Path(directory)
+    folder = place_of(directory)
     with reporting("write", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise AlreadyExistsError(f"{folder} is there and not empty: choose a new directory", path=str(folder))
-    staged = folder.with_name(folder.name + _STAGED)
+            raise AlreadyExistsError(f"{folder} is there, and no empty folder: choose a new one", path=str(folder))
     with ExitStack() as stack:
         opened = store if isinstance(store, Store) else stack.enter_context(Store(store, "r"))
+        if opened.mode != "r":
+            opened.commit()
         columns = TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         bars = stack.enter_context(shown_if(progress, *columns))
         work = _Export(opened, where, format)
         task = bars.add_task("", total=work.count())
-        shutil.rmtree(staged, ignore_errors=True)
-        stack.callback(shutil.rmtree, staged, ignore_errors=True)  # nothing is left of it once it was renamed
+        held = stack.enter_context(staged(folder, "exporting"))
+        emptied(held)
+        stack.callback(shutil.rmtree, held, ignore_errors=True)  # nothing is there any more once it was moved
         with reporting("write", folder):
-            staged.mkdir(parents=True)
-            report = work.write(staged, lambda: bars.advance(task))
-            if folder.exists():
-                folder.rmdir()
-            staged.rename(folder)
+            report = work.write(held, lambda: bars.advance(task))
+        publish(held, folder)
     return report
 
 
@@ -97,19 +99,28 @@ class _Export:
         self._format = format
 
     def count(self) -> int:
-        return int(self._store.sql(f"SELECT count(*) FROM records WHERE {self._where}").fetchall()[0][0])
+        return int(self._ask(f"SELECT count(*) FROM records WHERE {self._where}")[0][0])
 
     def write(self, folder: Path, advance: Callable[[], None]) -> Exported:
+        self._check_names()
         if self._format == "pickle":
             self._check_slots()
         rates = self._rates()
-        last = self._store.sql(f"SELECT max(epoch) FROM records WHERE {self._where}").fetchall()[0][0]
-        epochs = range(0 if last is None else last + 1)
-        info: dict[str, Any] = {"num_epoch": len(epochs), "num_steps": len(rates)}
-        if len(set(rates.values())) == 1:
+        recorded = [
+            epoch for (epoch,) in self._ask(f"SELECT DISTINCT epoch FROM records WHERE {self._where} ORDER BY 1")
+        ]
+        info: dict[str, Any] = {"num_steps": len(rates)}
+        epochs = recorded
+        if not recorded or recorded[-1] < len(recorded) + _HOLES:
+            # The original's reader wants a file of every epoch from 0 on.
+            epochs = list(range(recorded[-1] + 1)) if recorded else []
+            info["num_epoch"] = len(epochs)
+        if len(set(rates.values())) == 1 and None not in rates.values():
             info["learning_rate"] = next(iter(rates.values()))
-        elif rates:
-            info["learning_rates"] = [[*moment, rate] for moment, rate in sorted(rates.items())]
+        else:
+            known = [[*moment, rate] for moment, rate in sorted(rates.items()) if rate is not None]
+            if known:
+                info["learning_rates"] = known
         (folder / INFO).write_text(json.dumps(info, indent=1))
         names, unknown = self._names(), self._unknown()
         records, gradients = 0, 0
@@ -121,6 +132,9 @@ class _Export:
                 records, gradients = records + for_epoch[0], gradients + for_epoch[1]
         return Exported(len(epochs), records, gradients)
 
+    def _ask(self, query: str) -> list[tuple[Any, ...]]:
+        return self._store.snapshot().catalog.fetch(query)
+
     def _samples(
         self, epoch: int, names: dict[int, str], unknown: set[tuple[int, int]], advance: Callable[[], None]
     ) -> Iterator[tuple[int | str, int | None, Iterator[tuple[str, np.ndarray]]]]:
@@ -130,16 +144,17 @@ class _Export:
             yield names.get(record.sample, record.sample), step, _dense(record)
             advance()
 
-    def _rates(self) -> dict[tuple[int, int], float]:
-        """Return what each step's gradient was multiplied by.
+    def _rates(self) -> dict[tuple[int, int], float | None]:
+        """Return what each step's gradient was multiplied by, None where a step with records has no rate.
 
         Raises:
             InvalidInputError: several rates in one step.
         """
-        rows = self._store.sql(
-            "SELECT epoch, step, min(lr * coalesce(consumed_ratio, 1)), max(lr * coalesce(consumed_ratio, 1)) FROM "
-            "steps WHERE lr IS NOT NULL GROUP BY ALL"
-        ).fetchall()
+        taken = "lr * coalesce(consumed_ratio, 1) * if(maximize, -1, 1)"
+        rows = self._ask(
+            f"SELECT epoch, step, min({taken}), max({taken}) FROM steps FULL JOIN (SELECT DISTINCT epoch, step FROM "
+            f"records WHERE {self._where}) USING (epoch, step) GROUP BY ALL"
+        )
         several = next(((epoch, step) for epoch, step, low, high in rows if low != high), None)
         if several is not None:
             raise InvalidInputError(
@@ -148,11 +163,22 @@ class _Export:
             )
         return {(epoch, step): rate for epoch, step, rate, _ in rows}
 
+    def _check_names(self) -> None:
+        """Refuse a parameter that is called as the step marker of another: nobody could tell them apart."""
+        names = set(self._store.snapshot().parameters())
+        found = next((name for name in sorted(names) if name + MARKER in names), None)
+        if found is not None:
+            raise InvalidInputError(
+                f"parameters {found} and {found}{MARKER}: in the older layout the second name is the step of the "
+                "first; keep this store as it is",
+                parameter=found,
+            )
+
     def _check_slots(self) -> None:
         """Refuse samples that were drawn several times in one epoch: a dict has one slot for each."""
-        twice = self._store.sql(
+        twice = self._ask(
             f"SELECT epoch, sample FROM records WHERE {self._where} GROUP BY ALL HAVING count(*) > 1 LIMIT 1"
-        ).fetchall()
+        )
         if twice:
             epoch, sample = twice[0]
             raise InvalidInputError(
@@ -174,7 +200,7 @@ class _Export:
     def _unknown(self) -> set[tuple[int, int]]:
         """Return the moments whose numbers an import made up."""
         query = "SELECT DISTINCT epoch, step FROM steps WHERE json_extract_string(options, '$.step') = 'unknown'"
-        return set(self._store.sql(query).fetchall())
+        return set(self._ask(query))
 
 
 def _dense(record: StoredRecord) -> Iterator[tuple[str, np.ndarray]]:

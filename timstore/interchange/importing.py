@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.linalg import norm
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from timstore.errors import InvalidInputError, StateError, TimstoreWarning
+from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
+from timstore.format.layout import SETTINGS
 from timstore.interchange.json_files import read_json
-from timstore.interchange.layout import FORMATS, Trajectories, find, sample_of
-from timstore.interchange.numbering import Numbering
+from timstore.interchange.layout import FORMATS, Trajectories, find, finite, sample_of
+from timstore.interchange.numbering import Numbering, may_have_markers
 from timstore.interchange.pickle_files import read_pickled
+from timstore.interchange.staging import emptied, held, place_of, publish, staged
 from timstore.interchange.visits import Visit
 from timstore.progress import shown_if
 from timstore.records import StepGroup
 from timstore.reporting import reporting
+from timstore.snapshot import StoredRecord
 from timstore.store import Store
 
-# What a new store is called until all of it is there.
-STAGED = ".importing"
+# What becomes of a new store's folder until all of it is there.
+STAGED = "importing"
 # Long before the writer would by itself: it holds half a gigabyte then.
 _COMMIT_BYTES = 32 * 1024 * 1024
 
@@ -150,41 +154,52 @@ def _target(
 ) -> Iterator[tuple[Store, bool]]:
     """Yield the store to write into, and whether it is new: another one has to be kept from what is half an import.
 
-    A new one is made beside, and moved to its place when it is whole. What an interruption left there is gone on with,
-    if it is of the same import.
+    No other import writes into it meanwhile. A new one is made beside, and moved to its place when it is whole. What an
+    interruption left there is gone on with, if it is of the same import.
     """
     if isinstance(store, Store):
         if store.mode != "r":
             store.commit()
-        yield store, False
+        with held(store.path, _importing(store.path)):
+            yield store, False
         return
-    path = Path(store)
+    path = place_of(store)
     with reporting("read", path):
         is_there = path.exists() and any(path.iterdir())
     if is_there:
-        with Store(path, "r" if dry_run else "a") as opened:
+        with held(path, _importing(path)), Store(path, "r" if dry_run else "a") as opened:
             yield opened, False
         return
     if dry_run:
         with tempfile.TemporaryDirectory() as folder, Store(folder) as empty:
             yield empty, True
         return
-    staged = path.with_name(path.name + STAGED)
+    with staged(path, STAGED) as half:
+        try:
+            if not _goes_on(half, other_epoch):
+                emptied(half)
+            with Store(half) as opened:
+                yield opened, True
+            publish(half, path)
+        except (StateError, ValueError):
+            # Not what an interruption is: the same would come again.
+            shutil.rmtree(half, ignore_errors=True)
+            raise
+
+
+def _importing(path: Path) -> str:
+    return f"another process is importing into {path}"
+
+
+def _goes_on(half: Path, other_epoch: Callable[[Store], int | None]) -> bool:
+    """Say whether a folder is a store that holds a part of the same import, and nothing else."""
+    if not (half / SETTINGS).is_file():
+        return False
     try:
-        if staged.exists():
-            with Store(staged, "r") as half:
-                is_other = other_epoch(half) is not None
-            if is_other:
-                shutil.rmtree(staged)
-        with Store(staged) as opened:
-            yield opened, True
-    except (StateError, ValueError):
-        # Not what an interruption is: the same would come again.
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rmdir()
-    staged.rename(path)
+        with Store(half, "r") as opened:
+            return other_epoch(opened) is None
+    except (FormatError, StorageError):
+        return False
 
 
 @dataclass(slots=True)
@@ -203,6 +218,7 @@ class _Import:
     samples: set[int] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)
     waiting: int = 0
+    latest: StoredRecord | None = None
 
     def run(self, advance: Callable[[int], None]) -> Imported:
         """Write what is not there yet."""
@@ -231,9 +247,8 @@ class _Import:
         shapes: dict[str, tuple[int, ...]],
         advance: Callable[[int], None],
     ) -> Imported:
-        numbering = Numbering(
-            self.store.sql("SELECT step, sample, parameter FROM gradients WHERE epoch = ?", [epoch]).fetchall()
-        )
+        stored = self.store.sql("SELECT step, sample, parameter FROM gradients WHERE epoch = ?", [epoch]).fetchall()
+        numbering = Numbering(stored, has_markers=may_have_markers(path))
         marks = _marks(path, self.found.rate, self.scale)
         steps: set[tuple[int, bool]] = set()
         gradients, known, again, not_finite = 0, 0, 0, 0
@@ -250,19 +265,21 @@ class _Import:
                         f"{shapes[parameter]} as before",
                         parameter=parameter,
                     )
-                number = numbering.place(sample, parameter, step)
+                gradient = scaled(gradient, self.scale)
+                place = numbering.place(sample, parameter, step)
                 gradients += 1
                 not_finite += not bool(np.isfinite(gradient).all())
-                if numbering.is_there(number, sample, parameter):
+                if numbering.is_there(place, sample, parameter):
+                    self._check_same(epoch, place, sample, parameter, gradient, path)
                     known += 1
                     continue
-                if (number, step is None) not in steps:
-                    group = StepGroup(lr=self._rate(epoch, number, path), options=marks[step is None])
+                if (place, step is None) not in steps:
+                    group = StepGroup(lr=self._rate(epoch, place, path), options=marks[step is None])
                     if self.writes:
-                        self.store.append_step(epoch, number, [group])
-                    steps.add((number, step is None))
+                        self.store.append_step(epoch, place, [group])
+                    steps.add((place, step is None))
                 if self.writes:
-                    self._append(epoch, number, sample, parameter, gradient, path)
+                    self._append(epoch, place, sample, parameter, gradient, path)
         return replace(
             report,
             records=report.records + numbering.records,
@@ -272,6 +289,24 @@ class _Import:
             unknown_steps=report.unknown_steps + numbering.unknown,
             not_finite=report.not_finite + not_finite,
         )
+
+    def _check_same(self, epoch: int, step: int, sample: int, parameter: str, gradient: np.ndarray, path: Path) -> None:
+        """Refuse a gradient that is there with other numbers: the file is another than the one that was imported."""
+        record = self.latest
+        if record is None or (record.epoch, record.step, record.sample) != (epoch, step, sample):
+            where = f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = 0"
+            self.latest = record = next(self.store.read(where))
+        stored, settings = record.dense(parameter), self.store.settings
+        if np.array_equal(stored, gradient, equal_nan=True):
+            return
+        allowed = 0.0 if settings.precision == "exact" else settings.max_rel_error
+        if not float(norm(stored - gradient)) <= allowed * float(norm(gradient)):
+            raise InvalidInputError(
+                f"{self.store.path} holds other numbers for {parameter} of sample {sample}, epoch {epoch}, step {step} "
+                f"than {path}: they came from another file of that name; import into another store",
+                kind="other-records",
+                parameter=parameter,
+            )
 
     def _rate(self, epoch: int, step: int, path: Path) -> float:
         rate = self.found.rate_at(epoch, step)
@@ -283,8 +318,6 @@ class _Import:
         return rate
 
     def _append(self, epoch: int, step: int, sample: int, parameter: str, gradient: np.ndarray, path: Path) -> None:
-        if self.scale != 1.0:
-            gradient = narrowed_product(gradient, self.scale)
         try:
             self.store.append(
                 epoch, step, sample, {parameter: gradient}, allow_zero=True, allow_nonfinite=True, copy=False
@@ -317,9 +350,15 @@ def _marks(path: Path, rate: float | None, scale: float) -> dict[bool, str]:
     }
 
 
-def narrowed_product(gradient: np.ndarray, scale: float) -> np.ndarray:
-    """Return a gradient times the scale, rounded once, in its own dtype."""
-    return (gradient.astype(np.float64) * scale).astype(gradient.dtype)
+def scaled(gradient: np.ndarray, scale: float) -> np.ndarray:
+    """Return a gradient times the scale, rounded once, in its own dtype; in float64 where that would lose it."""
+    if scale == 1.0:
+        return gradient
+    product = gradient.astype(np.float64) * scale
+    with np.errstate(over="ignore", under="ignore"):
+        own = product.astype(gradient.dtype)
+    is_lost = (np.isinf(own) & np.isfinite(product)).any() or (product.any() and not own.any())
+    return product if is_lost else own
 
 
 def _visits(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
@@ -337,14 +376,11 @@ def _given_rate(lr: float | None, directory: Any) -> float:
             "pass lr=, the rate that the run was trained with",
             kind="no-learning-rate",
         )
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not np.isfinite(lr):
-        raise InvalidInputError(f"lr is a number, not {lr!r}")
-    return float(lr)
+    return finite(lr, "lr")
 
 
 def _given_scale(scale: float | None) -> float:
-    if scale is None:
-        return 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale) or scale == 0:
-        raise InvalidInputError(f"scale is a number other than zero, not {scale!r}")
-    return float(scale)
+    found = 1.0 if scale is None else finite(scale, "scale")
+    if found == 0:
+        raise InvalidInputError("scale is a number other than zero")
+    return found

@@ -57,7 +57,7 @@ class _Reader:
     def visits(self) -> Iterator[Visit]:
         try:
             yield from self._visits()
-        except ijson.JSONError as error:
+        except (ijson.JSONError, UnicodeError) as error:
             what = str(error).partition("\n")[0]
             raise self._wrong(
                 f"it is no JSON, or broken off, within its first {self._tokens.bytes_read:,} bytes ({what})"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
-from timstore.intake import number
+from timstore.intake import number, whole_number
 from timstore.reporting import reporting
 
 INFO = "global_info.json"
@@ -114,10 +114,10 @@ def _announced(files: dict[int, Path], count: Any, folder: Path) -> dict[int, Pa
         return dict(sorted(files.items()))
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InvalidInputError(f"{folder / INFO}: num_epoch is {count!r}, not a number of epochs", path=str(folder))
-    missing = [epoch for epoch in range(count) if epoch not in files]
-    if missing:
+    missing = next((epoch for epoch in range(count) if epoch not in files), None)
+    if missing is not None:
         raise InvalidInputError(
-            f"{folder / INFO} announces {count} epochs, and there is no file of epoch {missing[0]}: put it there, or "
+            f"{folder / INFO} announces {count} epochs, and there is no file of epoch {missing}: put it there, or "
             "correct num_epoch",
             path=str(folder),
         )
@@ -129,22 +129,27 @@ def _announced(files: dict[int, Path], count: Any, folder: Path) -> dict[int, Pa
     return {epoch: files[epoch] for epoch in range(count)}
 
 
-def _number(info: Mapping[str, Any], name: str, folder: Path) -> float | None:
-    if info.get(name) is None:
-        return None
-    try:
-        found = number(info[name], name)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{folder / INFO}: {error}", path=str(folder)) from None
+def finite(value: Any, what: str) -> float:
+    """Return a float.
+
+    Raises:
+        InvalidInputError: it is no number, or not finite.
+    """
+    found = math.nan if isinstance(value, bool) else number(value, what)
     if not math.isfinite(found):
-        raise InvalidInputError(f"{folder / INFO}: {name} is {found}", path=str(folder))
+        raise InvalidInputError(f"{what} must be a finite number, not {value!r:.80}")
     return found
 
 
+def _number(info: Mapping[str, Any], name: str, folder: Path) -> float | None:
+    return None if info.get(name) is None else finite(info[name], f"{folder / INFO}: {name}")
+
+
 def _rates(rows: Any, folder: Path) -> dict[tuple[int, int], float]:
+    what = f"{folder / INFO}: learning_rates"
     try:
-        return {(int(epoch), int(step)): float(rate) for epoch, step, rate in rows}
-    except (TypeError, ValueError):
+        return {(whole_number(epoch, what), whole_number(step, what)): finite(rate, what) for epoch, step, rate in rows}
+    except (TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"{folder / INFO}: learning_rates lists [epoch, step, rate], not {rows!r:.80}", path=str(folder)
+            f"{what} lists [epoch, step, rate], not {rows!r:.80} ({error})", path=str(folder)
         ) from None

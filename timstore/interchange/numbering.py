@@ -1,9 +1,26 @@
 """Which step a gradient of an epoch's file belongs to: the one that is marked beside it, or the next free number."""
 
 from collections.abc import Iterable
+from pathlib import Path
+
+from timstore.interchange.visits import MARKER
+from timstore.reporting import reporting
 
 # Unmarked visits among marked ones: beyond any step that a run takes.
 _BEYOND = 1 << 40
+_BLOCK_BYTES = 1024 * 1024
+_MARKER = MARKER.encode()
+
+
+def may_have_markers(path: Path) -> bool:
+    """Say whether the end of a step marker's name is anywhere in a file, up to where it comes first."""
+    with reporting("read", path), open(path, "rb") as file:
+        rest = b""
+        while block := file.read(_BLOCK_BYTES):
+            if _MARKER in rest + block:
+                return True
+            rest = block[-len(_MARKER) :]
+    return False
 
 
 class Numbering:
@@ -14,13 +31,15 @@ class Numbering:
 
     Args:
         stored: (step, sample, parameter) of the epoch that the store holds.
+        has_markers: whether steps may be marked anywhere in the file: then the others are numbered beyond those.
 
     Attributes:
         records: visits of a sample.
         unknown: those without a step.
     """
 
-    def __init__(self, stored: Iterable[tuple[int, int, str]]) -> None:
+    def __init__(self, stored: Iterable[tuple[int, int, str]], *, has_markers: bool) -> None:
+        self._first = _BEYOND if has_markers else 0
         # Names as bits: a file may hold millions of visits of hundreds of parameters.
         self._bits: dict[str, int] = {}
         self._stored: dict[tuple[int, int], int] = {}
@@ -54,7 +73,7 @@ class Numbering:
             if not visit[1] & bit:
                 visit[1] |= bit
                 return visit[0]
-        number = self.unknown + (_BEYOND if self._marked else 0)
+        number = self.unknown + self._first
         self.unknown += 1
         visits.append([number, bit])
         return number

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timstore.errors import InvalidInputError
-from timstore.interchange.layout import INFO, sample_of
+import numpy as np
+
+from timstore.errors import InvalidInputError, StorageError
+from timstore.format.layout import SETTINGS
+from timstore.interchange.layout import INFO, finite, sample_of
+from timstore.interchange.visits import narrowed
 from timstore.lifetime import open_stores
 from timstore.reporting import reporting
 from timstore.store import Store
@@ -38,9 +42,8 @@ class _Directory:
         self.info = ""
         self.names: set[str] = set()
 
-    def keep(self, info: Mapping[str, Any]) -> None:
+    def keep(self, text: str) -> None:
         """Write `global_info.json`, if it says something new."""
-        text = json.dumps(dict(info), default=str, indent=1)
         if text == self.info:
             return
         beside = self._path / f"{INFO}.{os.getpid()}"
@@ -90,20 +93,45 @@ def save_gradient_trajectory(
         warnings.warn(_MESSAGE, DeprecationWarning, stacklevel=2)
     if not isinstance(param_name, str) or not param_name:
         raise InvalidInputError(f"param_name is text, not {param_name!r}")
-    key = sample_idx.item() if hasattr(sample_idx, "item") else sample_idx
-    sample, name = sample_of(key, "sample_idx")
-    directory = _directory(output_dir)
-    if global_info is not None:
-        directory.keep(global_info)
+    is_one = hasattr(sample_idx, "item") and getattr(sample_idx, "ndim", None) == 0
+    sample, name = sample_of(sample_idx.item() if is_one else sample_idx, "sample_idx")
+    info = None if global_info is None else _text(global_info)
     rate = None if global_info is None else global_info.get("learning_rate")
+    rate = None if rate is None else finite(rate, "global_info: learning_rate")
+    if isinstance(gradient, list | tuple):
+        gradient = _array(gradient)
+    directory = _directory(output_dir)
     directory.store.append(epoch, step, sample, {param_name: gradient}, lr=rate, allow_zero=True)
+    if info is not None:
+        directory.keep(info)
     if name is not None:
         directory.name(sample, name)
+
+
+def _text(info: Any) -> str:
+    try:
+        return json.dumps(dict(info), default=str, indent=1)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(f"global_info is a mapping that JSON can hold, not {info!r:.80} ({error})") from None
+
+
+def _array(numbers: Any) -> np.ndarray:
+    """Return nested lists as an array; given to the store as they are, they would be several parts of a gradient."""
+    try:
+        return narrowed(np.array(numbers, np.float64))
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"gradient is an array, a tensor, or numbers in lists of one length: {error}") from None
 
 
 def _directory(output_dir: str | os.PathLike[str]) -> _Directory:
     key = os.getpid(), os.path.abspath(output_dir)
     found = _directories.get(key)
+    if found is not None and found.store in open_stores() and not (found.store.path / SETTINGS).exists():
+        raise StorageError(
+            f"{found.store.path} was removed while gradients were written into it, and those that were not on disk are "
+            "lost: go on in another directory",
+            path=str(found.store.path),
+        )
     if found is None or found.store not in open_stores():
         found = _directories[key] = _Directory(Path(output_dir))
     return found

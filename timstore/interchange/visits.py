@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_MARKER = "_step"
+MARKER = "_step"
 
 
 @dataclass(slots=True)
@@ -32,23 +32,24 @@ class Visit:
         for place, name in enumerate(self.names):
             yield name, self.load(place), next(steps.get(name, iter(())), None)
         for name, values in self.scalars.items():
-            if name.endswith(_MARKER) and name.removesuffix(_MARKER) in steps:
+            if name.endswith(MARKER) and name.removesuffix(MARKER) in steps:
                 continue
             for value in values:
                 yield name, narrowed(np.array(float(value))), next(steps.get(name, iter(())), None)
 
-    def _steps(self) -> dict[str, list[int]]:
-        """Return the step of every occurrence of a gradient, by its name.
+    def _steps(self) -> dict[str, list[int | None]]:
+        """Return the step of every occurrence of a gradient, by its name; None for a negative one, which is none.
 
         A key is a step marker only if it ends in `_step`, its value is an integer, and the rest of it is a key beside.
         Where there are more of one than of the other none is known.
         """
         counts = Counter(self.names) + Counter({name: len(values) for name, values in self.scalars.items()})
-        found = {}
+        found: dict[str, list[int | None]] = {}
         for key, values in self.scalars.items():
-            stem = key.removesuffix(_MARKER)
-            if stem != key and counts[stem] and all(type(one) is int and one >= 0 for one in values):
-                found[stem] = [int(one) for one in values] if len(values) == counts[stem] else []
+            stem = key.removesuffix(MARKER)
+            if stem != key and counts[stem] and all(type(one) is int for one in values):
+                steps = [int(one) if one >= 0 else None for one in values]
+                found[stem] = steps if len(values) == counts[stem] else []
         return found
 
 

@@ -70,9 +70,7 @@ def select(snapshot: Snapshot, request: Request, moment: Moment | None) -> Selec
         InvalidInputError: `where` is no condition on `records`, or nothing is selected.
     """
     condition, params = _condition(request, moment)
-    found = snapshot.catalog.sql(
-        f"SELECT DISTINCT sample FROM records WHERE {condition} ORDER BY sample", params
-    ).fetchall()
+    found = snapshot.catalog.fetch(f"SELECT DISTINCT sample FROM records WHERE {condition} ORDER BY sample", params)
     samples = tuple(row[0] for row in found)
     skipped = _check_coverage(snapshot, request, samples, moment)
     if not samples:

@@ -10,6 +10,7 @@ from timstore.integrations.openunlearning.arguments import RollbackArguments
 from timstore.interchange import import_trajectories
 from timstore.interchange.importing import STAGED
 from timstore.interchange.layout import FORMATS, find
+from timstore.interchange.staging import beside
 from timstore.interchange.trajectory import STORE
 from timstore.reporting import reporting
 
@@ -61,7 +62,7 @@ def _imported(folder: Path, asked: RollbackArguments) -> Path:
         "scale": asked.scale,
     }
     store, kept = folder / IMPORTED, folder / _ORIGIN
-    half = folder / (IMPORTED + STAGED)
+    half = beside(store, STAGED)
     with reporting("write", kept):
         if (store.exists() or half.exists()) and kept.exists() and json.loads(kept.read_bytes()) != origin:
             raise InvalidInputError(
