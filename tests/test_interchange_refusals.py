@@ -232,3 +232,10 @@ def test_rates_and_scales_are_finite_numbers(tmp_path: Path, info: Any, given: A
     with pytest.raises(InvalidInputError, match=message):
         import_trajectories(folder, tmp_path / "s", **given)
     assert not (tmp_path / "s").exists()
+
+
+def test_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "old", {}, learning_rate=0.1)
+    (folder / "epoch_0.json").write_bytes(b'{"sample_gradients": {"1": {"\xed\xa0\x80": [1.0]}}}')
+    with pytest.raises(FormatError, match=r"epoch_0\.json.*no JSON"):
+        import_trajectories(folder, tmp_path / "s")
