@@ -74,6 +74,29 @@ def test_a_folder_of_several_files_is_copied_whole(sharded: tuple[nn.Module, Pat
     assert sorted(one.name for one in tmp_path.iterdir()) == ["memory-s", "model", "out", "s"]
 
 
+def test_other_weights_in_a_folder_are_copied_and_warned_of(
+    sharded: tuple[nn.Module, Path, Path], tmp_path: Path
+) -> None:
+    _, store, path = sharded
+    harmless = ("training_args.bin", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "tokenizer.model")
+    for name in harmless:
+        (path / name).write_bytes(b"kept")
+    assert not any("may hold" in one for one in timstore.rollback(path, [3], store, dry_run=True).warnings)
+    inner = path / "checkpoint-2"
+    inner.mkdir()
+    shutil.copy(next(path.glob("*.safetensors")), inner / "model.safetensors")
+    others = ("pytorch_model.bin", "optimizer.pt", "consolidated.00.pth", "consolidated.safetensors")
+    for name in (*others, "model.fp16.safetensors"):
+        (path / name).write_bytes(b"old")
+    said = r"model holds 6 other files of weights .*\(the first is consolidated.00.pth\),.* may hold the samples still"
+    with pytest.warns(timstore.TimstoreWarning, match=said) as caught:
+        report = timstore.rollback(path, [3], store, output=tmp_path / "out")
+    assert [str(one.message) for one in caught if "may hold" in str(one.message)] == [report.warnings[-1]]
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"old"
+    with pytest.warns(timstore.TimstoreWarning, match=said):
+        timstore.rollback(path, [3], store, in_place=True, force=True)
+
+
 def test_what_does_not_change_is_the_same_to_the_byte(sharded: tuple[nn.Module, Path, Path], tmp_path: Path) -> None:
     _, store, path = sharded
     name = "model.layers.1.mlp.up_proj.weight"

@@ -177,13 +177,19 @@ def test_a_kill_between_two_renames_leaves_both_versions_of_each_file(
     killed(recorded, monkeypatch)
     left = [path for path in (recorded / "model").iterdir() if path.name.startswith(".")]
     assert sorted(path.suffix for path in left) == [".new", ".old", ".old"]
-    with pytest.raises(timstore.ModelMismatchError, match=r"lies \.a.safetensors\..*\.old: .* Rename all .old files"):
+    with pytest.raises(
+        timstore.ModelMismatchError,
+        match=r"lies \.a.safetensors\..*\.old: .* Rename all .old files .* and delete what is left of both kinds",
+    ):
         timstore.rollback(recorded / "model", [1], recorded / "s", output=recorded / "out")
     for path in left:
         if path.suffix == f".{kept}":
             path.rename(path.with_name(path.name[1:].rsplit(".", 2)[0]))
-        else:
-            path.unlink()
+    # Of the file that was not replaced, the old one is a second name: renaming that does nothing.
+    rest = [path for path in left if path.exists()]
+    assert sorted(path.suffix for path in rest) == ([".new", ".old"] if kept == "old" else [".old", ".old"])
+    for path in rest:
+        path.unlink()
     if kept == "old":
         assert made.all_bits(made.tensors_in(recorded / "model")) == made.all_bits(before)
         timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
@@ -204,3 +210,31 @@ def test_what_cannot_be_put_back_is_said(recorded: Path, monkeypatch: pytest.Mon
     old = {path.name[1:].rsplit(".", 2)[0]: path for path in (recorded / "model").glob(".*.old")}
     assert {name: path.read_bytes() for name, path in old.items()} == {name: before[name] for name in old}
     assert old.keys() == {"a.safetensors", "b.safetensors"}
+
+
+def test_what_a_kill_left_is_said_until_it_is_deleted(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with timstore.open(recorded / "s") as store:
+        tensors = made.tensors_in(recorded / "model")
+        store.append_fingerprints(0, 0, {name: digest(tensor) for name, tensor in tensors.items()})
+    killed(recorded, monkeypatch)
+    left = sorted((recorded / "model").glob(".*"))
+    for path in left:
+        if path.suffix == ".old":
+            path.rename(path.with_name(path.name[1:].rsplit(".", 2)[0]))
+    said = r"model holds 2 hidden files of a rollback that was cut off \(the first is \.b\.safetensors\.\w{8}\.new\)"
+    with pytest.warns(timstore.TimstoreWarning, match=said):
+        report = timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
+    assert any("delete them" in one for one in report.warnings)
+    with pytest.raises(timstore.StateError, match=f"removed from this model before.*{said}") as raised:
+        timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
+    assert (raised.value.kind, raised.value.fields["samples"]) == ("removed-before", [1])
+    # Beside a single file, only those of its name are of it.
+    for name in (".both.safetensors.0123abcd.old", ".other.safetensors.0123abcd.old"):
+        (recorded / name).write_bytes(b"")
+    with pytest.warns(timstore.TimstoreWarning, match=r"holds 1 hidden file of .* cut off \(the first is \.both"):
+        timstore.rollback(recorded / "both.safetensors", [1], recorded / "s", dry_run=True)
+    for path in [*(recorded / "model").glob(".*"), *recorded.glob(".*")]:
+        path.unlink()
+    for name in ("model", "both.safetensors"):
+        report = timstore.rollback(recorded / name, [1], recorded / "s", dry_run=True, force=True)
+        assert not any("cut off" in one for one in report.warnings)

@@ -70,6 +70,10 @@ def refused(folder: Path, error: type[Exception], match: str, path: str = "a.saf
         ({"memory_limit": "much"}, "memory_limit"),
         ({"memory_limit": 1600}, "header has .* bytes, more than memory_limit leaves for it"),
         ({"strength": 2}, "strength"),
+        ({"in_place": "no"}, "in_place is True or False, not 'no'"),
+        ({"dry_run": "no"}, "dry_run is True or False, not 'no'"),
+        ({"keep_delta": "no"}, "keep_delta is True or False, not 'no'"),
+        ({"force": 1}, "force is True or False, not 1"),
         ({"where": "true"}, "say what to remove"),
         ({"probe": []}, r"no config.json that names its class"),
         ({"probe": [torch.ones(1, 4)], "model": "a"}, "model is a torch.nn.Module, not str"),
@@ -83,6 +87,9 @@ def test_arguments_of_the_other_kind_of_target(recorded: Path) -> None:
     for options in ({"output": "out"}, {"in_place": True}, {"model": nn.Linear(1, 1)}):
         with pytest.raises(timstore.InvalidInputError, match="are for checkpoints; a model in memory is changed there"):
             timstore.rollback(nn.Linear(2, 2), [1], store=recorded / "s", **options)
+    for name in ("in_place", "dry_run", "force", "keep_delta"):
+        with pytest.raises(timstore.InvalidInputError, match=f"{name} is True or False, not 'no'"):
+            timstore.rollback(nn.Linear(2, 2), [1], store=recorded / "s", **{name: "no"})
     with pytest.raises(timstore.InvalidInputError, match="local files"):
         timstore.rollback("s3://bucket/model", [1], store=recorded / "s", output="out")
 
@@ -229,6 +236,36 @@ def test_pickles_and_folders_that_hold_none_or_too_many(recorded: Path) -> None:
     os.mkfifo(recorded / "pipe.safetensors")
     with pytest.raises(timstore.InvalidInputError, match="is no plain file"):
         timstore.rollback(recorded / "pipe.safetensors", [1], recorded / "s", output=recorded / "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"in_place": True}, {"output": None, "dry_run": True}])
+@pytest.mark.parametrize("other", ["model.safetensors", "adapter_model.safetensors"])
+def test_two_sets_of_weights_that_loaders_could_take(recorded: Path, other: str, options: dict[str, Any]) -> None:
+    save_file(load_file(recorded / "a.safetensors"), recorded / "model" / other)
+    match = f"holds model.safetensors.index.json and {other}, two sets of weights.*: remove one of them, or pass the"
+    refused(recorded, timstore.InvalidInputError, match, "model", **options)
+
+
+def test_two_sets_by_the_index_and_by_the_configuration(recorded: Path) -> None:
+    folder, two = recorded / "model", timstore.InvalidInputError
+    whole = load_file(recorded / "a.safetensors")
+    (folder / "config.json").write_text('{"transformers_weights": "best.safetensors"}')
+    save_file(whole, folder / "best.safetensors")
+    refused(recorded, two, "index.json and best.safetensors, two sets", "model")
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(whole, folder / "model.safetensors")
+    refused(recorded, two, "model.safetensors and best.safetensors, two sets", "model")
+    (folder / "config.json").write_text('{"transformers_weights": "model.safetensors"}')
+    with pytest.warns(timstore.TimstoreWarning, match="3 other files of weights .*first is best.safetensors"):
+        timstore.rollback(folder, [1], recorded / "s", dry_run=True)
+    # An index that names the file alone is one set; one that has a name of its own is beside the file of that name.
+    (folder / "config.json").unlink()
+    places = dict.fromkeys(whole, "model.safetensors")
+    (folder / "net.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.warns(timstore.TimstoreWarning, match="3 other files of weights .*first is best.safetensors"):
+        timstore.rollback(folder, [1], recorded / "s", dry_run=True)
+    save_file(whole, folder / "net.safetensors")
+    refused(recorded, two, "net.safetensors.index.json and net.safetensors, two sets", "model")
 
 
 @pytest.mark.parametrize(

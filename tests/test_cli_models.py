@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_stores import RECORDED, fill, json_of, run
+from cli_stores import OUT, RECORDED, WIDTH, fill, json_of, run
+from safetensors.torch import save_file
 
 import timstore
 from timstore.rollbacks import RollbackReport
@@ -168,6 +169,22 @@ def test_messages_name_options_as_a_command_line_does(filled, monkeypatch):
     monkeypatch.setattr(timstore, "rollback", refuse)
     _, messages = run("rollback", "m", "--store", filled, "--ids", "3", "--dry-run", code=1)
     assert messages == "error: no records; --skip-missing goes on, or pass --output, or model=net, or lr=0.1\n"
+
+
+def test_a_probe_of_a_single_file_is_told_what_a_command_line_can_do(filled, tmp_path):
+    held = {"fc.weight": torch.zeros(OUT, WIDTH), "fc.bias": torch.zeros(OUT)}
+    save_file(held, tmp_path / "a.safetensors")
+    (tmp_path / "probe.jsonl").write_text('{"input_ids": [1, 2]}')
+    options = ("--store", filled, "--ids", "3", "--dry-run", "--probe", tmp_path / "probe.jsonl")
+    _, messages = run("rollback", tmp_path / "a.safetensors", *options, code=1)
+    assert "names its class: pass the model's folder, with a config.json that does\n" in messages
+    assert "model=" not in messages
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Unheard"]}')
+    save_file(held, tmp_path / "model" / "model.safetensors")
+    assert (
+        "roll back in Python, and pass model=, an nn.Module" in run("rollback", tmp_path / "model", *options, code=1)[1]
+    )
 
 
 @pytest.fixture

@@ -248,6 +248,11 @@ def test_finding_no_forget_row_is_an_error_and_never_success(newest: Checkout, t
     assert trainer.rollback_report.samples == tuple(sorted(ids_of(FORGET)))
 
 
+def test_an_empty_forget_split_is_told_so(newest: Checkout, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="the forget split is empty"):
+        unlearning(newest, tmp_path, new_model("llama"), forget=[]).train()
+
+
 def test_a_row_that_was_trained_on_and_not_recorded_is_no_success(newest: Checkout, tmp_path: Path) -> None:
     model = tuned(newest, tmp_path, samples=ids_of(FORGET[:2]))
     with pytest.raises(CoverageError, match=r"of 4 forget rows, 2 \(rows 2, 3\)"):

@@ -65,6 +65,17 @@ def byte_count(size: Any, what: str) -> int:
     return size
 
 
+def flags(**given: Any) -> None:
+    """Check that arguments are bools: any text is true, "no" as well.
+
+    Raises:
+        InvalidInputError: naming the argument.
+    """
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{name} is True or False, not {value!r:.80}")
+
+
 def moment(epoch: Any, step: Any) -> tuple[int, int]:
     """Return (epoch, step) as non-negative integers."""
     checked = whole_number(epoch, "epoch"), whole_number(step, "step")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +14,9 @@ from timstore.checkpoints.header import StoredTensor
 from timstore.errors import FormatError, InvalidInputError, NotFoundError
 from timstore.reporting import reporting
 
-_SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
+_MODEL, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _JSON_BYTES = 16 * 1024 * 1024
 
 
@@ -112,7 +112,7 @@ def opened(path: Path, header_bytes: int) -> Iterator[Checkpoint]:
 def _paths(path: Path) -> tuple[list[Path], dict[str, str]]:
     """Return (the files that hold a checkpoint's tensors, what an index says of each tensor's file)."""
     if not os.path.isdir(path):
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLES:
             raise _pickled(path)
         if path.name.endswith(_INDEX):
             raise InvalidInputError(f"{path} is the index of a checkpoint: pass its folder", path=str(path))
@@ -120,14 +120,17 @@ def _paths(path: Path) -> tuple[list[Path], dict[str, str]]:
     with reporting("read", path):
         names = sorted(os.listdir(path))
     indices = [name for name in names if name.endswith(_INDEX)]
-    found = [name for name in names if name.endswith(_SUFFIX)]
+    found = [name for name in names if name.endswith(SUFFIX)]
     if len(indices) == 1:
-        return _indexed(path / indices[0])
-    usual = [name for name in ("model.safetensors", _ADAPTER) if name in found] or found
+        paths, places = _indexed(path / indices[0])
+        _check_sole(path, indices[0], {one.name for one in paths}, found)
+        return paths, places
+    usual = [name for name in (_MODEL, _ADAPTER) if name in found] or found
     if len(usual) == 1 and not indices:
+        _check_sole(path, usual[0], set(usual), ())
         return [path / usual[0]], {}
-    if not found and any(name.endswith(_PICKLES) for name in names):
-        raise _pickled(path / next(name for name in names if name.endswith(_PICKLES)))
+    if not found and any(name.endswith(PICKLES) for name in names):
+        raise _pickled(path / next(name for name in names if name.endswith(PICKLES)))
     if not found:
         raise NotFoundError(f"{path} holds no safetensors file", path=str(path))
     raise InvalidInputError(
@@ -137,6 +140,31 @@ def _paths(path: Path) -> tuple[list[Path], dict[str, str]]:
     )
 
 
+def _check_sole(path: Path, chosen: str, taken: Set[str], found: Sequence[str]) -> None:
+    """Refuse a folder of which a loader may take other weights than those that would be changed.
+
+    Transformers takes the file that config.json names, or else model.safetensors, or else what the index names, and
+    puts an adapter that lies there on top; other loaders begin with the index.
+
+    Args:
+        chosen: the index, or the file alone.
+        taken: the files that would be changed.
+        found: those that may count beside an index.
+    """
+    others = [name for name in (_MODEL, _ADAPTER, chosen.removesuffix(".index.json")) if name in found]
+    if os.path.exists(path / "config.json"):
+        named = _json(path / "config.json").get("transformers_weights")
+        others += [named] if isinstance(named, str) and os.path.exists(path / named) else []
+    for other in others:
+        if other not in {chosen, *taken}:
+            raise InvalidInputError(
+                f"{path} holds {chosen} and {other}, two sets of weights, and which of them counts is not known: "
+                "remove one of them, or pass the file itself",
+                kind="two-sets",
+                path=str(path),
+            )
+
+
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the files that an index names, held to lie beside it, and the file of each tensor."""
     places = _json(index).get("weight_map")
@@ -144,7 +172,7 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise FormatError(f"{index} has no weight_map of tensors to files", path=str(index))
     names = sorted(set(places.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(_SUFFIX):
+        if Path(name).name != name or not name.endswith(SUFFIX):
             raise FormatError(f"{index} names {name!r}, which is no safetensors file beside it", path=str(index))
         if not os.path.exists(index.parent / name):
             raise NotFoundError(f"{index} names {name}, and there is no such file", path=str(index.parent / name))

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import nn
 
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
+from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
-from timstore.errors import InvalidInputError, ModelMismatchError
-from timstore.intake import byte_count
+from timstore.errors import InvalidInputError, ModelMismatchError, StateError
+from timstore.intake import byte_count, flags
 from timstore.records import Parameter
 from timstore.rollbacks.report import RollbackReport
 from timstore.rollbacks.rollback import rollback as roll_back
@@ -50,17 +52,26 @@ def rollback(
         moments = _fingerprints(snapshot)
         naming = understood(checkpoint, {*moments, *trained}, trained, is_checked=bool(moments))
         absent = {name: _unchanged(name, moments, checkpoint) for name in naming.absent}
+        # Looked for now: when the checkpoint is changed, nothing may fail any more.
+        others = warnings_of(checkpoint)
         target = CheckpointTarget(checkpoint, naming, absent, None if dry_run else chosen, model)
         try:
-            return roll_back(store, target, ids, dry_run=dry_run, memory_limit=memory_limit, **options)
+            report = roll_back(store, target, ids, dry_run=dry_run, memory_limit=memory_limit, **options)
+        except StateError as error:
+            left = left_of(checkpoint) if error.kind == "removed-before" else None
+            if left is None:
+                raise
+            raise StateError(f"{error}. {left}", kind=error.kind, **error.fields) from error
         except ModelMismatchError as error:
             hint = _hint(checkpoint, naming, trained) if error.kind == "unknown-model" else None
             if hint is None:
                 raise
             raise ModelMismatchError(f"{error}. {hint}", kind=error.kind, **error.fields) from error
+    return replace(report, warnings=(*report.warnings, *others))
 
 
 def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: bool, dry_run: bool) -> None:
+    flags(in_place=in_place, keep_delta=keep_delta, dry_run=dry_run)
     if "://" in str(path):
         raise InvalidInputError(f"{path}: this version rolls back checkpoints in local files", path=str(path))
     if output is not None and in_place:
@@ -105,7 +116,8 @@ def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Paramete
     if left:
         return (
             f"In {folder} lies {left[0]}: a rollback in place was cut off while it renamed files. Rename all .old "
-            "files of its number back to the names in them; or all .new ones, which goes on"
+            "files of its number back to the names in them and delete what is left of both kinds, which undoes it; or "
+            "rename all .new ones and delete the .old ones, which goes on"
         )
     for name, parameter in sorted(trained.items()):
         dtype = checkpoint.tensor(naming.tensors[name]).dtype

@@ -5,6 +5,9 @@ import re
 _SPELLED = {
     "missing='skip'": "--skip-missing",
     "probe=store.probe()[0]": "--probe kept",
+    "names its class: pass model=, an nn.Module of the recorded class; its parameters are then read from the "
+    "checkpoint": "names its class: pass the model's folder, with a config.json that does",
+    "pass model=": "roll back in Python, and pass model=",
     "dry_run=True": "--dry-run",
     "in_place=True": "--in-place",
     "force=True": "--force",

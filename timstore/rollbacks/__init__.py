@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from timstore.errors import InvalidInputError, TimstoreWarning
+from timstore.intake import flags
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback as _rollback
 from timstore.rollbacks.targets import ModelInMemory
@@ -26,6 +27,7 @@ def rollback(
     **options: Any,
 ) -> RollbackReport:
     """Remove the contribution of samples from a model; see `timstore.Store.rollback`."""
+    flags(in_place=in_place)
     if output is not None or in_place or model is not None:
         raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
     report = changed_together(

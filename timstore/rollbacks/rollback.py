@@ -10,7 +10,7 @@ import torch
 
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
-from timstore.intake import byte_count
+from timstore.intake import byte_count, flags
 from timstore.rollbacks.apply import apply, foresee
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
@@ -67,6 +67,7 @@ def rollback(
 ) -> RollbackReport:
     """Remove the contribution of samples from the target; see `timstore.Store.rollback`."""
     started = time.perf_counter()
+    flags(keep_delta=keep_delta, dry_run=dry_run, force=force)
     request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
     limit_bytes = byte_count(memory_limit, "memory_limit")
     if accumulate not in _DTYPES:

@@ -38,7 +38,7 @@ class TIMParameterRollback(OpenUnlearningTrainer):
     Raises, at `train()`, before the model is touched:
         CoverageError: no forget row was ever recorded, or not all; several processes hold the model.
         NotFoundError: `tim_output_dir` holds no trajectories.
-        InvalidInputError: the data set has no forget split; a method argument that cannot be right.
+        InvalidInputError: the data set has no forget split, or an empty one; a method argument that cannot be right.
         StateError: these samples were removed from this model before.
         ModelMismatchError: the model is not the one that the recorded run ended with.
     """
@@ -62,6 +62,8 @@ class TIMParameterRollback(OpenUnlearningTrainer):
                 f"{type(self.train_dataset).__name__} has no forget split: run src/train.py with "
                 "--config-name=unlearn.yaml, whose data set has one"
             )
+        if not len(forget):
+            raise InvalidInputError("the forget split is empty: there is nothing to roll back; name one that has rows")
         retain = getattr(self.train_dataset, "retain", None)
         rows, probe, report = self._roll_back(forget, retain)
         self.rollback_report = report
