@@ -242,3 +242,12 @@ def test_wrong_usage_ends_with_two(arguments):
 def test_without_arguments_the_help_is_shown():
     text, messages = run(code=2)
     assert "Commands:" in text + messages
+
+
+def test_an_empty_question_and_a_file_in_place_of_a_store_are_said(filled, tmp_path):
+    for arguments, given in ((["sql", filled, " "], None), (["sql", filled], "\n")):
+        assert "error: the question is empty" in run(*arguments, code=1, given=given)[1]
+    (tmp_path / "f").write_text("a")
+    for verb in (["info"], ["sql"], ["compact"]):
+        given = [*verb, tmp_path / "f", *(["SELECT 1"] if verb == ["sql"] else [])]
+        assert "f is a file, and a store is a folder" in run(*given, code=1)[1]

@@ -177,3 +177,28 @@ def test_verbs_are_completed(shell):
     }
     done = process(env={"_TIMSTORE_COMPLETE": f"complete_{shell}", **words[shell]})
     assert done.returncode == 0 and "info" in done.stdout and "sql" not in done.stdout
+
+
+def test_output_that_cannot_be_written_is_said(tmp_path):
+    path = fill(tmp_path / "run.tim")
+    with open("/dev/full", "w") as full:
+        done = process("info", path, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output could not be written: No space left on device\n"
+
+
+def test_an_import_that_cannot_be_written_is_said_once(tmp_path):
+    path = fill(tmp_path / "run.tim")
+    (tmp_path / "a.csv").write_text("sample,note\n3,a\n")
+    # A writer that finds no room, then or at the end.
+    script = (
+        "import sys, timstore.format.log as log\n"
+        "from timstore.errors import StorageError\n"
+        "def full(*_, **__): raise StorageError('no space is left')\n"
+        "log.LogWriter.commit = full\n"
+        "from timstore.cli import main\n"
+        "main()\n"
+    )
+    arguments = [sys.executable, "-c", script, "samples", "import", str(path), str(tmp_path / "a.csv")]
+    done = subprocess.run(arguments, text=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (1, "error: no space is left\n")

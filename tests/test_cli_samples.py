@@ -115,7 +115,21 @@ def test_a_column_in_other_letters_is_the_same_column(store, tmp_path):
         ("a.jsonl", '{"sample": 1}\nnonsense\n', "line 2: no JSON"),
         ("a.jsonl", '{"sample": 1}\n[2]\n', "line 2: a line holds one object"),
         ("a.jsonl", '{"sample": "1"}\n', "holds integers"),
-        ("a.jsonl", '{"sample": 1, "x": 1}\n{"sample": 2, "x": "a"}\n', "a.jsonl: "),
+        ("a.jsonl", '{"sample": 1, "x": 1}\n{"sample": 2, "x": "a"}\n', "a.jsonl, row 2: x is 'a', of another type"),
+        (
+            "a.jsonl",
+            '{"sample": 1, "x": 9223372036854775808}\n{"sample": 2, "x": -1}\n',
+            "a.jsonl, row 1: x is 9223372036854775808",
+        ),
+        ("a.jsonl", '{"sample": 1, "x": 99999999999999999999999}\n', "row 1: x is 99999999999999999999999, an integer"),
+        ("a.jsonl", '{"sample": 1, "x": 0.5}\n{"sample": 2, "x": 9007199254740993}\n', "row 2: x is 9007199254740993"),
+        ("a.jsonl", '{"sample": 99999999999999999999999}\n', "row 1: sample is 99999999999999999999999"),
+        ("a.csv", "sample,o\n1,a\n2.5,b\n", "a.csv, row 2: sample is 2.5"),
+        ("a.csv", "sample,o\n1,a\n99999999999999999999999,b\n", "row 2: sample is 99999999999999999999999"),
+        ("a.csv", "sample,x\n1,1.5\n2,9007199254740993\n", "row 2: column x holds 9007199254740993, which a float"),
+        ("a.csv", "sample,x\n1,18446744073709551615\n2,18446744073709551614\n", "pass --text x"),
+        ("a.csv", 'sample,o\n3,"abc\n7,x\n', "a.csv, line 2: a quote begins here and never ends"),
+        ("a.csv", "sample,,o\n3,1,2\n", "a.csv, line 1: column 2 has no name"),
         ("a.jsonl", b'{"sample": 1, "x": "\xff"}\n', "line 1: no JSON"),
         ("a.parquet", "no parquet", "a.parquet: "),
         ("a.xlsx", "", "is named .csv, "),
@@ -127,6 +141,28 @@ def test_a_file_that_cannot_be_attached_is_refused_with_its_reason(store, tmp_pa
     text, messages = run("samples", "import", store, tmp_path / name, "--yes", code=1)
     assert text == "" and messages.startswith("error: ") and said in messages
     assert files(store) == before
+
+
+def test_quotes_in_csv_that_end_are_taken_as_they_are(store, tmp_path):
+    (tmp_path / "a.csv").write_text('sample,o,p\n1,"a ""b"", c\nd",""\n2,e"f,"g"\n"3","""",""""""\n')
+    run("samples", "import", store, tmp_path / "a.csv")
+    found = held(store, "o, p", "sample IN (1, 2, 3)")
+    assert [tuple(row.values()) for row in found] == [('a "b", c\nd', ""), ('e"f', "g"), ('"', '""')]
+
+
+def test_large_integers_of_csv_keep_their_digits_as_text(store, tmp_path):
+    ids = ["18446744073709551615", "18446744073709551614"]
+    (tmp_path / "a.csv").write_text(f"sample,acct\n1,{ids[0]}\n2,{ids[1]}\n")
+    run("samples", "import", store, tmp_path / "a.csv", "--text", "acct")
+    assert [row["acct"] for row in held(store, "acct", "sample IN (1, 2)")] == ids
+
+
+def test_a_file_that_would_round_what_is_stored_is_refused(store, tmp_path):
+    for sample, value, code in ((3, "1.5", 0), (7, "9007199254740993", 1)):
+        (tmp_path / "a.csv").write_text(f"sample,score\n{sample},{value}\n")
+        _, messages = run("samples", "import", store, tmp_path / "a.csv", code=code)
+    assert "column score holds double, not int64" in messages
+    assert held(store, "score", "score IS NOT NULL") == [{"score": 1.5}]
 
 
 def test_ids_beyond_63_bits_are_refused(store, tmp_path):

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.catalog.tables import quoted
 from timstore.errors import InvalidInputError
+from timstore.format.columns import fit, joined, plain
 
 
 class Samples:
@@ -55,20 +57,38 @@ def as_rows(rows: Any) -> pa.Table:
     return table.set_column(table.column_names.index("sample"), "sample", ids)
 
 
-def check_columns(table: pa.Table, known: pa.Table) -> None:
-    """Refuse a column whose type cannot join what is stored under its name.
+def check_columns(table: pa.Table, ask: Callable[[str], pa.Table], earlier: Sequence[pa.Table] = ()) -> None:
+    """Refuse a column that no type holds exactly together with what is stored under its name.
+
+    Args:
+        ask: answers SQL about the store.
+        earlier: rows that will be stored before these.
 
     Raises:
         InvalidInputError: naming the column and both types.
     """
+    stored = ask("SELECT * FROM samples LIMIT 0")
+    known = joined([stored, *(rows.slice(0, 0) for rows in earlier)])
+    given = plain(table)
     # SQL does not tell Owner from owner.
-    types = {field.name.lower(): field.type for field in known.schema}
-    for name in sorted(name for name in table.column_names if name.lower() in types):
-        held, given = types[name.lower()], table.schema.field(name).type
-        try:
-            pa.unify_schemas([pa.schema([(name, held)]), pa.schema([(name, given)])], promote_options="permissive")
-        except pa.ArrowException:
-            raise InvalidInputError(f"the samples column {name} holds {held}, not {given}", column=name) from None
+    fields = {field.name.lower(): field for field in known.schema}
+    differ = {}
+    for name in sorted(given.column_names):
+        field = fields.get(name.lower())
+        if field is not None and len({field.type, given.schema.field(name).type} - {pa.null()}) == 2:
+            differ[name] = field
+    if not differ:
+        return
+    names = [field.name for field in differ.values() if field.name in stored.column_names]
+    columns = ", ".join(map(quoted, ["sample", *names]))
+    rows = joined([ask(f"SELECT {columns} FROM samples"), *earlier])
+    for name, field in differ.items():
+        if not fit(rows, given, field.name):
+            raise InvalidInputError(
+                f"the samples column {name} holds {field.type}, not {given.schema.field(name).type}, and no type holds "
+                f"the values of both exactly: give it as {field.type}, or under another name",
+                column=name,
+            )
 
 
 def names_of_samples(rows: pa.Table, column: str) -> dict[str, int] | None:
@@ -124,7 +144,7 @@ def _as_table(rows: Any) -> pa.Table:
             return pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
         if hasattr(rows, "columns"):
             return pa.Table.from_pandas(rows, preserve_index=False)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"these samples are no table: {error}") from error
     raise InvalidInputError(
         f"samples are a frame, a list of mappings or a mapping of columns, not {type(rows).__name__}"

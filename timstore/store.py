@@ -395,6 +395,6 @@ class Store(Handle):
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()
-        check_columns(rows, self.snapshot().catalog.rows("SELECT * FROM samples LIMIT 0"))
+        check_columns(rows, self.snapshot().catalog.rows)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()

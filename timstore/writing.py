@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from timstore.encoding import Matrix, encode
 from timstore.errors import ReadOnlyError, StateError, StorageError, TimstoreWarning
+from timstore.format.columns import joined
 from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
 from timstore.ledger import check_rows, row_bytes, table
@@ -81,7 +82,10 @@ class _Batch:
         return self.records[0].record.rank if self.records else 0
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
-        tables = {kind: pa.concat_tables(parts, promote_options="permissive") for kind, parts in self.tables.items()}
+        tables = {
+            kind: joined(parts) if kind == "samples" else pa.concat_tables(parts, promote_options="permissive")
+            for kind, parts in self.tables.items()
+        }
         tables.update((kind, table(kind, rows)) for kind, rows in self.rows.items())
         states = self.states
         if states:

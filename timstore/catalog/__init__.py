@@ -50,7 +50,7 @@ class Catalog:
         Cost: about 0.5 GB of memory, whatever the number of rows; 14 bytes of temporary disk per gradient row.
 
         Raises:
-            FormatError: rows that this version does not know, or user columns of samples that do not fit together.
+            FormatError: rows that this version does not know.
             StateError: if `previous` is closed.
         """
         catalog = cls(private_folder())

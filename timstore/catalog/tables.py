@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.tables import ADDED, ROLLED, SCHEMAS, alike, integers, numbered
+from timstore.format.columns import joined
+from timstore.format.tables import ADDED, ROLLED, SCHEMAS, integers, numbered
 
 STORED = tuple(kind for kind in ROLLED if kind != "samples")
 
@@ -96,7 +97,7 @@ def load_commits(
         folded: (kind, rows) of a checkpoint, in its order; those of the commits that it covers are of kind `commits`.
 
     Raises:
-        FormatError: rows that are not those of `format.tables`, or user columns that do not fit together.
+        FormatError: rows that are not those of `format.tables`.
     """
     loading = {kind: _Loading(connection, kind) for kind in STORED}
     samples: list[pa.Table] = []
@@ -197,7 +198,7 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
     """Merge the user's columns: of each sample and column the last value written that is not NULL."""
     before = connection.sql("FROM stored.samples").to_arrow_table()
     try:
-        table = pa.concat_tables(alike([before, *tables]), promote_options="permissive")
+        table = joined([before, *tables])
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
         table = table.rename_columns([str(number) for number in range(len(names))])
@@ -211,7 +212,7 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
         )
         connection.unregister("given")
     except (pa.ArrowException, duckdb.Error) as error:
-        raise FormatError(f"the columns attached to samples do not fit together: {error}") from error
+        raise FormatError(f"the samples are no rows of this version: {error}") from error
 
 
 def _empty(kind: str) -> pa.Table:

@@ -3,13 +3,16 @@
 import atexit
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import Annotated, ClassVar, NoReturn
 
 import typer
 
 import timstore
+from timstore.cli.failures import ERROR
 from timstore.cli.verbs import Verbs
+from timstore.errors import TimstoreWarning
 
 
 class Root(Verbs):
@@ -69,6 +72,9 @@ def main() -> NoReturn:
         app(prog_name="timstore")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
+    if code == ERROR:
+        # What a store could not write was said; said again at its end it is no news.
+        warnings.simplefilter("ignore", TimstoreWarning)
     # Everything is closed by now. What the interpreter does beyond this, object by object, takes a tenth of the time.
     atexit._run_exitfuncs()
     with suppress(OSError):

@@ -52,8 +52,9 @@ def exit_code(error: Exception) -> int:
 
 def _said(error: Exception) -> str:
     """Return the error's own words, as a command line spells them; those of the system are short of the file."""
-    if isinstance(error, OSError) and not isinstance(error, TimstoreError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and not isinstance(error, TimstoreError):
+        # Files are opened by name; without one it is what a verb prints to.
+        return f"{error.filename or 'the output could not be written'}: {error.strerror}"
     return spelled(str(error))
 
 

@@ -15,7 +15,7 @@ from timstore.cli.options import AsJson, DryRun, StorePath, Yes
 from timstore.cli.output import counted, print_json
 from timstore.cli.sample_files import blocks
 from timstore.cli.stores import reading, writing
-from timstore.format.tables import alike
+from timstore.format.columns import plain
 from timstore.samples import as_rows, check_columns
 
 EXAMPLES = """\b
@@ -94,15 +94,13 @@ def _look(store: timstore.Store, file: Path, text: Collection[str]) -> Import:
         InvalidInputError: something in it cannot be attached.
     """
     found = Import()
-    known = store.sql("SELECT * FROM samples LIMIT 0").to_arrow_table()
-    held = {name.lower() for name in known.column_names}
+    held = {name.lower() for name in store.sql("SELECT * FROM samples LIMIT 0").columns}
+    earlier: list[pa.Table] = []
     fresh: set[int] = set()
     for block in blocks(file, text):
         rows = as_rows(block)
-        known, given = alike([known, rows])
-        check_columns(given, known)
-        both = pa.unify_schemas([known.schema, given.schema], promote_options="permissive")
-        known = pa.Table.from_batches([], schema=both)
+        check_columns(rows, lambda question: store.sql(question).to_arrow_table(), earlier)
+        earlier.append(_without_text(plain(rows)))
         names = [name for name in rows.column_names if name != "sample"]
         found.rows += rows.num_rows
         found.columns += [name for name in names if name not in found.columns]
@@ -117,6 +115,14 @@ def _look(store: timstore.Store, file: Path, text: Collection[str]) -> Import:
                 )
     found.new = len(fresh)
     return found
+
+
+def _without_text(rows: pa.Table) -> pa.Table:
+    """Forget text, which is most of a file: it joins text alone, whatever it says."""
+    for number, column in enumerate(rows.schema):
+        if column.type == pa.string():
+            rows = rows.set_column(number, column, pa.nulls(rows.num_rows, pa.string()))
+    return rows
 
 
 def _stored(store: timstore.Store, ids: list[int], names: list[str]) -> dict[int, dict[str, object]]:

@@ -44,7 +44,10 @@ def run(
     rollbacks, commits. The query can read these and nothing else.
     """
     with reading(path) as store:
-        answer = store.sql(_read_query() if query == "-" else query)
+        question = _read_query() if query == "-" else query
+        if not question.strip():
+            raise InvalidInputError("the question is empty: give one SELECT, as an argument or on standard input")
+        answer = store.sql(question)
         names = _told_apart(answer.columns)
         rows = _rows(answer)
         rows = chain(list(islice(rows, 1)), rows)  # what fails on its way prints nothing

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import timstore
-from timstore.errors import NotFoundError
+from timstore.errors import InvalidInputError, NotFoundError
 
 
 def reading(path: Path) -> timstore.Store:
@@ -11,7 +11,10 @@ def reading(path: Path) -> timstore.Store:
 
     Raises:
         NotFoundError: there is none.
+        InvalidInputError: the path is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise InvalidInputError(f"{path} is a file, and a store is a folder: name the folder", path=str(path))
     try:
         return timstore.open(path, "r")
     except NotFoundError:

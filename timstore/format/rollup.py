@@ -28,11 +28,12 @@ from timstore.format.checkpoint import (
     read_rows,
     seal_checkpoint,
 )
+from timstore.format.columns import joined
 from timstore.format.commits import Commit, ObjectInfo, parse_info
 from timstore.format.log import create_settled, drop, now
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
-from timstore.format.tables import ROLLED, alike, numbered, write_rows
+from timstore.format.tables import ROLLED, numbered, write_rows
 from timstore.format.view import View, read_view
 
 # A row file with so many rows is left as it is by later roll-ups: each of them then costs what is new and little more.
@@ -150,7 +151,7 @@ class _Fold:
         tables = self._waiting.pop(kind)
         self._counts[kind] = 0
         try:
-            table = pa.concat_tables(alike(tables) if kind == "samples" else tables, promote_options="permissive")
+            table = joined(tables) if kind == "samples" else pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise FormatError(f"the {kind} of different commits do not fit together: {error}") from error
         path = f"{self._folder}{kind}-{self._made:04d}.parquet"
