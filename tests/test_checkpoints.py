@@ -1,8 +1,7 @@
 """A checkpoint rolled back on disk has the bits of the model rolled back in memory and saved; the rest stays."""
 
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from torch import nn
 
 import timstore
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="first order only", category=timstore.TimstoreWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 
 
 of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -3,8 +3,6 @@
 import errno
 import itertools
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,7 @@ from timstore.checkpoints import writing
 from timstore.fingerprints import digest
 from timstore.store import Store
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="first order only", category=timstore.TimstoreWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 
 
 class FailingOs:

@@ -1,8 +1,6 @@
 """A checkpoint rolled back with a probe: the model is loaded, or given, and asked."""
 
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -14,12 +12,7 @@ from torch import nn
 
 import timstore
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="first order only", category=timstore.TimstoreWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 
 
 of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

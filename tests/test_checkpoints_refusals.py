@@ -3,8 +3,7 @@
 import json
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ import timstore
 from timstore.checkpoints.folder import opened
 from timstore.checkpoints.target import CheckpointTarget
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="first order only", category=timstore.TimstoreWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from timstore.checkpoints.folder import PICKLES, SUFFIX, Checkpoint
+from timstore.checkpoints.writing import LEFT
 
 # Weights in other formats, and what optimizers saved: their moments are sums of the samples' gradients.
 _WEIGHTS = (SUFFIX, *PICKLES, ".pickle", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".npz", ".npy", ".distcp")
@@ -13,7 +14,6 @@ _WEIGHTS = (SUFFIX, *PICKLES, ".pickle", ".gguf", ".h5", ".keras", ".msgpack", "
 _HARMLESS = re.compile(
     r"training_args\.bin|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|random_states_\d+\.pkl"
 )
-_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(old|new)")
 
 
 def warnings_of(checkpoint: Checkpoint) -> list[str]:
@@ -24,10 +24,10 @@ def warnings_of(checkpoint: Checkpoint) -> list[str]:
 def left_of(checkpoint: Checkpoint) -> str | None:
     """Return a sentence on the files that rollbacks left when they were cut off; None where there are none."""
     if checkpoint.is_folder:
-        left = [name for name in _below(checkpoint.path) if _LEFT.fullmatch(os.path.basename(name))]
+        left = [name for name in _below(checkpoint.path) if LEFT.fullmatch(os.path.basename(name))]
     else:
         # The other files beside it are those of others.
-        found = ((name, _LEFT.fullmatch(name)) for name in sorted(_beside(checkpoint.path)))
+        found = ((name, LEFT.fullmatch(name)) for name in sorted(_beside(checkpoint.path)))
         left = [name for name, match in found if match is not None and match[1] == checkpoint.path.name]
     if not left:
         return None

@@ -1,7 +1,6 @@
 """A rollback of a checkpoint on disk: understand it, hold it against the store, and go the way of any rollback."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from timstore.checkpoints.names import Naming, understood
 from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
+from timstore.checkpoints.writing import LEFT
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
 from timstore.intake import byte_count, flags
 from timstore.records import Parameter
@@ -112,7 +112,8 @@ def _unchanged(name: str, moments: Mapping[str, set[str]], checkpoint: Checkpoin
 def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Parameter]) -> str | None:
     """Return what may have made a checkpoint unlike what was recorded."""
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.absolute().parent
-    left = sorted(name for name in os.listdir(folder) if re.fullmatch(r"\..+\.[0-9a-f]{8}\.old", name))
+    matches = map(LEFT.fullmatch, os.listdir(folder))
+    left = sorted(match[0] for match in matches if match is not None and match[2] == "old")
     if left:
         return (
             f"In {folder} lies {left[0]}: a rollback in place was cut off while it renamed files. Rename all .old "

@@ -1,6 +1,7 @@
 """New files on their way: written beside their place under hidden names, on disk as a whole, and then renamed."""
 
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,8 @@ from timstore.reporting import reporting
 
 # Bytes [start, stop) of a file.
 Span = tuple[int, int]
+# What is left of a file's names when a process was killed: `.<name>.<token>.old` or `.new`.
+LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(old|new)")
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 

@@ -120,6 +120,13 @@ def import_trajectories(
     sizes = sum(path.stat().st_size for path in found.files.values())
     with ExitStack() as stack:
         target, is_new = stack.enter_context(_target(store, dry_run, lambda half: _other_epoch(half, found, scale)))
+        other = _other_epoch(target, found, scale)
+        if other is not None:
+            raise InvalidInputError(
+                f"{target.path} holds records of epoch {other} that are not of {found.files[other]}, or came with "
+                "another lr or scale: import into another store",
+                kind="other-records",
+            )
         passes = [False] if dry_run else [True] if is_new else [False, True]
         bars = stack.enter_context(
             shown_if(
@@ -222,13 +229,6 @@ class _Import:
 
     def run(self, advance: Callable[[int], None]) -> Imported:
         """Write what is not there yet."""
-        other = _other_epoch(self.store, self.found, self.scale)
-        if other is not None:
-            raise InvalidInputError(
-                f"{self.store.path} holds records of epoch {other} that are not of {self.found.files[other]}, or came "
-                "with another lr or scale: import into another store",
-                kind="other-records",
-            )
         shapes = {name: one.shape for name, one in self.store.snapshot().parameters().items()}
         report = Imported(epochs=len(self.found.files))
         for epoch, path in self.found.files.items():

@@ -126,12 +126,12 @@ def _array(numbers: Any) -> np.ndarray:
 def _directory(output_dir: str | os.PathLike[str]) -> _Directory:
     key = os.getpid(), os.path.abspath(output_dir)
     found = _directories.get(key)
-    if found is not None and found.store in open_stores() and not (found.store.path / SETTINGS).exists():
+    if found is None or found.store not in open_stores():
+        found = _directories[key] = _Directory(Path(output_dir))
+    elif not (found.store.path / SETTINGS).exists():
         raise StorageError(
             f"{found.store.path} was removed while gradients were written into it, and those that were not on disk are "
             "lost: go on in another directory",
             path=str(found.store.path),
         )
-    if found is None or found.store not in open_stores():
-        found = _directories[key] = _Directory(Path(output_dir))
     return found
