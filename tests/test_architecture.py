@@ -23,6 +23,7 @@ LAYERS = [
     ["timstore.opening"],
     ["timstore.ledger"],
     ["timstore.writing"],
+    ["timstore.entries"],
     ["timstore.states"],
     ["timstore.attempts"],
     ["timstore.handle"],

@@ -1,6 +1,5 @@
 """What the recorder refuses, before hours are wasted."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,19 +131,3 @@ def test_a_parameter_that_is_unfrozen_on_the_way_is_refused(store: timstore.Stor
     assert moments(store) == [(0, 0, 1), (0, 0, 2), (0, 1, 3), (0, 1, 4)]
     names = {name for (name,) in store.sql("SELECT DISTINCT parameter FROM gradients WHERE step = 1").fetchall()}
     assert names == {name for name, _ in model.named_parameters()}
-
-
-def test_a_record_of_nothing_but_zeros_is_refused_by_name_or_accepted(tmp_path: Path) -> None:
-    def run(**options: Any) -> list[tuple[int, int, int]]:
-        model = network()
-        optimizer = sgd(model)
-        with timstore.open(tmp_path / str(len(options))) as store:
-            with store.record(model, optimizer, **options):
-                outputs = model(torch.randn(2, 4), sample_ids=[1, 2])
-                (outputs.square().sum(1) * torch.tensor([1.0, 0.0])).mean().backward()
-                optimizer.step()
-            return moments(store)
-
-    with pytest.raises(InvalidInputError, match=r"step 0.*sample 2.*zero"):
-        run()
-    assert run(allow_zero=True) == [(0, 0, 1), (0, 0, 2)]

@@ -118,7 +118,7 @@ class Store(_Store):
                 that step's records take, if `steps` optimizer steps (in which each sample is drawn `epochs` times)
                 would take more. `forecast` says so before.
             rank: of this process; found when None.
-            allow_zero: accept a sample whose every gradient is zero, such as one without a single label.
+            allow_zero: accept a step in which no sample has any gradient; one sample without any is recorded as zero.
             capture: `modules`, gradients as modules show them in the ordinary backward pass; `per-sample` also what
                 no module shows (an LSTM, a weight used directly), by one more backward pass for each recorded sample.
             batch_axis: of the tensors that the model is given and returns.

@@ -10,12 +10,13 @@ import pyarrow as pa
 
 from timstore import errors, intake, lifetime
 from timstore.attempts import CurrentAttempt
+from timstore.entries import Entry, record_entry, step_entry
 from timstore.format.commits import Scope
 from timstore.format.log import LogWriter
 from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
-from timstore.records import Parameter, Step, StepGroup
+from timstore.records import Parameter, StepGroup
 from timstore.samples import Samples, check_columns
 from timstore.snapshot import pack_probe
 from timstore.states import state_item, state_precision
@@ -95,41 +96,22 @@ class Store(Handle):
             StateError: the store is closed, or this is a forked child.
             StorageError: an earlier write failed (no space left); earlier records are kept in memory.
         """
-        ledger = self._writing()
-        epoch, step = intake.moment(epoch, step)
-        rank = intake.rank_number(rank)
-        taken = intake.take_in(
-            epoch,
-            step,
-            sample,
-            gradients,
-            known=ledger.parameters(),
-            rank=rank,
-            loss=loss,
-            tokens=tokens,
-            dot=dot,
-            allow_zero=allow_zero,
-            allow_nonfinite=allow_nonfinite,
-            copy=copy,
-        )
-        samples, names = [record.sample for record in taken.records], frozenset(taken.parameters)
-        ledger.check_new((epoch, step), rank, samples, names)
-        group = () if lr is None else (StepGroup(lr=intake.number(lr, "lr")),)
-        steps = ledger.new_steps(Step(epoch, step, group, rank))
-        items = [
-            Item(
-                sum(array.nbytes for array in intake.arrays_of(record.gradients)),
-                record=record,
-                parameters=taken.parameters,
-                finite=finite,
-                moment=(epoch, step),
+        self.accept(
+            self.record_entry(
+                epoch,
+                step,
+                sample,
+                gradients,
+                lr=lr,
+                loss=loss,
+                tokens=tokens,
+                dot=dot,
+                rank=rank,
+                allow_zero=allow_zero,
+                allow_nonfinite=allow_nonfinite,
+                copy=copy,
             )
-            for record, finite in zip(taken.records, taken.finite, strict=True)
-        ]
-        new = parameter_rows(taken.new, ledger.attempt)
-        self._put(*rows_items("parameters", new), *rows_items("steps", steps, (epoch, step)), *items)
-        ledger.know(taken.new)
-        ledger.accept((epoch, step), rank, samples=samples, names=names, steps=steps)
+        )
 
     def append_step(
         self,
@@ -153,12 +135,26 @@ class Store(Handle):
         Raises:
             InvalidInputError: a field that does not exist, or a step recorded before with other values.
         """
+        self.accept(self.step_entry(epoch, step, groups, rank=rank, **scalars))
+
+    def record_entry(self, *given: Any, **options: Any) -> Entry:
+        """Check and take in what `append` would accept, and change nothing; arguments and errors as there."""
+        return record_entry(self._writing(), *given, **options)
+
+    def step_entry(self, *given: Any, **options: Any) -> Entry:
+        """Check and take in what `append_step` would accept, and change nothing; arguments and errors as there."""
+        return step_entry(self._writing(), *given, **options)
+
+    def accept(self, *entries: Entry) -> None:
+        """Accept what was checked and taken in, all or none; durability as `append`.
+
+        Raises:
+            StateError, StorageError: as `append`; never for what the entries hold.
+        """
         ledger = self._writing()
-        taken = intake.step(epoch, step, groups, rank, scalars)
-        rows = ledger.new_steps(taken)
-        moment = taken.epoch, taken.step
-        self._put(*rows_items("steps", rows, moment))
-        ledger.accept(moment, taken.rank, steps=rows)
+        self._put(*(item for entry in entries for item in entry.items))
+        for entry in entries:
+            entry.accepted(ledger)
 
     def declare(self, parameters: Sequence[Parameter]) -> None:
         """Name the parameters of the model, their shapes and optimizer groups, before they are recorded.

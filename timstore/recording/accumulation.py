@@ -94,6 +94,11 @@ class Accumulation:
         """Whether anything was accumulated since the last step."""
         return bool(self._kept)
 
+    @property
+    def reached(self) -> bool:
+        """Whether any number of what was accumulated is not zero."""
+        return any(bool(kept.any()) for kept in self._kept.values())
+
     def lost(self) -> bool:
         """Return whether what was accumulated has been zeroed: the step that it was for was skipped.
 
@@ -101,7 +106,8 @@ class Accumulation:
         """
         held = sorted((self._parameters[name] for name in self._kept), key=torch.numel)
         self._suspect = any(_nonzero(parameter) for parameter in held)
-        return not self._suspect
+        # What was zero when it was accumulated may still be what it was.
+        return not self._suspect and (self.reached or all(parameter.grad is None for parameter in held))
 
     def ratio(self) -> float:
         """Return consumed over accumulated gradient, one factor common to all parameters.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.entries import Entry
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
@@ -75,6 +76,7 @@ class Stepping:
         self.last: tuple[int, int] | None = None
         self._taken = 0
         self._ahead: Ahead | None = None
+        self._entries: list[Entry] = []
         self._consumed: dict[str, torch.Tensor] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -114,8 +116,30 @@ class Stepping:
             self._budget.check(self._store, self._optimizer, self._ahead.records, gradients, self._parameters)
             self._budget = None
         self._history.before_step(self.epoch, self.step, self._parameters)
+        self._entries = self._taken_in(self._ahead)
         # Copied before the step, which may write into them.
         self._consumed = self._history.copied(gradients)
+
+    def _taken_in(self, ahead: Ahead) -> list[Entry]:
+        """Return what the step will leave in the store: whatever is wrong with it is found before the step is taken."""
+        moment, skipped = (self.epoch, self.step), self._forwards.skipped
+        step = self._store.step_entry(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
+        # Zero throughout is a sample whose loss is flat, unless the whole step is: then backward missed the model.
+        allow_zero = self._allow_zero or self._accumulation.reached
+        records = [
+            self._store.record_entry(
+                *moment,
+                sample,
+                gradients,
+                tokens=ahead.tokens.get(sample),
+                dot=ahead.dots.get(sample),
+                rank=self._rank,
+                allow_zero=allow_zero,
+                copy=False,
+            )
+            for sample, gradients in ahead.records.items()
+        ]
+        return [step, *records]
 
     def _check(self, ratio: float, gradients: Mapping[str, torch.Tensor]) -> None:
         batches = self._forwards.pending
@@ -164,20 +188,10 @@ class Stepping:
         self._taken += 1
         if _proves(self._taken):
             self._forwards.prove()
-        skipped, self._forwards.skipped = self._forwards.skipped, 0
-        self._store.append_step(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
+        self._forwards.skipped = 0
+        entries, self._entries = self._entries, []
+        self._store.accept(*entries)
         self._history.after_step(*moment, self._consumed)
-        for sample, gradients in ahead.records.items():
-            self._store.append(
-                *moment,
-                sample,
-                gradients,
-                tokens=ahead.tokens.get(sample),
-                dot=ahead.dots.get(sample),
-                rank=self._rank,
-                allow_zero=self._allow_zero,
-                copy=False,
-            )
 
 
 def _proves(taken: int) -> bool:

@@ -41,7 +41,8 @@ def moved_blocks(
     start = 0
     for old in place.blocks(block_numel if place.device.type != "cpu" else min(block_numel, _CACHED_NUMEL)):
         change = delta.read(name, start, start + len(old)).to(old.device)
-        yield old, change, (old.to(change.dtype) + change).to(old.dtype)
+        wider = torch.promote_types(old.dtype, change.dtype)
+        yield old, change, (old.to(wider) + change).to(old.dtype)
         start += len(old)
 
 

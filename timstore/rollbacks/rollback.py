@@ -154,7 +154,9 @@ def rollback(
                     *run.warnings(identity),
                     *_overlap(snapshot, asked, selection.samples),
                     *_warnings(
-                        probed, is_kept=not target.is_loaded and snapshot.view.newest_object("probe") is not None
+                        probed,
+                        is_kept=not target.is_loaded and snapshot.view.newest_object("probe") is not None,
+                        nothing=not change.norm and not selection.leaving.largest.any(),
                     ),
                 ]
             ),
@@ -266,7 +268,9 @@ def _overlap(snapshot: Snapshot, probe: Probe | None, samples: Sequence[int]) ->
     ]
 
 
-def _warnings(probed: ProbeReport | None, is_kept: bool) -> list[str]:
+def _warnings(probed: ProbeReport | None, is_kept: bool, nothing: bool) -> list[str]:
+    if nothing:
+        return ["every gradient of these records is zero: the model is as it was"]
     if probed is None:
         kept = ", or probe=store.probe()[0], the one that the store keeps" if is_kept else ""
         return [
