@@ -50,19 +50,25 @@ def unwrapped(model: Any) -> tuple[nn.Module, Any]:
     return model, None
 
 
-def inner_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """Return the optimizer that steps and the GradScaler around it, as Accelerate holds them.
+def inner_optimizers(given: Any) -> tuple[list[torch.optim.Optimizer], Any]:
+    """Return the optimizers that step, of one or of a list, and the GradScaler around them, as Accelerate holds them.
 
     Raises:
-        InvalidInputError: it is no torch optimizer.
+        InvalidInputError: one is no torch optimizer, or there is none.
     """
-    scaler = None
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        scaler = scaler or getattr(optimizer, "scaler", None)
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidInputError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    return optimizer, scaler
+    found, scaler = [], None
+    for optimizer in given if isinstance(given, list | tuple) else [given]:
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            scaler = scaler or getattr(optimizer, "scaler", None)
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidInputError(
+                f"optimizer is a torch.optim.Optimizer, or a list of them, not {type(optimizer).__name__}"
+            )
+        found.append(optimizer)
+    if not found:
+        raise InvalidInputError("the list of optimizers is empty")
+    return found, scaler
 
 
 def _is_compiled(module: nn.Module) -> bool:

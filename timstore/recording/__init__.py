@@ -17,7 +17,7 @@ __all__ = ["Forecast", "Recorder", "record", "rehearse"]
 def record(
     store: Store,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     *,
     samples: Any = None,
     mean_over: str | None = None,

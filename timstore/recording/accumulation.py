@@ -61,6 +61,7 @@ class Accumulation:
         self.extremes = True
         self._whole: dict[str, torch.Tensor] | None = {} if whole else None
         self._suspect = False
+        self._stale: str | None = None
         self._paused = paused
         self._accumulated = accumulated
         self._averaged = averaged
@@ -88,6 +89,7 @@ class Accumulation:
         if self._whole is not None:
             self._whole.clear()
         self._suspect = False
+        self._stale = None
 
     @property
     def begun(self) -> bool:
@@ -118,9 +120,11 @@ class Accumulation:
                 common factor either, but known where the whole gradients were kept: then 1 and `clip_value`.
         """
         self.clip_value = None
-        for name, parameter in self._parameters.items():
-            if name not in self._kept and _nonzero(parameter):
-                raise _stale(name)
+        stale = self._stale or next(
+            (name for name, one in self._parameters.items() if name not in self._kept and _nonzero(one)), None
+        )
+        if stale is not None:
+            raise _stale(stale)
         names = [name for name in self._kept if self._parameters[name].grad is not None]
         if not names:
             return 1.0
@@ -178,7 +182,9 @@ class Accumulation:
         """Return, of each parameter's kept elements, (now x then, then x then, now x now), (parameters, 3)."""
         sums = np.empty((len(names), 3))
         together = kept_together(self._gradients_together(names))
-        alone = {name: self._elements[name].of(self._parameters[name]) for name in names if name not in together}
+        alone = {
+            name: self._elements[name].of(_gradient(self._parameters[name])) for name in names if name not in together
+        }
         now = on_host([together[name] if name in together else alone[name] for name in names])
         then = on_host([self._kept[name] for name in names])
         starts = np.cumsum([0, *(len(self._kept[name]) for name in names[:-1])])
@@ -192,8 +198,9 @@ class Accumulation:
             if self._paused():
                 return
             if not self._kept and not self.touched:
+                # Harmless where it is zeroed before the step, as a GAN's discriminator is after its generator's pass.
                 if _nonzero(self._parameters[name]):
-                    raise _stale(name)
+                    self._stale = name
             elif self._suspect and name in self._kept and bool(self._kept[name].any()):
                 self._suspect = False
                 if not _nonzero(self._parameters[name]):
@@ -225,7 +232,7 @@ class Accumulation:
             if name not in self._together:
                 if name not in self._elements:
                     self._elements[name] = Elements(self._parameters[name])
-                self._kept[name] = self._elements[name].chosen(self._parameters[name], self.extremes)
+                self._kept[name] = self._elements[name].chosen(gradient, self.extremes)
         self._kept.update(kept_together(self._gradients_together(held)))
 
     def settle_later(self) -> None:
@@ -274,6 +281,11 @@ class Accumulation:
             else:
                 mine.append(self._elements[name].of_flat(local[name].reshape(-1)))
         return torch.from_numpy(on_host(kept)), torch.from_numpy(on_host(mine))
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _nonzero(parameter: torch.Tensor) -> bool:

@@ -56,6 +56,8 @@ class MicroBatch:
         block: it is one of several forward passes that a block names, of layers called one by one.
         unseen: modules, by identity, that ran without gradients: a checkpoint may compute them again in backward.
         tokens: labels that count for each of `ids`, None when the batch holds none.
+        awaited: how many optimizers have yet to consume it.
+        reached: some parameter was seen to get a gradient that is not zero.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class MicroBatch:
         self.captured: Captured = []
         self.arriving: dict[tuple[int, int], tuple[Captured, Captured]] = {}
         self.block = False
+        self.awaited = 0
+        self.reached = False
         self._task = -1
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -84,10 +88,13 @@ class MicroBatch:
         """Whether no sample of it is to be captured."""
         return not self.chosen.samples
 
-    @property
-    def used(self) -> bool:
-        """Whether its backward pass came, as far as can be told: nothing is captured of an empty one."""
-        return self.empty or bool(self.captured or self.passed)
+    def reaches(self, parameters: Container[int]) -> bool:
+        """Say whether its backward pass came to any of these, as far as can be told: of an empty one nothing is seen.
+
+        Args:
+            parameters: by identity.
+        """
+        return self.empty or any(id(one) in parameters for one, _ in (*self.captured, *self.passed))
 
     def arrive(self, captured: Captured, *, passed: bool = False) -> None:
         """Take parts that the backward pass that runs has brought; they count once `settle` is told of them."""
@@ -129,6 +136,15 @@ class MicroBatch:
         """Let go of this call's tensors when the step is over."""
         self._calls.add(call)
 
+    def leave(self, parameters: Container[int]) -> None:
+        """Let go of the parts of these parameters (by identity): their optimizer's step is over, or was skipped."""
+        self.awaited -= 1
+        if not self.awaited:
+            self.release()
+            return
+        self.captured = [pair for pair in self.captured if id(pair[0]) not in parameters]
+        self.passed = [pair for pair in self.passed if id(pair[0]) not in parameters]
+
     def release(self) -> None:
         """Let go of every tensor: a loss that the user keeps still holds the graph, and the graph our hooks."""
         for call in self._calls:
@@ -152,11 +168,11 @@ def records_of(
 
     Args:
         samples: the ids to record, None for all.
-        names: parameter (by identity) to its name.
+        names: parameter (by identity) to its name; others are left out.
     """
     records: dict[int, dict[str, list[Gradient]]] = {}
     for batch in batches:
-        found = batch.parts()
+        found = [pair for pair in batch.parts() if id(pair[0]) in names]
         for index, sample in enumerate(batch.chosen.samples):
             if samples is not None and sample not in samples:
                 continue

@@ -1,4 +1,4 @@
-"""Some numbers of each gradient, by which is seen what happened to it between backward pass and step.
+"""Some numbers of each gradient or parameter, by which is seen what happened to it in between.
 
 So many runs of so many, since memory comes by the line, and its extremes, the only ones that a clipping by value is
 sure to change.
@@ -17,7 +17,7 @@ _RUNS, _RUN = 32, 8
 
 
 class Elements:
-    """Which elements of one parameter's gradient are kept: some of it, and where it was largest and smallest.
+    """Which elements of one parameter, or of its gradient, are kept: some, and where it was largest and smallest.
 
     On the host they are looked up by numpy, on one core: torch would split so small an operation among all, and mostly
     wait for the last.
@@ -32,28 +32,28 @@ class Elements:
         self._by_numpy = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
         self._host = self._positions.numpy() if self._by_numpy else np.empty(0, np.int64)
 
-    def chosen(self, parameter: torch.Tensor, extremes: bool) -> Values:
-        """Return a copy of the elements of a gradient, chosen by it; the extremes of a table, which is mostly zero."""
-        if not extremes and _any(found := self.of(parameter)):
+    def chosen(self, numbers: torch.Tensor, extremes: bool) -> Values:
+        """Return a copy of the elements, chosen by these numbers; the extremes of a table, which is mostly zero."""
+        if not extremes and _any(found := self.of(numbers)):
             return found
         if self._by_numpy:
-            numbers = _numbers(parameter)
-            self._host[-2:] = numbers.argmax(), numbers.argmin()
+            host = _on_host(numbers)
+            self._host[-2:] = host.argmax(), host.argmin()
         else:
-            flat = _flat(parameter)
+            flat = _flat(numbers)
             self._positions[-2:] = torch.stack([flat.argmax(), flat.argmin()])
-        return self.of(parameter)
+        return self.of(numbers)
 
     def of_flat(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return these elements of other numbers, given flat."""
         places = torch.from_numpy(self._host) if self._by_numpy else self._positions
         return numbers[places.to(numbers.device)]
 
-    def of(self, parameter: torch.Tensor) -> Values:
+    def of(self, numbers: torch.Tensor) -> Values:
         """Return a copy of the elements that were chosen last, as they are now."""
         if self._by_numpy:
-            return _numbers(parameter).take(self._host)
-        return _flat(parameter)[self._positions]
+            return _on_host(numbers).take(self._host)
+        return _flat(numbers)[self._positions]
 
 
 def is_kept_together(parameter: torch.Tensor) -> bool:
@@ -61,10 +61,13 @@ def is_kept_together(parameter: torch.Tensor) -> bool:
     return parameter.is_cuda
 
 
-def kept_together(gradients: Mapping[str, torch.Tensor]) -> dict[str, Values]:
+def kept_together(gradients: Mapping[str, torch.Tensor], *, largest: bool = True) -> dict[str, Values]:
     """Return some elements of each gradient, (runs, `_RUN`) taken as one axis, and a last run: its largest magnitude.
 
     A few operations for all of them, for none of which the host waits.
+
+    Args:
+        largest: without it, that last run is of zeros, and the numbers are not all looked at.
     """
     found: dict[str, Values] = {}
     kinds = {name: (str(one.device), str(one.dtype)) for name, one in gradients.items()}
@@ -72,8 +75,8 @@ def kept_together(gradients: Mapping[str, torch.Tensor]) -> dict[str, Values]:
         names = [name for name in gradients if kinds[name] == kind]
         flat = [gradients[name].reshape(-1) for name in names]
         runs = [_runs(one) for one in flat]
-        largest = torch.stack(torch._foreach_norm(flat, math.inf))
-        ends = torch.split(nn.functional.pad(largest[:, None], (_RUN - 1, 0)), 1)
+        found_largest = torch.stack(torch._foreach_norm(flat, math.inf)) if largest else flat[0].new_zeros(len(flat))
+        ends = torch.split(nn.functional.pad(found_largest[:, None], (_RUN - 1, 0)), 1)
         values = torch.cat([rows for pair in zip(runs, ends, strict=True) for rows in pair]).flatten()
         found.update(zip(names, torch.split(values, [(len(one) + 1) * _RUN for one in runs]), strict=True))
     return found
@@ -106,11 +109,9 @@ def _any(values: Values) -> bool:
     return bool(values.any()) if isinstance(values, torch.Tensor) else bool(np.count_nonzero(values))
 
 
-def _numbers(parameter: torch.Tensor) -> np.ndarray:
-    assert parameter.grad is not None
-    return parameter.grad.detach().numpy().reshape(-1)
+def _on_host(numbers: torch.Tensor) -> np.ndarray:
+    return numbers.detach().numpy().reshape(-1)
 
 
-def _flat(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.detach().reshape(-1)
+def _flat(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.detach().reshape(-1)

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -145,8 +145,11 @@ class Budget:
         records: Records,
         gradients: Mapping[str, torch.Tensor],
         parameters: Mapping[str, nn.Parameter],
-    ) -> None:
-        """Refuse a recording that would write more, by its first records and whole gradients.
+    ) -> "Budget":
+        """Refuse a recording that would write more, by one optimizer's first records and whole gradients.
+
+        Returns:
+            What is left for other optimizers.
 
         Raises:
             StateError: with the forecast, and what would fit.
@@ -170,7 +173,7 @@ class Budget:
 
         asked = planned(own, self.optimizer_history)
         if asked.total_bytes <= self.limit_bytes:
-            return
+            return replace(self, limit_bytes=int(self.limit_bytes - asked.total_bytes))
         rest = self.limit_bytes - (asked.total_bytes - asked.records * asked.record_bytes)
         fitting = [f"{int(rest / asked.record_bytes)} records instead of {asked.records}"] if rest > 0 else []
         others = {

@@ -1,7 +1,7 @@
-"""The forward side: who is in the batch that runs, and which batches await their step."""
+"""The forward side: who is in the batch that runs."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,30 +9,26 @@ from torch import nn
 
 from timstore.content import content_rows, row_hash, sample_of
 from timstore.errors import CoverageError, InvalidInputError, TimstoreWarning
-from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
 from timstore.recording.looking import Trial, sizes_of
 from timstore.recording.passes import Passes
+from timstore.recording.pending import Pending
+from timstore.recording.standstill import Standstill
 from timstore.store import Store
 
 
 class Forwards:
-    """Watches the model's forward passes and keeps their micro-batches until the step that consumes them.
+    """Watches the model's forward passes, and makes the micro-batches that await the optimizers' steps.
 
     Args:
         samples: the ids to record, None for all.
         axis: of the batch in the model's arguments.
         keys: the user's own names of samples, None where they have none.
         by_content: a batch without ids is known by what its rows consist of.
-        keeps_gradients: whole gradients are kept of every step, recorded samples in it or not.
 
     Attributes:
-        pending: micro-batches since the last step.
-        skipped: steps that were skipped since the last one.
-        proven: (epoch, step) of the latest step whose parts were seen to add up.
-        proved: parts were seen to add up, so that only the chosen samples are captured until `prove` is called.
         held: a block names the batch of several forward passes.
     """
 
@@ -45,7 +41,6 @@ class Forwards:
         axis: int,
         keys: Mapping[str, int] | None,
         by_content: bool,
-        keeps_gradients: bool,
     ) -> None:
         self._store = store
         self._model = model
@@ -53,24 +48,35 @@ class Forwards:
         self._axis = axis
         self._keys = keys
         self._by_content = by_content
-        self._keeps_gradients = keeps_gradients
         self._masked = "MaskedLM" in type(model).__name__
-        self.pending: list[MicroBatch] = []
-        self.skipped = 0
-        self.proved = False
-        self.proven: tuple[int, int] | None = None
         self.held = False
         self._current: MicroBatch | None = None
-        self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
         self._looked = False
         self._told = False
         self._hashed: set[int] = set()
 
-    def attach(self, capture: Capture, accumulation: Accumulation, passes: Passes, keep: Callable[[Any], Any]) -> None:
-        """Put hooks on the model; `keep` is given each of their handles."""
-        self._capture, self._accumulation, self._passes = capture, accumulation, passes
+    def attach(
+        self,
+        capture: Capture,
+        awaiting: Sequence[Pending],
+        passes: Passes,
+        stills: Sequence[Standstill],
+        keep: Callable[[Any], Any],
+    ) -> None:
+        """Put hooks on the model; `keep` is given each of their handles.
+
+        Args:
+            awaiting: what each of the optimizers has pending.
+            stills: told when a forward pass begins.
+        """
+        self._capture, self._awaiting, self._passes, self._stills = capture, awaiting, passes, stills
         keep(self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
         keep(self._model.register_forward_hook(self._after, always_call=True))
+
+    @property
+    def pending(self) -> list[MicroBatch]:
+        """The micro-batches that some optimizer has yet to consume."""
+        return list(dict.fromkeys(batch for one in self._awaiting for batch in one.batches))
 
     @property
     def current(self) -> MicroBatch | None:
@@ -92,43 +98,19 @@ class Forwards:
         self.held = False
         self._current = None
 
-    def skip(self) -> None:
-        """The gradients accumulated so far were zeroed without a step."""
-        self.skipped += 1
-        self.discard(self._earlier)
-
-    def prove(self) -> None:
-        """Look at the next batch again, and hold all of the next step's parts to what is accumulated."""
-        self.proved = self._looked = False
+    def look_again(self) -> None:
+        """Look at the next batch again."""
+        self._looked = False
         self._passes.look_again()
-        self._accumulation.keep_local()
-
-    def since_proof(self) -> str:
-        """Return what to say, in the error that a later proof is, of the records since the latest one that held."""
-        if self.proven is None:
-            return ""
-        epoch, step = self.proven
-        return (
-            f". All was right at epoch {epoch}, step {step}; what was recorded since may not be. Go on from a "
-            f"checkpoint of that step with resume_from=({epoch}, {step + 1}), which supersedes it"
-        )
 
     def wait(self) -> None:
         """Return when all that was captured is on the host."""
         self._capture.buffers.wait()
 
-    def settle(self, parameter: nn.Parameter) -> None:
-        """A backward pass has accumulated into a parameter."""
-        for batch in self.pending:
-            batch.settle(parameter)
-
-    def discard(self, count: int | None = None) -> None:
-        """Drop the first micro-batches, or all: the step that they were for is over, or was skipped."""
-        for batch in self.pending[:count]:
-            batch.release()
-        del self.pending[:count]
-        self._earlier = 0
-        self._accumulation.clear()
+    def discard(self) -> None:
+        """Drop all micro-batches."""
+        for one in self._awaiting:
+            one.discard()
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -138,6 +120,8 @@ class Forwards:
         ids = kwargs.pop("sample_ids", None)
         if not torch.is_grad_enabled():
             return args, kwargs
+        for still in self._stills:
+            still.look()
         if ids is not None:
             self.begin(ids)
         elif self._current is None and self._by_content:
@@ -154,8 +138,7 @@ class Forwards:
         try:
             check_length(batch.rows_given, self._axis, args, kwargs)
         except InvalidInputError:
-            self.pending.remove(batch)
-            self._current = None
+            self._drop(batch)
             raise
         if batch.layout is None:
             batch.tokens = token_counts(module, kwargs, len(batch.ids))
@@ -173,8 +156,8 @@ class Forwards:
             self._passes.watch(output, batch)
         if self.held:
             return
-        if output is None and batch in self.pending:
-            self.pending.remove(batch)  # the forward pass failed
+        if output is None and batch is not None:
+            self._drop(batch)  # the forward pass failed
         self._current = None
 
     @property
@@ -187,15 +170,17 @@ class Forwards:
         return self.is_looking or self._capture.is_replaying
 
     def _begin(self, given: Ids) -> None:
-        if self._accumulation.begun:
-            self._earlier = len(self.pending)
-            if self._accumulation.lost():
-                self.skip()
         # In a step that proves that the parts add up, all of them are needed.
-        chosen = Chosen(given.samples, self._samples if self.proved else None)
+        proved = all(one.proved for one in self._awaiting)
+        chosen = Chosen(given.samples, self._samples if proved else None)
         self._current = MicroBatch(given.samples, chosen, given.rows, given.layout)
-        self.pending.append(self._current)
-        self._accumulation.extremes = self._keeps_gradients or not all(one.empty for one in self.pending)
+        for one in self._awaiting:
+            one.begin(self._current)
+
+    def _drop(self, batch: MicroBatch) -> None:
+        for one in self._awaiting:
+            one.drop(batch)
+        self._current = None
 
     def _content_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
         rows = content_rows(args, kwargs, masked=self._masked)
@@ -226,9 +211,10 @@ class Forwards:
         if before is not None:
             moved = before.moved(seen)
             if moved:
+                earliest = min(self._awaiting, key=lambda one: one.proven or (-1, -1))
                 raise CoverageError(
                     f"module {moved[0]} has the samples on another axis than when it was looked at before: keep the "
-                    "batch on one axis, axis 0 at best; or record with capture='per-sample'" + self.since_proof(),
+                    "batch on one axis, axis 0 at best; or record with capture='per-sample'" + earliest.since_proof(),
                     kind="order-check",
                     module=moved[0],
                 )

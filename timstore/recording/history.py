@@ -1,6 +1,6 @@
 """The optimizer's side of the history: its second moment at the end, or every gradient that it consumed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,22 @@ KINDS = ("final", "gradients")
 
 
 class History:
-    """Keeps what a rollback needs of the optimizer beyond its scalars.
+    """Keeps what a rollback needs of the optimizers beyond their scalars.
 
     Args:
-        rank: of this process; the others hold the same optimizer, and the first one keeps it for all.
+        rank: of this process; the others hold the same optimizers, and the first one keeps it for all.
         kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
             consumed gradient, and the parameters and the optimizer's state that the first one met.
         names: parameter (by identity) to its name.
     """
 
     def __init__(
-        self, store: Store, optimizer: torch.optim.Optimizer, names: Mapping[int, str], kind: str, rank: int
+        self,
+        store: Store,
+        optimizers: Sequence[torch.optim.Optimizer],
+        names: Mapping[int, str],
+        kind: str,
+        rank: int,
     ) -> None:
         if kind not in KINDS:
             raise InvalidInputError(f"optimizer_history is {' or '.join(map(repr, KINDS))}, not {kind!r}")
@@ -32,7 +37,7 @@ class History:
         self.keeps_gradients = self.needs_products and rank == 0
         self._keeps_moments = rank == 0
         self._store = store
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._names = names
         self._begun = not self.keeps_gradients
 
@@ -44,7 +49,7 @@ class History:
         """
         if self._begun:
             return
-        states = start_states(self._optimizer, self._names)
+        states = start_states(self._optimizers, self._names)
         if not self._follows(epoch, step):
             theta = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
             self._store.append_states(epoch, step, "start_theta", theta)
@@ -52,11 +57,13 @@ class History:
                 self._store.append_states(epoch, step, "start_state", numbers, name=name)
         self._begun = True
 
-    def copied(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def copied(
+        self, optimizer: torch.optim.Optimizer, gradients: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Return copies on the host of what a step is about to consume; none where they are not kept."""
         if not self.keeps_gradients:
             return {}
-        inside, _ = amp_scales(self._optimizer, None)
+        inside, _ = amp_scales(optimizer, None)
         copies = {name: one.detach().cpu().clone() for name, one in gradients.items()}
         return copies if inside == 1 else {name: one.div_(inside) for name, one in copies.items()}
 
@@ -67,7 +74,7 @@ class History:
 
     def checkpoint(self, epoch: int, step: int) -> None:
         """Keep the second moment as it is now."""
-        moments = second_moments(self._optimizer, self._names) if self._keeps_moments else None
+        moments = second_moments(self._optimizers, self._names) if self._keeps_moments else None
         if moments:
             self._store.append_states(epoch, step, "exp_avg_sq", moments)
 
@@ -81,14 +88,14 @@ class History:
         return bool(self._store.snapshot().catalog.sql(query).fetchall()[0][0])
 
 
-def second_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+def second_moments(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, torch.Tensor]:
     """Return what the optimizer divides by, squared and before bias correction: its second moment, or AMSGrad's.
 
     Args:
         names: parameter (by identity) to its name.
     """
     found = {}
-    for group in optimizer.param_groups:
+    for optimizer, group in ((one, group) for one in optimizers for group in one.param_groups):
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             moment = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
@@ -97,14 +104,16 @@ def second_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -
     return found
 
 
-def start_states(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the optimizer's whole state, copied: state's name to parameter to numbers.
+def start_states(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the optimizers' whole state, copied: state's name to parameter to numbers.
 
     Raises:
         InvalidInputError: for state that is neither one number nor has the parameter's shape.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in (held for optimizer in optimizers for held in optimizer.state.items()):
         if id(parameter) not in names:
             continue
         for name, value in state.items():

@@ -13,39 +13,61 @@ from timstore.optimizers import class_name
 from timstore.records import StepGroup
 
 
-def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, int]]:
-    """Return name to (parameter, group number) of the model's parameters that the optimizer trains.
+def trained_parameters(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> list[dict[str, tuple[nn.Parameter, int]]]:
+    """Return, of each optimizer, name to (parameter, group number) of the model's parameters that it trains.
+
+    Groups are numbered over all optimizers.
 
     Raises:
-        InvalidInputError: if there is none, or they cannot be recorded.
+        InvalidInputError: one trains none, two train the same one, or they cannot be recorded.
     """
-    groups = {
-        id(parameter): number for number, group in enumerate(optimizer.param_groups) for parameter in group["params"]
-    }
-    found = {
-        name: (parameter, groups[id(parameter)])
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) in groups
-    }
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InvalidInputError("LBFGS evaluates several times in one step, so no step has one gradient; use another")
-    wrong = next((name for name, (parameter, _) in found.items() if parameter.is_complex()), None)
-    if wrong:
-        raise InvalidInputError(f"parameter {wrong} is complex; gradients are real numbers here", parameter=wrong)
-    if not found:
-        raise InvalidInputError("the optimizer holds none of the model's parameters: build it from model.parameters()")
+    found, owners, first = [], {}, 0
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InvalidInputError(
+                "LBFGS evaluates several times in one step, so no step has one gradient; use another"
+            )
+        groups = {
+            id(parameter): number
+            for number, group in enumerate(optimizer.param_groups, first)
+            for parameter in group["params"]
+        }
+        mine = {
+            name: (parameter, groups[id(parameter)])
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) in groups
+        }
+        if not mine:
+            what = "the optimizer" if len(optimizers) == 1 else f"optimizer {len(found)} of the list"
+            raise InvalidInputError(f"{what} holds none of the model's parameters: build it from model.parameters()")
+        wrong = next((name for name, (parameter, _) in mine.items() if parameter.is_complex()), None)
+        if wrong:
+            raise InvalidInputError(f"parameter {wrong} is complex; gradients are real numbers here", parameter=wrong)
+        twice = next((name for name in mine if name in owners), None)
+        if twice:
+            raise InvalidInputError(
+                f"parameter {twice} is trained by two of the optimizers (numbers {owners[twice]} and {len(found)} of "
+                "the list), and each would undo what is known of the other's steps: give it to one of them",
+                parameter=twice,
+            )
+        owners.update(dict.fromkeys(mine, len(found)))
+        found.append(mine)
+        first += len(optimizer.param_groups)
     return found
 
 
-def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[StepGroup]:
+def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], first: int = 0) -> list[StepGroup]:
     """Return each group's scalars as they are now, when the step is about to use them.
 
     Args:
         names: parameter (by identity) to its name.
+        first: number of the first group.
     """
     name = class_name(type(optimizer))
     groups = []
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(optimizer.param_groups, first):
         mine = [parameter for parameter in group["params"] if id(parameter) in names]
         active = [parameter for parameter in mine if parameter.grad is not None]
         betas = group.get("betas") or (None, None)
@@ -105,25 +127,38 @@ def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "found_inf", None) or 0)
 
 
-def check_untrained(optimizer: torch.optim.Optimizer, untrained: Mapping[int, str]) -> None:
-    """Refuse a step that changes a parameter of the model which was not trained when recording began.
+def check_untrained(
+    optimizers: Sequence[torch.optim.Optimizer], untrained: Mapping[str, nn.Parameter], *, all_seen: bool
+) -> None:
+    """Refuse a step that changes a parameter of the model which is not recorded, or that goes by while another does.
 
     Args:
-        untrained: parameter (by identity) to its name.
+        untrained: the model's parameters that were not trained when recording began.
+        all_seen: look for parameters that no optimizer here holds, too.
 
     Raises:
         CoverageError: naming the parameter.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and id(parameter) in untrained:
-                name = untrained[id(parameter)]
-                raise CoverageError(
-                    f"parameter {name} is trained in this step, and was frozen or not in the optimizer when recording "
-                    "began: leave the `with` block before changing what is trained, and enter it again after",
-                    kind="not-captured",
-                    parameter=name,
-                )
+    reached = {name: one for name, one in untrained.items() if one.grad is not None}
+    if not reached:
+        return
+    held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    for name, parameter in reached.items():
+        if id(parameter) in held:
+            raise CoverageError(
+                f"parameter {name} is trained in this step, and was frozen or not in the optimizer when recording "
+                "began: leave the `with` block before changing what is trained, and enter it again after",
+                kind="not-captured",
+                parameter=name,
+            )
+        if all_seen and parameter.requires_grad and bool(parameter.grad.any()):  # type: ignore[union-attr]
+            raise CoverageError(
+                f"parameter {name} gets a gradient, and no recorded optimizer holds it, so that what samples do to it "
+                "could not be rolled back: pass all optimizers in a list, record(model, [one, two]), or freeze it with "
+                "requires_grad_(False) where none trains it",
+                kind="not-captured",
+                parameter=name,
+            )
 
 
 def _options(group: Mapping[str, Any]) -> str | None:

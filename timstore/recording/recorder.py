@@ -1,7 +1,7 @@
 """The recorder: batch to hooks to records to store, around a training loop that does not know of it."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,6 @@ from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import whole_number
 from timstore.ranks import Ranks
-from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import on_host
 from timstore.recording.capture import Capture
 from timstore.recording.forecast import Budget
@@ -22,11 +21,13 @@ from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
 from timstore.recording.optimizer import trained_parameters
 from timstore.recording.passes import Passes
-from timstore.recording.stepping import Stepping
+from timstore.recording.pending import Pending
+from timstore.recording.standstill import Standstill
+from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
 from timstore.samples import names_of_samples
 from timstore.store import Store
-from timstore.wrappers import inner_model, inner_optimizer
+from timstore.wrappers import inner_model, inner_optimizers
 
 CAPTURES = ("modules", "per-sample")
 
@@ -56,10 +57,10 @@ class Options:
 class Recorder:
     """Records a training loop while its `with` block runs; made by `Store.record`."""
 
-    def __init__(self, store: Store, model: nn.Module, optimizer: torch.optim.Optimizer, options: Options) -> None:
+    def __init__(self, store: Store, model: nn.Module, optimizers: Any, options: Options) -> None:
         self._store = store
         self._model, group = inner_model(model)
-        self._optimizer, scaler = inner_optimizer(optimizer)
+        self._optimizers, scaler = inner_optimizers(optimizers)
         self._ranks = Ranks(options.process_group if options.process_group is not None else group)
         self._samples = _chosen(options.samples)
         if options.capture not in CAPTURES:
@@ -67,11 +68,11 @@ class Recorder:
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
         self._probe = None if options.probe is None else [on_host(batch) for batch in options.probe]
         rank = self._ranks.rank if options.rank is None else options.rank
-        self._trained = trained_parameters(self._model, self._optimizer)
-        names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
-        self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        untrained = {id(one): name for name, one in self._model.named_parameters() if id(one) not in names}
-        self._history = History(store, self._optimizer, names, options.optimizer_history, rank)
+        self._trained = trained_parameters(self._model, self._optimizers)
+        self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
+        names = {id(one): name for name, one in self._parameters.items()}
+        self._history = History(store, self._optimizers, names, options.optimizer_history, rank)
+        self._stills: list[Standstill] = []
         self._forwards = Forwards(
             store,
             self._model,
@@ -79,12 +80,10 @@ class Recorder:
             axis=whole_number(options.batch_axis, "batch_axis"),
             keys=None if options.id_column is None else _keys(store, options.id_column),
             by_content=options.by_content,
-            keeps_gradients=self._history.keeps_gradients,
         )
         self._options = options
         self._scaler = options.scaler if options.scaler is not None else scaler
         self._rank = rank
-        self._untrained = untrained
         self._epoch, self._step = 0, 0
         self._kept_at: tuple[int, int] | None = None
         self._handles: list[Any] = []
@@ -121,7 +120,11 @@ class Recorder:
 
     def __enter__(self) -> Self:
         if self._model in _recorded:
-            raise StateError("this model is being recorded already", kind="already-recording")
+            raise StateError(
+                "this model is being recorded already: one block records all of its optimizers, "
+                "record(model, [one, two])",
+                kind="already-recording",
+            )
         _recorded.add(self._model)
         try:
             self._hook()
@@ -166,6 +169,8 @@ class Recorder:
         self._store.commit()
         if last is None or last == self._kept_at:
             return
+        for still in self._stills:
+            still.check(f"after epoch {last[0]}, step {last[1]},")
         self._ranks.wait()
         if self._ranks.rank == 0:
             self._store.append_fingerprints(*last, digests(self._model))
@@ -186,32 +191,28 @@ class Recorder:
             scale=scale,
         )
         keep(capture)
-        accumulation = Accumulation(
-            self._parameters,
-            forwards.skip,
-            whole=self._history.keeps_gradients,
-            averaged=not self._ranks.alone,
-            paused=lambda: capture.is_replaying,
-            accumulated=forwards.settle,
-        )
-        keep(accumulation)
         passes = Passes(
             self._parameters,
             capture,
             by_sample=by_sample,
             axis=options.batch_axis,
             scale=scale,
-            arriving=accumulation.settle_later,
+            arriving=lambda: [one.pending.accumulation.settle_later() for one in trained],
         )
-        forwards.attach(capture, accumulation, passes, keep)
+        trained = [
+            self._watched(optimizer, mine, capture)
+            for optimizer, mine in zip(self._optimizers, self._trained, strict=True)
+        ]
+        for one in trained:
+            keep(one.pending.accumulation)
+        self._stills = [one.still for one in trained if one.still is not None]
+        forwards.attach(capture, [one.pending for one in trained], passes, self._stills, keep)
         self._stepping = Stepping(
             self._store,
             self._model,
-            self._optimizer,
-            self._parameters,
-            self._untrained,
+            trained,
+            {name: one for name, one in self._model.named_parameters() if name not in self._parameters},
             forwards=forwards,
-            accumulation=accumulation,
             history=self._history,
             ranks=self._ranks,
             samples=self._samples,
@@ -223,6 +224,26 @@ class Recorder:
             by_sample=by_sample,
         )
         keep(self._stepping)
+
+    def _watched(
+        self, optimizer: torch.optim.Optimizer, mine: Mapping[str, tuple[nn.Parameter, int]], capture: Capture
+    ) -> Trained:
+        """Return an optimizer with hooks on its parameters."""
+        parameters = {name: one for name, (one, _) in mine.items()}
+        number = self._optimizers.index(optimizer)
+        return Trained(
+            optimizer,
+            parameters,
+            sum(len(one.param_groups) for one in self._optimizers[:number]),
+            Pending(
+                parameters,
+                whole=self._history.keeps_gradients,
+                averaged=not self._ranks.alone,
+                paused=lambda: capture.is_replaying,
+            ),
+            # With every gradient a rollback runs the optimizer again, and sees whether that ends at the model.
+            None if self._history.needs_products else Standstill(self._model, parameters),
+        )
 
     def _begin_attempt(self) -> None:
         assert self._stepping is not None
@@ -242,7 +263,8 @@ class Recorder:
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
-                for name, (one, group) in self._trained.items()
+                for mine in self._trained
+                for name, (one, group) in mine.items()
             ]
         )
         if self._probe is not None:

@@ -1,6 +1,6 @@
-"""The step's side: what the optimizer is about to consume is held against the parts, and becomes records."""
+"""The step's side: what an optimizer is about to consume is held against the parts, and becomes records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,27 +10,60 @@ from timstore.entries import Entry
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
-from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import by_parameter
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
 from timstore.recording.optimizer import check_untrained, is_skipped
+from timstore.recording.pending import Pending
+from timstore.recording.standstill import Standstill
 from timstore.recording.steps import Ahead, look_ahead
 from timstore.records import Gradient
 from timstore.store import Store
 
 
-class Stepping:
-    """Hooks on the optimizer: one `steps` row and the chosen samples' records for each of its steps.
+class Trained:
+    """One recorded optimizer, and what is known of its steps.
 
     Args:
-        parameters: the trained ones, by name.
-        untrained: the model's other parameters (by identity) to their names.
+        parameters: those of the model that it trains, by name.
+        first_group: the number of its first group, counted over all optimizers.
+        still: holds the parameters to what the last step left; None where a rollback finds that out itself.
+
+    Attributes:
+        groups: how many groups it had when recording began.
+        taken: how many steps it took.
+        is_budgeted: its first records were held to the budget.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        first_group: int,
+        pending: Pending,
+        still: Standstill | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.names = {id(one): name for name, one in parameters.items()}
+        self.first_group = first_group
+        self.groups = len(optimizer.param_groups)
+        self.pending = pending
+        self.still = still
+        self.taken = 0
+        self.is_budgeted = False
+
+
+class Stepping:
+    """Hooks on the optimizers: one step's rows and the chosen samples' records for each call of their `step`.
+
+    Args:
+        untrained: the model's parameters that none of them trains, by name.
         scaler: the GradScaler, None where there is none or it was not given.
 
     Attributes:
-        epoch, step: of the next step.
+        epoch, step: of the next step, whichever optimizer takes it.
         last: (epoch, step) of the latest one, None before the first.
     """
 
@@ -38,12 +71,10 @@ class Stepping:
         self,
         store: Store,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        untrained: Mapping[int, str],
+        trained: Sequence[Trained],
+        untrained: Mapping[str, nn.Parameter],
         *,
         forwards: Forwards,
-        accumulation: Accumulation,
         history: History,
         ranks: Ranks,
         samples: frozenset[int] | None,
@@ -56,12 +87,10 @@ class Stepping:
     ) -> None:
         self._store = store
         self._model = model
-        self._optimizer = optimizer
-        self._parameters = parameters
-        self._names = {id(one): name for name, one in parameters.items()}
+        self._trained = {id(one.optimizer): one for one in trained}
+        self._parameters = {name: one for mine in trained for name, one in mine.parameters.items()}
         self._untrained = untrained
         self._forwards = forwards
-        self._accumulation = accumulation
         self._history = history
         self._ranks = ranks
         self._samples = samples
@@ -74,14 +103,15 @@ class Stepping:
         self.epoch = 0
         self.step = 0
         self.last: tuple[int, int] | None = None
-        self._taken = 0
-        self._ahead: Ahead | None = None
-        self._entries: list[Entry] = []
+        self._entries: list[Entry] | None = None
         self._consumed: dict[str, torch.Tensor] = {}
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles: list[Any] = []
+        for one in trained:
+            self._handles.append(one.optimizer.register_step_pre_hook(self._before))
+            after = one.optimizer.register_step_post_hook(self._after)
+            # Before those of others, which may change what the step left.
+            one.optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+            self._handles.append(after)
 
     def remove(self) -> None:
         """Leave no hook behind."""
@@ -91,41 +121,96 @@ class Stepping:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(one is not None for one in (*args[1:], *kwargs.values())):
             raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
-        check_untrained(optimizer, self._untrained)
-        self._ahead = None
+        mine = self._trained[id(optimizer)]
+        self._check_trained(mine)
+        self._entries = None
         if is_skipped(optimizer):
             return
         self._forwards.wait()
-        ratio = self._accumulation.ratio()
-        gradients = self._accumulation.gradients()
-        self._check(ratio, gradients)
-        self._ahead = look_ahead(
+        accumulation = mine.pending.accumulation
+        ratio = accumulation.ratio()
+        if mine.still is not None:
+            mine.still.check(f"before epoch {self.epoch}, step {self.step},")
+        gradients = accumulation.gradients()
+        self._check_parts(mine, ratio, gradients)
+        ahead = look_ahead(
             optimizer,
             self._scaler,
-            [batch for batch in self._forwards.pending if batch.used],
+            mine.pending.used,
             gradients,
             ratio=ratio,
-            clip_value=self._accumulation.clip_value,
+            clip_value=accumulation.clip_value,
             mean_over=self._mean_over,
             # Elsewhere they are of no use, or can be had from the records of the whole step when it comes to it.
             products=self._history.needs_products,
             samples=self._samples,
-            names=self._names,
+            names=mine.names,
+            first_group=mine.first_group,
         )
-        if self._budget is not None and self._ahead.records:
-            self._budget.check(self._store, self._optimizer, self._ahead.records, gradients, self._parameters)
-            self._budget = None
+        if self._budget is not None and ahead.records and not mine.is_budgeted:
+            self._budget = self._budget.check(self._store, optimizer, ahead.records, gradients, mine.parameters)
+            mine.is_budgeted = True
+        entries = self._taken_in(mine, ahead)
         self._history.before_step(self.epoch, self.step, self._parameters)
-        self._entries = self._taken_in(self._ahead)
         # Copied before the step, which may write into them.
-        self._consumed = self._history.copied(gradients)
+        self._consumed = self._history.copied(optimizer, gradients)
+        self._entries = entries
 
-    def _taken_in(self, ahead: Ahead) -> list[Entry]:
+    def _check_trained(self, mine: Trained) -> None:
+        """Refuse what is trained and not recorded."""
+        optimizers = [one.optimizer for one in self._trained.values()]
+        check_untrained(optimizers, self._untrained, all_seen=not mine.pending.proved)
+        if len(self._trained) > 1 and len(mine.optimizer.param_groups) != mine.groups:
+            raise CoverageError(
+                "the optimizer has other groups than when recording began, and groups are numbered over all optimizers: "
+                "leave the `with` block before adding one, and enter it again after",
+                kind="groups-changed",
+            )
+
+    def _check_parts(self, mine: Trained, ratio: float, gradients: Mapping[str, torch.Tensor]) -> None:
+        pending = mine.pending
+        found = by_parameter(pending.parts)
+        if not pending.proved:
+            try:
+                if self._ranks.alone:
+                    checks.check_sum(self._model, mine.parameters, gradients, found, ratio, by_sample=self._by_sample)
+                else:
+                    self._check_local(mine, found)
+            except CoverageError as error:
+                raise CoverageError(f"{error}{pending.since_proof()}", kind=error.kind, **error.fields) from error
+            pending.proved = True
+            pending.proven = self.epoch, self.step
+        elif not any(batch.empty for batch in pending.batches):
+            # A module that only an empty batch went through is rightly not among them.
+            checks.check_captured(self._model, mine.parameters, found, pending.accumulation.touched)
+
+    def _check_local(self, mine: Trained, found: Mapping[int, list[Gradient]]) -> None:
+        """Hold the parts to what was accumulated here, and the mean of that over all processes to what arrived."""
+        accumulation = mine.pending.accumulation
+        local = accumulation.take_local()
+        # The records hold this process's share of the mean.
+        count = float(self._ranks.count)
+        checks.check_sum(self._model, mine.parameters, local, found, count, by_sample=self._by_sample)
+        kept, looked_up = accumulation.looked_up(local)
+        mean = self._ranks.mean(looked_up)
+        if not torch.allclose(mean, kept, rtol=1e-2, atol=1e-3 * float(kept.abs().max())):
+            raise StateError(
+                "the gradients that the processes have in common are not the mean of their own: something else than "
+                "DistributedDataParallel's averaging (a communication hook, gradients changed by hand) makes them, and "
+                "records could not be weighted",
+                kind="gradient-changed",
+            )
+
+    def _taken_in(self, mine: Trained, ahead: Ahead) -> list[Entry]:
         """Return what the step will leave in the store: whatever is wrong with it is found before the step is taken."""
-        moment, skipped = (self.epoch, self.step), self._forwards.skipped
-        step = self._store.step_entry(*moment, ahead.groups, rank=self._rank, skipped=skipped, **ahead.scalars)
-        # Zero throughout is a sample whose loss is flat, unless the whole step is: then backward missed the model.
-        allow_zero = self._allow_zero or self._accumulation.reached
+        moment, pending = (self.epoch, self.step), mine.pending
+        step = self._store.step_entry(*moment, ahead.groups, rank=self._rank, skipped=pending.skipped, **ahead.scalars)
+        # A sample without any gradient is one whose loss is flat; a step without any is one whose backward pass missed
+        # the model. Another optimizer's parameters tell that as well.
+        if any(one.pending.accumulation.reached for one in self._trained.values()):
+            for batch in pending.batches:
+                batch.reached = True
+        allow_zero = self._allow_zero or any(batch.reached for batch in pending.batches)
         records = [
             self._store.record_entry(
                 *moment,
@@ -141,55 +226,26 @@ class Stepping:
         ]
         return [step, *records]
 
-    def _check(self, ratio: float, gradients: Mapping[str, torch.Tensor]) -> None:
-        batches = self._forwards.pending
-        found = by_parameter([pair for batch in batches for pair in batch.parts()])
-        if not self._forwards.proved:
-            try:
-                if self._ranks.alone:
-                    checks.check_sum(self._model, self._parameters, gradients, found, ratio, by_sample=self._by_sample)
-                else:
-                    self._check_mine(found)
-            except CoverageError as error:
-                more = self._forwards.since_proof()
-                raise CoverageError(f"{error}{more}", kind=error.kind, **error.fields) from error
-            self._forwards.proved = True
-            self._forwards.proven = self.epoch, self.step
-        elif not any(batch.empty for batch in batches):
-            # A module that only an empty batch went through is rightly not among them.
-            checks.check_captured(self._model, self._parameters, found, self._accumulation.touched)
-
-    def _check_mine(self, found: Mapping[int, list[Gradient]]) -> None:
-        """Hold the parts to what was accumulated here, and the mean of that over all processes to what arrived."""
-        mine = self._accumulation.take_local()
-        # The records hold this process's share of the mean.
-        checks.check_sum(
-            self._model, self._parameters, mine, found, float(self._ranks.count), by_sample=self._by_sample
-        )
-        kept, local = self._accumulation.looked_up(mine)
-        mean = self._ranks.mean(local)
-        if not torch.allclose(mean, kept, rtol=1e-2, atol=1e-3 * float(kept.abs().max())):
-            raise StateError(
-                "the gradients that the processes have in common are not the mean of their own: something else than "
-                "DistributedDataParallel's averaging (a communication hook, gradients changed by hand) makes them, and "
-                "records could not be weighted",
-                kind="gradient-changed",
-            )
-
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ahead, self._ahead = self._ahead, None
-        self._forwards.discard()
-        if ahead is None:
-            self._forwards.skipped += 1
+        mine = self._trained[id(optimizer)]
+        entries, self._entries = self._entries, None
+        mine.pending.discard()
+        if entries is None:
+            mine.pending.skipped += 1
+        else:
+            mine.taken += 1
+        proves = entries is not None and _proves(mine.taken)
+        if mine.still is not None:
+            mine.still.hold(whole=proves)
+        if entries is None:
             return
         moment = self.epoch, self.step
         self.step += 1
         self.last = moment
-        self._taken += 1
-        if _proves(self._taken):
-            self._forwards.prove()
-        self._forwards.skipped = 0
-        entries, self._entries = self._entries, []
+        mine.pending.skipped = 0
+        if proves:
+            mine.pending.prove()
+            self._forwards.look_again()
         self._store.accept(*entries)
         self._history.after_step(*moment, self._consumed)
 

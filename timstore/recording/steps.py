@@ -43,6 +43,7 @@ def look_ahead(
     products: bool,
     samples: Container[int] | None,
     names: Mapping[int, str],
+    first_group: int,
 ) -> Ahead:
     """Return what the step will do.
 
@@ -52,7 +53,8 @@ def look_ahead(
         ratio: of these over the accumulated ones.
         products: take each record's inner product with the whole gradient.
         samples: the ids to record, None for all.
-        names: parameter (by identity) to its name.
+        names: parameter (by identity) to its name, of the optimizer's.
+        first_group: the number of its first group.
     """
     inside, scale = amp_scales(optimizer, scaler)
     records = records_of(batches, samples, names)
@@ -82,4 +84,4 @@ def look_ahead(
         "mean_over": mean_over or ("tokens" if counts else "samples"),
         "micro_batches": [len(batch.ids) for batch in batches],
     }
-    return Ahead(step_groups(optimizer, names), scalars, kept, dots, tokens)
+    return Ahead(step_groups(optimizer, names, first_group), scalars, kept, dots, tokens)
