@@ -72,11 +72,10 @@ def tuned(checkout: Checkout, folder: Path, *, args: Any = None, given: Any = No
     trainer = checkout.load_trainer(
         "TIMRecorder",
         folder / "tuned",
-        model=model,
         train_dataset=Texts([*RETAIN, *FORGET]),
         args={**TUNING, **(args or {})},
         method_args={"tim_output_dir": str(folder / "tim"), **method_args},
-        **(given or {}),
+        **{"model": model, **(given or {})},
     )
     trainer.train()
     trainer.save_model(str(folder / "tuned"))
@@ -380,8 +379,13 @@ def test_a_recorder_that_goes_on_from_a_checkpoint_goes_on_in_the_store(newest: 
 
 def test_a_second_training_is_not_mixed_into_the_first(newest: Checkout, tmp_path: Path) -> None:
     tuned(newest, tmp_path)
-    with pytest.raises(StateError, match="the model changed since recording stopped"):
-        tuned(newest, tmp_path)
+    where = r"name another folder, trainer.method_args.tim_output_dir=.*\+trainer.args.resume_from_checkpoint=true"
+    for model in (new_model("llama"), loaded(tmp_path / "tuned")):  # from the start, and from where the record ends
+        with pytest.raises(StateError, match=where) as caught:
+            tuned(newest, tmp_path, given={"model": model})
+        assert isinstance(caught.value.__cause__, timstore.TimstoreError)
+    with pytest.raises(StateError, match=where):
+        tuned(newest, tmp_path, samples=ids_of(FORGET))
     with pytest.raises(InvalidInputError, match="precision"):
         tuned(newest, tmp_path, precision="int8")
     assert unlearning(newest, tmp_path, loaded(tmp_path / "tuned")).train().metrics["rollback_records"] == 8
