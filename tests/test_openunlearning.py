@@ -28,6 +28,7 @@ from trainers import new_model
 import timstore
 from timstore.errors import CoverageError, InvalidInputError, ModelMismatchError, NotFoundError, StateError
 from timstore.integrations.openunlearning import TIMParameterRollback, TIMRecorder
+from timstore.integrations.openunlearning.keys import spelled
 from timstore.integrations.transformers import content_ids
 
 pytestmark = [
@@ -324,6 +325,39 @@ def test_attention_without_second_derivatives_and_several_processes_are_refused(
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(CoverageError, match="in one process"):
         trainer.train()
+
+
+def test_messages_name_the_keys_of_the_configuration(
+    newest: Checkout, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned(newest, tmp_path)
+    half = loaded(tmp_path / "tuned").bfloat16()
+    with pytest.raises(ModelMismatchError, match=r"is bfloat16, .* such as by model\.model_args\.torch_dtype=float32"):
+        unlearning(newest, tmp_path, half).train()
+    model = loaded(tmp_path / "tuned")
+    unlearning(newest, tmp_path, model).train()
+    with caplog.at_level("INFO", "timstore"), pytest.raises(StateError, match=r"trainer\.method_args\.force=true"):
+        unlearning(newest, tmp_path, model).train()
+    # Said before the work begins, which may take hours, and by a logger of ours.
+    assert [one.message for one in caplog.records if one.name.startswith("timstore.")] == [
+        "4 of 4 forget rows are recorded, as 4 samples (known by their tokens); 0 not"
+    ]
+    assert spelled("record with optimizer_history='gradients', or capture='per-sample'; see trainer.args.lr=") == (
+        "record with trainer.method_args.optimizer_history=gradients, or trainer.method_args.capture=per-sample; "
+        "see trainer.args.lr="
+    )
+
+
+def test_a_damaged_model_is_told_with_the_strength_s_own_name(newest: Checkout, tmp_path: Path) -> None:
+    model = new_model("llama")
+    with timstore.open(tmp_path / "tim") as store:  # a change that no linearisation carries
+        pushed = {"model.norm.weight": 100 * torch.randn(32, generator=torch.Generator().manual_seed(0))}
+        store.append(0, 0, 7, pushed, lr=1.0)
+    trainer = unlearning(newest, tmp_path, model, id_map=[7, 7, 7, 7])
+    with pytest.warns(timstore.TimstoreWarning, match=r"damaged.* trainer\.method_args\.rollback_strength="):
+        trainer.train()
+    told = json.loads((tmp_path / "rolled" / "timstore_report.json").read_text())
+    assert "trainer.method_args.rollback_strength=" in told["warnings"][0]
 
 
 # --- recording ---------------------------------------------------------------------------------------------
