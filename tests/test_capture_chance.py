@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import timstore
+from timstore.errors import CoverageError
 
 STEPS, ROWS = 9, 4
 
@@ -114,16 +115,17 @@ def test_rows_that_are_left_out_at_random_have_their_own_records(
     held_to_autograd(tmp_path, model, torch.randn(16, 8), torch.randint(0, 3, (16,)))
 
 
-def test_noise_under_a_scale_has_its_own_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["noise under a scale", "ids that are masked at random"])
+def test_what_is_another_number_in_every_pass_is_refused(tmp_path: Path, name: str) -> None:
+    """No look can tell where the samples are in what follows."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 16), Noise(), nn.Linear(16, 3))
-    held_to_autograd(tmp_path, model, torch.randn(16, 8), torch.randint(0, 3, (16,)))
-
-
-def test_ids_that_are_masked_at_random_have_their_own_records(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = nn.Sequential(Masked(12, 6), nn.Flatten(), nn.Linear(30, 3))
-    held_to_autograd(tmp_path, model, torch.randint(0, 12, (16, 5)), torch.randint(0, 3, (16,)))
+    if name == "noise under a scale":
+        model, x = nn.Sequential(nn.Linear(8, 16), Noise(), nn.Linear(16, 3)), torch.randn(16, 8)
+    else:
+        model, x = nn.Sequential(Masked(12, 6), nn.Flatten(), nn.Linear(30, 3)), torch.randint(0, 12, (16, 5))
+    with pytest.raises(CoverageError) as refused:
+        held_to_autograd(tmp_path, model, x, torch.randint(0, 3, (16,)))
+    assert refused.value.kind == "order-check"
 
 
 def test_layers_of_transformers_that_are_left_out_at_random_have_their_own_records(tmp_path: Path) -> None:
