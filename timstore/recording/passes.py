@@ -77,8 +77,8 @@ class Passes:
             tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
         if batch.whole and not batch.empty and all(entry.layout is None for entry in batch.entries):
             raise CoverageError(
-                "capture='per-sample', and a table that is looked up by one row of ids, need a model that returns a "
-                "tensor with the batch on an axis (logits, hidden states): the loss alone cannot be told apart"
+                "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
+                "states): the loss alone cannot be told apart"
             )
 
     def _layout(self, path: str, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
