@@ -21,7 +21,7 @@ def first_row(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def squeezed(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x @ table.squeeze(0).T
+    return x @ table.squeeze(0).mT
 
 
 def mean_of_rows(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
