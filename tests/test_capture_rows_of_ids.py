@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import timstore
-from timstore.errors import CoverageError, TimstoreWarning
 
 ROWS = 4
 
@@ -98,19 +97,3 @@ def test_samples_that_are_tied_together_hide_no_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y, model = torch.randn(ROWS, 8), torch.tensor([0, 1, 2, 1]), Normed()
     assert len(recorded(tmp_path, model, x, y)) == ROWS
-
-
-def test_a_loss_alone_cannot_tell_whose_a_table_is(tmp_path: Path) -> None:
-    class Losses(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return super().forward(x).square().mean()
-
-    model = Losses(squeezed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with timstore.open(tmp_path / "s") as store, store.record(model, optimizer) as recorder:
-        recorder.batch(range(ROWS))
-        with (
-            pytest.raises(CoverageError, match="needs a model that returns"),
-            pytest.warns(TimstoreWarning, match="row of ids"),
-        ):
-            model(torch.randn(ROWS, 8))
