@@ -1,5 +1,7 @@
 """Optimizer classes by the names they are recorded under."""
 
+from collections.abc import Iterable
+
 import torch
 
 SGD_FAMILY, ADAM_FAMILY = ("SGD",), ("Adam", "AdamW")
@@ -15,13 +17,12 @@ def class_name(kind: type) -> str:
     return kind.__name__ if getattr(torch.optim, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
 
 
-def class_of(name: str, given: torch.optim.Optimizer | None) -> type[torch.optim.Optimizer] | None:
+def class_of(name: str, given: Iterable[torch.optim.Optimizer]) -> type[torch.optim.Optimizer] | None:
     """Return the class that was recorded under a name, None if it is not known.
 
     Args:
-        given: an optimizer of that class, if it is not one of torch's own.
+        given: optimizers, one of them of that class, if it is not one of torch's own.
     """
-    if given is not None and class_name(type(given)) == name:
-        return type(given)
-    found = getattr(torch.optim, name, None)
+    own = next((type(one) for one in given if class_name(type(one)) == name), None)
+    found = own or getattr(torch.optim, name, None)
     return found if isinstance(found, type) else None

@@ -61,13 +61,10 @@ def is_kept_together(parameter: torch.Tensor) -> bool:
     return parameter.is_cuda
 
 
-def kept_together(gradients: Mapping[str, torch.Tensor], *, largest: bool = True) -> dict[str, Values]:
+def kept_together(gradients: Mapping[str, torch.Tensor]) -> dict[str, Values]:
     """Return some elements of each gradient, (runs, `_RUN`) taken as one axis, and a last run: its largest magnitude.
 
     A few operations for all of them, for none of which the host waits.
-
-    Args:
-        largest: without it, that last run is of zeros, and the numbers are not all looked at.
     """
     found: dict[str, Values] = {}
     kinds = {name: (str(one.device), str(one.dtype)) for name, one in gradients.items()}
@@ -75,8 +72,8 @@ def kept_together(gradients: Mapping[str, torch.Tensor], *, largest: bool = True
         names = [name for name in gradients if kinds[name] == kind]
         flat = [gradients[name].reshape(-1) for name in names]
         runs = [_runs(one) for one in flat]
-        found_largest = torch.stack(torch._foreach_norm(flat, math.inf)) if largest else flat[0].new_zeros(len(flat))
-        ends = torch.split(nn.functional.pad(found_largest[:, None], (_RUN - 1, 0)), 1)
+        largest = torch.stack(torch._foreach_norm(flat, math.inf))
+        ends = torch.split(nn.functional.pad(largest[:, None], (_RUN - 1, 0)), 1)
         values = torch.cat([rows for pair in zip(runs, ends, strict=True) for rows in pair]).flatten()
         found.update(zip(names, torch.split(values, [(len(one) + 1) * _RUN for one in runs]), strict=True))
     return found

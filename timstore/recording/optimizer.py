@@ -23,7 +23,9 @@ def trained_parameters(
     Raises:
         InvalidInputError: one trains none, two train the same one, or they cannot be recorded.
     """
-    found, owners, first = [], {}, 0
+    found: list[dict[str, tuple[nn.Parameter, int]]] = []
+    owners: dict[str, int] = {}
+    first = 0
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InvalidInputError(

@@ -35,7 +35,7 @@ class Passes:
         by_sample: run them once more for each sample where modules cannot tell.
         axis: of the batch in the model's output.
         scale: as for `Capture`.
-        arriving: called when a gradient enters the model.
+        arriving: called, each of them, when a gradient enters the model.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Passes:
         by_sample: bool,
         axis: int,
         scale: float,
-        arriving: Callable[[], None],
+        arriving: Sequence[Callable[[], None]],
     ) -> None:
         self._parameters = parameters
         self._capture = capture
@@ -123,7 +123,8 @@ class Passes:
             batch = owner()
             if batch is None or self._capture.is_replaying or self._looking:
                 return
-            self._arriving()
+            for arriving in self._arriving:
+                arriving()
             task = torch._C._current_graph_task_id()
             if self._latest is None or self._latest[1]() is not batch:
                 self._several = self._latest is not None and self._latest[0] == task

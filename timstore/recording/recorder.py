@@ -149,7 +149,7 @@ class Recorder:
             if error is None:
                 raise
             # The error of the training loop is the one to see.
-            error.add_note(f"timstore: what was recorded last could not be committed: {failure}")
+            error.add_note(f"timstore: the end of the recording could not be kept: {failure}")
 
     def stop(self) -> None:
         """End recording, and commit; the parameters are not taken for those that the last step left."""
@@ -193,20 +193,20 @@ class Recorder:
             scale=scale,
         )
         keep(capture)
-        passes = Passes(
-            self._parameters,
-            capture,
-            by_sample=by_sample,
-            axis=options.batch_axis,
-            scale=scale,
-            arriving=lambda: [one.pending.accumulation.settle_later() for one in trained],
-        )
         trained = [
             self._watched(optimizer, mine, capture)
             for optimizer, mine in zip(self._optimizers, self._trained, strict=True)
         ]
         for one in trained:
             keep(one.pending.accumulation)
+        passes = Passes(
+            self._parameters,
+            capture,
+            by_sample=by_sample,
+            axis=options.batch_axis,
+            scale=scale,
+            arriving=[one.pending.accumulation.settle_later for one in trained],
+        )
         self._stills = [one.still for one in trained if one.still is not None]
         forwards.attach(capture, [one.pending for one in trained], passes, self._stills, keep)
         self._stepping = Stepping(

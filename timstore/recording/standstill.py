@@ -29,9 +29,9 @@ _ULPS = {
 class Standstill:
     """What one optimizer's parameters were when its last step ended, or recording began.
 
-    At every step version counters and some elements are compared, at no pass over the parameters. Sums over all elements
-    are kept where `hold` is told to, and after every step of parameters that were once changed in place between two
-    steps: that may be harmless, as where weights are swapped for an evaluation, and it may come again.
+    At every step version counters and some elements are compared, the largest and smallest among them. Sums over all
+    elements are kept where `hold` is told to, and after every step of parameters that were once changed in place
+    between two steps: that may be harmless, as where weights are swapped for an evaluation, and it may come again.
 
     Args:
         parameters: the optimizer's, by name.
@@ -78,7 +78,7 @@ class Standstill:
 
     def _together(self) -> dict[str, Values]:
         found = {name: one.parameter.detach() for name, one in self._held.items() if is_kept_together(one.parameter)}
-        return kept_together(found, largest=False)
+        return kept_together(found)
 
     def _error(self, name: str, where: str) -> StateError:
         owner = self._model.get_submodule(name.rpartition(".")[0])
@@ -106,12 +106,12 @@ class _Held:
         self._often = False
 
     def hold(self, values: Values | None, whole: bool) -> None:
-        numbers, whole = self.parameter.detach(), whole or self._often
+        numbers = self.parameter.detach()
         if values is None:
             assert self._elements is not None
-            values = self._elements.chosen(numbers, extremes=True) if whole else self._elements.of(numbers)
+            values = self._elements.chosen(numbers, extremes=True)
         self.values = values
-        self._sums = _sums(numbers) if whole else None
+        self._sums = _sums(numbers) if whole or self._often else None
         self._seen = 0.0
         self._place = self._version()
 
@@ -140,7 +140,7 @@ class _Held:
 def _sums(numbers: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum of each block, (blocks,) float64."""
     weights = _WEIGHTS.to(numbers.device)
-    pieces = numbers.reshape(-1).split(_PIECE)
+    pieces = torch.split(numbers.reshape(-1), _PIECE)
     padded = (nn.functional.pad(one, (0, -len(one) % _BLOCK)).view(-1, _BLOCK) for one in pieces)
     return torch.cat([one.double() @ weights for one in padded])
 

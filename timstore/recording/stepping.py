@@ -110,7 +110,7 @@ class Stepping:
             self._handles.append(one.optimizer.register_step_pre_hook(self._before))
             after = one.optimizer.register_step_post_hook(self._after)
             # Before those of others, which may change what the step left.
-            one.optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+            one.optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._handles.append(after)
 
     def remove(self) -> None:

@@ -1,6 +1,7 @@
 """Rollback: from records to a model without them, in bounded memory."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ def rollback(
     if output is not None or in_place or model is not None:
         raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
 
-    def change(inner: nn.Module, steps: torch.optim.Optimizer | None) -> RollbackReport:
+    def change(inner: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> RollbackReport:
         with explained(store, inner):
-            return _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options)
+            return _rollback(store, ModelInMemory(inner), ids, optimizers=optimizers, **options)
 
     report = changed_together(store, target, optimizer, change)
     for warning in report.warnings:

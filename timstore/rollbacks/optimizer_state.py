@@ -1,13 +1,13 @@
-"""The optimizer goes along: its buffers as they would be without the samples, where the records say."""
+"""The optimizers go along: their buffers as they would be without the samples, where the records say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.optimizers import ADAM_FAMILY, class_name
-from timstore.rollbacks.methods import FINAL_MOMENT, Method
+from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY, class_name
+from timstore.records import Parameter
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.timeline import Timeline
 from timstore.rollbacks.vectors import Vector
@@ -15,74 +15,103 @@ from timstore.rollbacks.vectors import Vector
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Correction:
-    """What is done to an optimizer's state.
+    """What is done to the optimizers' state.
 
     Attributes:
-        added: state's name to what is added to it.
+        added: what is added to the state that `buffers` names, parameter by parameter.
         replaced: state's name to what takes its place, in the parameters' shapes; `others` in other shapes.
     """
 
-    added: Mapping[str, Vector] = field(default_factory=dict)
+    added: Vector | None = None
+    buffers: Mapping[str, str] = field(default_factory=dict)
     replaced: Mapping[str, Vector] = field(default_factory=dict)
     others: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
-    def apply(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Change the optimizer's state, in place."""
+    def apply(self, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Change the optimizers' state, in place."""
+        states = {id(parameter): held for one in optimizers for parameter, held in one.state.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
-                held = optimizer.state.get(parameter, {})
-                for key, vector in self.added.items():
-                    if isinstance(held.get(key), torch.Tensor):
-                        held[key] += vector.read(name).to(held[key]).view_as(held[key])
+                held = states.get(id(parameter), {})
+                buffer = held.get(self.buffers.get(name))
+                if self.added is not None and isinstance(buffer, torch.Tensor):
+                    buffer += self.added.read(name).to(buffer).view_as(buffer)
                 for key, vector in self.replaced.items():
                     if isinstance(held.get(key), torch.Tensor):
                         held[key].copy_(vector.read(name).view_as(held[key]))
             for (name, key), numbers in self.others.items():
                 if name in parameters:
-                    optimizer.state[parameters[name]][key].copy_(numbers)
+                    states[id(parameters[name])][key].copy_(numbers)
 
 
-def buffer_of(optimizers: set[str]) -> str:
-    """Return the name of the state that is linear in the gradients."""
-    return "exp_avg" if optimizers & set(ADAM_FAMILY) else "momentum_buffer"
+def buffers_of(timelines: Mapping[int, Timeline], known: Mapping[str, Parameter]) -> dict[str, str]:
+    """Return, of each parameter that has one, the name of the state whose change is a sum over the gradients.
+
+    With coupled decay Adam's moments hold the parameters too, and their change is no such sum.
+    """
+    of_group = {}
+    for group, timeline in timelines.items():
+        if timeline.optimizer in ADAM_FAMILY and not _is_coupled(timelines):
+            of_group[group] = "exp_avg"
+        elif timeline.optimizer in SGD_FAMILY and timeline.schedule.momentum.any():
+            of_group[group] = "momentum_buffer"
+    return {name: of_group[one.group_id] for name, one in known.items() if one.group_id in of_group}
 
 
-def check_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], timelines: dict[int, Timeline]
+def check_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Mapping[str, torch.nn.Parameter],
+    known: Mapping[str, Parameter],
+    timelines: Mapping[int, Timeline],
 ) -> None:
-    """Refuse an optimizer that is not the one that trained these parameters.
+    """Refuse optimizers that are not those that trained these parameters.
 
     Raises:
-        InvalidInputError: another class, or it does not hold a parameter or its state.
+        InvalidInputError: another class, or none holds a parameter, or its state.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidInputError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     names = {timeline.optimizer for timeline in timelines.values()}
-    if class_name(type(optimizer)) not in names:
+    other = next((one for one in optimizers if class_name(type(one)) not in names), None)
+    if other is not None:
         raise InvalidInputError(
-            f"optimizer is a {class_name(type(optimizer))}; the run was trained by {' and '.join(sorted(names))}"
+            f"optimizer is a {class_name(type(other))}; the run was trained by {' and '.join(sorted(names))}"
         )
-    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    absent = next((name for name, one in parameters.items() if id(one) not in held), None)
-    if absent:
-        raise InvalidInputError(f"optimizer does not hold parameter {absent} of this model", parameter=absent)
-    stateful = names != {"SGD"} or any(timeline.schedule.momentum.any() for timeline in timelines.values())
-    if stateful and not any(optimizer.state.get(one) for one in parameters.values()):
-        raise InvalidInputError("optimizer holds no state yet: pass the one that trained the model, or load its state")
+    holders = {
+        id(one): optimizer for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]
+    }
+    for name, parameter in parameters.items():
+        holder, timeline = holders.get(id(parameter)), timelines[known[name].group_id]
+        if holder is None:
+            raise InvalidInputError(
+                f"optimizer does not hold parameter {name} of this model: where several trained it, pass them all, "
+                "optimizer=[one, two]",
+                parameter=name,
+            )
+        if class_name(type(holder)) != timeline.optimizer:
+            raise InvalidInputError(
+                f"parameter {name} is held by a {class_name(type(holder))}, and was trained by a {timeline.optimizer}",
+                parameter=name,
+            )
+        stateful = timeline.optimizer not in SGD_FAMILY or timeline.schedule.momentum.any()
+        if stateful and not any(holder.state.values()):
+            raise InvalidInputError(
+                "optimizer holds no state yet: pass the one that trained the model, or load its state"
+            )
 
 
-def described(method: Method, timelines: dict[int, Timeline], replayed: Replayed | None) -> tuple[str, bool]:
-    """Return (what becomes of the optimizer's state, in words; whether its momentum is corrected by a sum)."""
+def described(timelines: Mapping[int, Timeline], replayed: Replayed | None) -> str:
+    """Return what becomes of the optimizers' state, in words."""
     if replayed is not None:
         names = sorted({*replayed.states, *(key for _, key in replayed.others)})
-        return f"{', '.join(names) or 'it holds nothing'} corrected", False
-    if method is FINAL_MOMENT:
-        moved = [one for one in timelines.values() if one.optimizer in ADAM_FAMILY]
-        coupled = any((one.schedule.weight_decay != 0)[~one.schedule.decoupled.astype(bool)].any() for one in moved)
-        rest = "exp_avg_sq left as it was: optimizer_history='gradients' would determine it"
-        if coupled:
-            return f"exp_avg and {rest}", False
-        return f"exp_avg corrected, {rest}", True
-    if any(timeline.schedule.momentum.any() for timeline in timelines.values()):
-        return "momentum_buffer corrected", True
-    return "it holds nothing to correct", False
+        return f"{', '.join(names) or 'it holds nothing'} corrected"
+    found = []
+    if any(one.optimizer in ADAM_FAMILY for one in timelines.values()):
+        first = "exp_avg and" if _is_coupled(timelines) else "exp_avg corrected,"
+        found.append(f"{first} exp_avg_sq left as it was: optimizer_history='gradients' would determine it")
+    if any(one.optimizer in SGD_FAMILY and one.schedule.momentum.any() for one in timelines.values()):
+        found.append("momentum_buffer corrected")
+    return "; ".join(found) or "it holds nothing to correct"
+
+
+def _is_coupled(timelines: Mapping[int, Timeline]) -> bool:
+    adams = (one for one in timelines.values() if one.optimizer in ADAM_FAMILY)
+    return any((one.schedule.weight_decay != 0)[~one.schedule.decoupled.astype(bool)].any() for one in adams)

@@ -18,7 +18,7 @@ from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.identity import Identity, combined_digest, recognise
 from timstore.rollbacks.matching import multiplier
 from timstore.rollbacks.methods import approximated
-from timstore.rollbacks.optimizer_state import check_optimizer
+from timstore.rollbacks.optimizer_state import check_optimizers
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.progress import Bar, shown
@@ -52,7 +52,7 @@ def rollback(
     parameters: Iterable[str] | None = None,
     method: str = "auto",
     denominator: str = "kept",
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
     probe: Iterable[Any] | Literal[False] | None = None,
     bins: int = 4,
     outputs: Callable[[Any], Any] | None = None,
@@ -83,7 +83,7 @@ def rollback(
     selection = select(snapshot, request, identity.moment)
     _check_not_removed(identity, selection.samples, force)
     budget = Budget.divide(limit_bytes, snapshot)
-    run = Run.read(snapshot, request, identity.moment, selection, budget, _DTYPES[accumulate], optimizer)
+    run = Run.read(snapshot, request, identity.moment, selection, budget, _DTYPES[accumulate], optimizers)
     if asked is not None and not run.has_coordinates:
         if probe is not None:
             raise InvalidInputError(
@@ -94,9 +94,9 @@ def rollback(
     plan = run.plan(bins if asked else 1)
     changed = target.places(plan.parameters)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
-    live = _live(target, changed) if optimizer is not None or keep_delta else {}
-    if optimizer is not None:
-        check_optimizer(optimizer, live, run.timelines)
+    live = _live(target, changed) if optimizers or keep_delta else {}
+    if optimizers:
+        check_optimizers(optimizers, live, selection.known, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
     products = len(plan.lengths) * (steps + 1) - 1 + 4 * _MATCHING_STEPS if asked else 0
@@ -106,10 +106,10 @@ def rollback(
         shown(progress, run.work(plan), products) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
-        replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
+        replayed = run.sum_up(plan, changed, increments, workspace, bool(optimizers), bar.added)
         if replayed is not None and not identity.removed:
             _check_replayed(replayed, changed)
-        correction, optimizer_text = run.correction(optimizer, replayed, workspace)
+        correction, optimizer_text = run.correction(optimizers, replayed, workspace)
         moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
         coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
         largest = dict.fromkeys(sizes, 1.0)
@@ -167,8 +167,7 @@ def rollback(
                 apply=lambda: apply(changed, delta, workspace, budget.workers),
                 record=lambda: store.append_rollback(row, live if keep_delta else None),
             )
-            if optimizer is not None:
-                correction.apply(optimizer, live)
+            correction.apply(optimizers, live)
     return replace(report, seconds=time.perf_counter() - started)
 
 

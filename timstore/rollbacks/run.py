@@ -14,7 +14,7 @@ from timstore.rollbacks.consumed import Change
 from timstore.rollbacks.engine import Budget, Readers, stream
 from timstore.rollbacks.identity import Identity
 from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, choose
-from timstore.rollbacks.optimizer_state import Correction, buffer_of, described
+from timstore.rollbacks.optimizer_state import Correction, buffers_of, described
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
 from timstore.rollbacks.replay import Replay, Replayed
 from timstore.rollbacks.request import Request
@@ -58,7 +58,7 @@ class Run:
         selection: Selection,
         budget: Budget,
         dtype: torch.dtype,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Sequence[torch.optim.Optimizer],
     ) -> "Run":
         """Read a run's history, and choose the method.
 
@@ -73,7 +73,7 @@ class Run:
 
         @cache
         def tape() -> Tape | str:
-            return find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizer)
+            return find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizers)
 
         method = choose(request.method, timelines, lambda: why if isinstance(why := tape(), str) else None)
         changes = changes_of(snapshot, request, moment, selection, timelines, readers, budget, dtype)
@@ -170,15 +170,16 @@ class Run:
         ).run(places, increments, self.readers, self.budget, workspace, advance)
 
     def correction(
-        self, optimizer: torch.optim.Optimizer | None, replayed: Replayed | None, workspace: Workspace
+        self, optimizers: Sequence[torch.optim.Optimizer], replayed: Replayed | None, workspace: Workspace
     ) -> tuple[Correction, str | None]:
-        """Return what is to be done to the optimizer's state, and that in words (None without an optimizer)."""
-        if optimizer is None:
+        """Return what is to be done to the optimizers' state, and that in words (None without an optimizer)."""
+        if not optimizers:
             return Correction(), None
-        text, summed = described(self.method, self.timelines, replayed)
+        text = described(self.timelines, replayed)
         if replayed is not None:
             return Correction(replaced=replayed.states, others=replayed.others), text
-        if not summed:
+        buffers = buffers_of(self.timelines, self.selection.known)
+        if not workspace.sizes.keys() & buffers.keys():
             return Correction(), text
         plan = make_plan(
             self.selection,
@@ -193,7 +194,7 @@ class Run:
         vector = workspace.new()
         device, dtype = workspace.device, workspace.dtype
         stream(plan, self.readers, [vector], self.budget, device=device, dtype=dtype, advance=lambda _: None)
-        return Correction(added={buffer_of({one.optimizer for one in self.timelines.values()}): vector}), text
+        return Correction(vector, buffers), text
 
     def warnings(self, identity: Identity) -> list[str]:
         """Return what the user should know of the change before curvature is asked."""

@@ -1,5 +1,6 @@
 """The tape of a run: every gradient its optimizer consumed, and what it began from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +50,13 @@ def find_tape(
     known: dict[str, Parameter],
     timelines: dict[int, Timeline],
     first: int,
-    given: torch.optim.Optimizer | None,
+    given: Sequence[torch.optim.Optimizer],
 ) -> Tape | str:
     """Return the tape of a run, or why there is none.
 
     Args:
         first: `moment_key` of the first step that changes.
-        given: an optimizer of the class that took the steps, where that is not one of torch's own.
+        given: optimizers of the classes that took the steps, where those are not torch's own.
     """
     gradients = whole_gradients(snapshot, moment)
     if not gradients.num_rows:
