@@ -52,7 +52,7 @@ def test_a_record_keeps_its_inner_product_with_the_whole_gradient_before_clippin
             rows = ids[[one - 5 for one in half]]
             (model(rows, sample_ids=half).square().sum() / 4).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        recorder._optimizer.step()
+        recorder._optimizers[0].step()
     whole = torch.autograd.grad(twin(ids).square().sum() / 4, list(twin.parameters()))
     for sample, dot in store.sql("SELECT sample, dot FROM records ORDER BY sample").fetchall():
         own = torch.autograd.grad(twin(ids[[sample - 5]]).square().sum() / 4, list(twin.parameters()))
@@ -68,7 +68,7 @@ def test_labels_say_how_many_tokens_a_mean_divides_by(store: timstore.Store) -> 
     labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
     with store.record(model, networks.sgd(model)) as recorder:
         model(ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=labels, sample_ids=[3, 4]).sum().backward()
-        recorder._optimizer.step()
+        recorder._optimizers[0].step()
     assert values(store, "SELECT tokens FROM records ORDER BY sample") == [2, 1]
     assert values(store, "SELECT (tokens, mean_over) FROM steps") == [(3, "tokens")]
 
@@ -125,8 +125,8 @@ def test_a_probe_that_holds_a_forgotten_sample_is_pointed_out(store: timstore.St
         for ids in ([0, 1, 2], [3, 4, 5]):
             recorder.batch(ids)
             nn.functional.cross_entropy(model(data[ids]), torch.zeros(3, dtype=torch.long)).backward()
-            recorder._optimizer.step()
-            recorder._optimizer.zero_grad()
+            recorder._optimizers[0].step()
+            recorder._optimizers[0].zero_grad()
     with pytest.warns(timstore.TimstoreWarning, match="holds 1 of the samples to be forgotten .*4"):
         store.rollback(model, [1, 4], probe=[torch.cat([torch.randn(5, 4), data[4:5]])], dry_run=True)
     with warnings.catch_warnings():
@@ -158,7 +158,7 @@ def test_clipping_by_value_is_refused_where_only_the_final_moment_is_kept(store:
         recorder.batch([1, 2])
         model(torch.randn(2, 4)).square().sum().backward()
         nn.utils.clip_grad_value_(model.parameters(), 0.3)
-        recorder._optimizer.step()
+        recorder._optimizers[0].step()
 
 
 def test_a_parameter_that_is_frozen_and_thawed_keeps_its_own_history(tmp_path: Path) -> None:

@@ -112,8 +112,12 @@ def test_gradients_that_would_be_consumed_twice_are_refused(store: timstore.Stor
         optimizer.step()
         with pytest.raises(StateError, match="zero_grad"):
             optimizer.step()
+        backward(model, [3, 4])
         with pytest.raises(StateError, match="zero_grad"):
-            backward(model, [3, 4])
+            optimizer.step()
+        optimizer.zero_grad()
+        train(model, optimizer, [5, 6])
+    assert moments(store) == [(0, 0, 1), (0, 0, 2), (0, 1, 5), (0, 1, 6)]
 
 
 def test_a_parameter_that_is_unfrozen_on_the_way_is_refused(store: timstore.Store) -> None:

@@ -25,6 +25,7 @@ def timeline(optimizer: str, lr: np.ndarray, **columns: float) -> Timeline:
     ratio = 0.5 + 0.5 * np.cos(np.arange(len(lr))) ** 2
     return Timeline(
         keys=np.arange(len(lr)),
+        rounds=np.arange(len(lr)),
         optimizer=optimizer,
         schedule=schedule,
         ratio=ratio,

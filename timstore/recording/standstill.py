@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from timstore.errors import StateError
-from timstore.recording.elements import Elements, Values, is_kept_together, kept_together
+from timstore.recording.elements import Elements, Values, is_kept_together, kept_together, on_host
 
-# Sums are taken over blocks this long, with weights so that an exchange of two elements shows; so many elements at once.
+# Sums are taken over blocks this long, so many elements at once, with weights so that an exchange of two shows.
 _BLOCK, _PIECE = 1024, 1 << 22
 _WEIGHTS = torch.linspace(0.5, 1.5, _BLOCK, dtype=torch.float64, device="cpu")
 
@@ -62,19 +62,13 @@ class Standstill:
         Raises:
             StateError: naming the first such parameter.
         """
-        together = self._together()
-        names = list(together)
-        if names:
-            now, then = ([values[name] for name in names] for values in (together, self._values))
-            if torch.equal(torch.cat(now), torch.cat(then)):  # type: ignore[arg-type]
-                together = {name: self._values[name] for name in names}
+        now = self._together()
+        then = {name: self._held[name].values for name in now}
+        if now and np.array_equal(on_host([*now.values()]), on_host([*then.values()])):
+            now = then  # one comparison that the host waits for, instead of one per parameter
         for name, held in self._held.items():
-            if held.changed(together.get(name)):
+            if held.changed(now.get(name)):
                 raise self._error(name, where)
-
-    @property
-    def _values(self) -> dict[str, Values]:
-        return {name: held.values for name, held in self._held.items()}
 
     def _together(self) -> dict[str, Values]:
         found = {name: one.parameter.detach() for name, one in self._held.items() if is_kept_together(one.parameter)}
@@ -88,10 +82,10 @@ class Standstill:
             cause = "clamped, averaged, decayed by hand, rolled back, or loaded from a checkpoint"
         return StateError(
             f"parameter {name} was changed {where} by something else than its optimizer ({cause}): a rollback takes "
-            "away what the optimizer did, and would leave a part of it in the model. Leave the `with` block before such "
-            "a change; after loading the checkpoint of a recorded step, go on with resume_from=(epoch, step + 1), else "
-            "record on into a new store. Or record with optimizer_history='gradients', with which a rollback runs the "
-            "optimizer again and sees whether that ends at the model",
+            "away what the optimizer did, and would leave a part of it in the model. Leave the `with` block before "
+            "such a change; after loading the checkpoint of a recorded step, go on with resume_from=(epoch, step + 1), "
+            "else record on into a new store. Or record with optimizer_history='gradients', with which a rollback runs "
+            "the optimizer again and sees whether that ends at the model",
             kind="changed-outside",
             parameter=name,
         )
@@ -147,6 +141,8 @@ def _sums(numbers: torch.Tensor) -> torch.Tensor:
 
 def _apart(now: Values, then: Values) -> float:
     """Return the largest difference."""
+    if now is then:
+        return 0.0
     if isinstance(now, np.ndarray):
         return 0.0 if np.array_equal(now, then) else float(np.abs(now - then).max())
     return 0.0 if torch.equal(now, then) else float((now.double() - then.double()).abs().max())  # type: ignore[arg-type, union-attr]

@@ -162,7 +162,7 @@ class Stepping:
         check_untrained(optimizers, self._untrained, all_seen=not mine.pending.proved)
         if len(self._trained) > 1 and len(mine.optimizer.param_groups) != mine.groups:
             raise CoverageError(
-                "the optimizer has other groups than when recording began, and groups are numbered over all optimizers: "
+                "the optimizer has other groups than when recording began, and groups are numbered over all of them: "
                 "leave the `with` block before adding one, and enter it again after",
                 kind="groups-changed",
             )

@@ -34,9 +34,10 @@ def changes_of(
     <g, h> was not recorded and every sample was.
     """
     leaving = selection.leaving
+    rounds = leaving.in_rounds(timelines.values())
     wanted = np.zeros(len(leaving.keys), bool)
     for timeline in timelines.values():
-        wanted |= needs_dots(timeline, leaving)
+        wanted |= needs_dots(timeline, leaving, rounds)
     if wanted.any():
         rest, held = rest_of(snapshot, request, moment, leaving.keys[wanted])
         if rest is not None:
@@ -50,6 +51,7 @@ def changes_of(
         norms = leaving.norm.copy()
         norms[needed] = _inner_products(selection, None, leaving.keys[needed], readers, budget, dtype)[1]
         leaving = replace(leaving, norm=norms)
+    leaving = leaving.in_rounds(timelines.values())
     return {group: change_of(timeline, leaving, request.denominator) for group, timeline in timelines.items()}
 
 

@@ -10,6 +10,7 @@ GradScaler's scale included.
 Source: docs/design/rollback.md; torch clips by max_norm / (norm + 1e-6), at most 1.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +53,34 @@ class Leaving:
             columns[name] = column
         return replace(self, **{**columns, "keys": keys})
 
+    def in_rounds(self, timelines: Iterable[Timeline]) -> "Leaving":
+        """Return what leaves whole rounds, at every step of each."""
+        known = list(timelines)
+        keys, found = np.unique(np.concatenate([one.keys for one in known]), return_index=True)
+        first = np.searchsorted(keys, np.concatenate([one.rounds for one in known])[found])
+        if np.array_equal(keys[first], keys):
+            return self
+        own = self.at(keys)
+
+        def total(column: np.ndarray) -> np.ndarray:
+            sums: np.ndarray = np.bincount(first, column, len(keys))[first]
+            return sums
+
+        def most(column: np.ndarray) -> np.ndarray:
+            found = np.zeros(len(keys))
+            np.maximum.at(found, first, column)
+            return found[first]
+
+        return Leaving(
+            keys=keys,
+            samples=most(own.samples),
+            tokens=most(own.tokens),
+            records=total(own.records),
+            dot=total(own.dot),
+            norm=np.sqrt(total(own.norm**2)),
+            largest=total(own.largest),
+        )
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
@@ -80,13 +109,17 @@ class Change:
         )
 
 
-def needs_dots(timeline: Timeline, leaving: Leaving) -> np.ndarray:
-    """Say, for each step of `leaving`, whether its clip factor may change by an unknown <g, h>; shape of its keys."""
+def needs_dots(timeline: Timeline, leaving: Leaving, rounds: Leaving) -> np.ndarray:
+    """Say, for each step of `leaving`, whether its clip factor may change by an unknown <g, h>; shape of its keys.
+
+    Args:
+        rounds: what leaves whole rounds.
+    """
     bounds, known = clip_bounds(timeline)
     if not known or not np.isfinite(bounds).any():
         return np.zeros(len(leaving.keys), bool)
     where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
-    largest = (timeline.grad_norm[where] + leaving.largest) / timeline.amp_scale[where]
+    largest = (timeline.grad_norm[where] + rounds.at(leaving.keys).largest) / timeline.amp_scale[where]
     staying = timeline.samples[where] - leaving.samples
     # A mean that is taken again makes g larger, by no more than this.
     again = np.where(staying > 0, timeline.samples[where] / np.maximum(staying, 1.0), 1.0)

@@ -1,6 +1,6 @@
 """The optimizer's history as the store holds it: one timeline per parameter group, checked for gaps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from timstore.errors import CoverageError, StateError
 from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.coefficients import Schedule, adam_weights, own_counts, step_lengths, weights
+from timstore.rollbacks.rounds import clipped_together
 from timstore.snapshot import Snapshot
 
 Moment = tuple[int, int]
@@ -55,11 +56,12 @@ class Timeline:
 
     Attributes:
         keys: `moment_key` of each step.
+        rounds: that of the first step that was clipped together with it, by one norm; its own if there was no other.
         optimizer: the class that took the steps.
         kept: the share of the step's batch that is not removed.
         ratio: consumed over accumulated gradient.
         idle, fresh: per step, names of parameters; fresh is None where unknown.
-        grad_norm: of the accumulated gradient, NaN where unknown.
+        grad_norm: of the accumulated gradient, all of the round's, NaN where unknown.
         amp_scale: what the loss had been multiplied by.
         samples, tokens: of the whole batch; NaN where unknown.
         clip_value: the bound of clipping by value, NaN where there was none.
@@ -70,6 +72,7 @@ class Timeline:
     """
 
     keys: np.ndarray
+    rounds: np.ndarray
     optimizer: str
     schedule: Schedule
     ratio: np.ndarray
@@ -143,8 +146,9 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
         "group_id, unnest(sample_ids) AS sample FROM steps) JOIN removed r USING (sample) GROUP BY ALL) "
         "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples)::BIGINT AS samples, "
-        "sum(tokens)::BIGINT AS tokens, "
-        "coalesce(sum(hits), 0)::BIGINT AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits FROM steps "
+        "sum(tokens)::BIGINT AS tokens, bit_xor(s.batch) AS batch, "
+        "coalesce(sum(hits), 0)::BIGINT AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits, "
+        "CASE WHEN sample_ids IS NOT NULL THEN hash(sample_ids) END AS batch FROM steps "
         f"LEFT JOIN drawn USING (epoch, step, rank, group_id)) s WHERE {up_to(moment)} "
         "GROUP BY epoch, step, group_id ORDER BY epoch, step",
         [list(removed)],
@@ -152,12 +156,15 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_group.setdefault(row["group_id"], []).append(
-            {**row["scalars"], **{name: row[name] for name in ("samples", "tokens", "hits")}}
+            {**row["scalars"], **{name: row[name] for name in ("samples", "tokens", "hits", "batch")}}
         )
-    return {group: _timeline(group, rows) for group, rows in by_group.items()}
+    rounds = clipped_together(by_group)
+    timelines = {group: _timeline(group, rows, rounds) for group, rows in by_group.items()}
+    _check_no_gap(timelines)
+    return timelines
 
 
-def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
+def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tuple[Moment, float]]) -> Timeline:
     for row in rows:
         where = f"epoch {row['epoch']}, step {row['step']}, group {group}"
         if row["optimizer"] != rows[0]["optimizer"]:
@@ -171,16 +178,20 @@ def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
             raise CoverageError(f"{where} has no beta1, beta2 or eps: pass them to append_step", kind="no-betas")
         if row["optimizer"] in known and row["lr"] is None:
             raise CoverageError(f"{where} has no learning rate: pass lr= to append, or append_step", kind="no-lr")
+    moments = [(row["epoch"], row["step"]) for row in rows]
+    together = [rounds.get(moment, (moment, np.nan)) for moment in moments]
+    norms = np.array([norm for _, norm in together], np.float64)
     columns = {name: np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__}
-    timeline = Timeline(
-        keys=moment_key(*(np.array([row[name] for row in rows], np.int64) for name in ("epoch", "step"))),
+    return Timeline(
+        keys=np.array([moment_key(*moment) for moment in moments], np.int64),
+        rounds=np.array([moment_key(*first) for first, _ in together], np.int64),
         optimizer=rows[0]["optimizer"],
         schedule=Schedule.from_columns(columns),
         ratio=np.array([row["consumed_ratio"] for row in rows]),
         kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
         idle=[frozenset(row["idle"] or ()) for row in rows],
         fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
-        grad_norm=_numbers(rows, "grad_norm"),
+        grad_norm=np.where(np.isnan(norms), _numbers(rows, "grad_norm"), norms),
         amp_scale=np.array([row["amp_scale"] or 1.0 for row in rows]),
         samples=_numbers(rows, "samples"),
         tokens=_numbers(rows, "tokens"),
@@ -190,26 +201,38 @@ def _timeline(group: int, rows: list[dict[str, Any]]) -> Timeline:
         options=[row["options"] for row in rows],
         micro_batches=max((len(row["micro_batches"] or ()) for row in rows), default=0),
     )
-    _check_no_gap(group, rows, timeline)
-    return timeline
 
 
 def _numbers(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
 
 
-def _check_no_gap(group: int, rows: list[dict[str, Any]], timeline: Timeline) -> None:
-    """With momentum, moments or decay every step changes what earlier ones left behind: none may be missing."""
+def _check_no_gap(timelines: Mapping[int, Timeline]) -> None:
+    """With momentum, moments or decay every step changes what earlier ones left behind: none may be missing.
+
+    Groups that stepped together are one optimizer's; the steps that it did not take may be another's.
+    """
+    groups: dict[frozenset[int], list[int]] = {}
+    for group, timeline in timelines.items():
+        groups.setdefault(frozenset(timeline.keys.tolist()), []).append(group)
+    for taken, members in groups.items():
+        counting = [group for group in members if _counts_every_step(timelines[group])]
+        if not counting:
+            continue
+        moments = sorted(taken.union(*(others for others in groups if others.isdisjoint(taken))))
+        begins, first, last = moment_of(moments[0])[1], min(taken), max(taken)
+        for before, after in pairwise(moment_of(one) for one in moments if first <= one <= last):
+            follows = after[1] == before[1] + 1
+            restarts = after[0] > before[0] and after[1] == begins
+            if not follows and not restarts:
+                raise CoverageError(
+                    f"group {counting[0]}: no step is recorded between epoch {before[0]}, step {before[1]} and epoch "
+                    f"{after[0]}, step {after[1]}; with momentum or weight decay every step counts: append_step those "
+                    "that held no recorded sample too",
+                    kind="missing-steps",
+                )
+
+
+def _counts_every_step(timeline: Timeline) -> bool:
     schedule = timeline.schedule
-    if timeline.optimizer in SGD_FAMILY and not (schedule.momentum.any() or schedule.weight_decay.any()):
-        return
-    for before, after in pairwise(rows):
-        follows = after["step"] == before["step"] + 1
-        restarts = after["epoch"] > before["epoch"] and after["step"] == rows[0]["step"]
-        if not follows and not restarts:
-            raise CoverageError(
-                f"group {group}: no step is recorded between epoch {before['epoch']}, step {before['step']} and epoch "
-                f"{after['epoch']}, step {after['step']}; with momentum or weight decay every step counts: append_step "
-                "those that held no recorded sample too",
-                kind="missing-steps",
-            )
+    return timeline.optimizer not in SGD_FAMILY or bool(schedule.momentum.any() or schedule.weight_decay.any())
