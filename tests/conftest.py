@@ -15,7 +15,7 @@ import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
 from timstore.interchange.pickles import read_pickle
-from timstore.recording import accumulation
+from timstore.recording import accumulation, standstill
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
 if "TIMSTORE_DEVICE" in os.environ:
@@ -35,7 +35,8 @@ def one_thread() -> Iterator[None]:
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How gradients are looked at: as on the host, or as on a CUDA device."""
     if request.param == "together":
-        monkeypatch.setattr(accumulation, "is_kept_together", lambda parameter: True)
+        for module in (accumulation, standstill):
+            monkeypatch.setattr(module, "is_kept_together", lambda parameter: True)
 
 
 @pytest.fixture

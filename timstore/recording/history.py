@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError
+from timstore.optimizers import SGD_FAMILY, class_name
 from timstore.recording.optimizer import amp_scales
 from timstore.store import Store
 
@@ -40,6 +41,12 @@ class History:
         self._optimizers = optimizers
         self._names = names
         self._begun = not self.keeps_gradients
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether a rollback will run the optimizers again, which it needs not for SGD, and see where that ends."""
+        linear = all(class_name(type(one)) in SGD_FAMILY for one in self._optimizers)
+        return self.needs_products and not linear
 
     def before_step(self, epoch: int, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keep what the first step of a stretch begins from.

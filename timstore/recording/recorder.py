@@ -149,7 +149,8 @@ class Recorder:
             if error is None:
                 raise
             # The error of the training loop is the one to see.
-            error.add_note(f"timstore: the end of the recording could not be kept: {failure}")
+            if getattr(error, "kind", None) != getattr(failure, "kind", ""):
+                error.add_note(f"timstore: the end of the recording could not be kept: {failure}")
 
     def stop(self) -> None:
         """End recording, and commit; the parameters are not taken for those that the last step left."""
@@ -243,8 +244,7 @@ class Recorder:
                 averaged=not self._ranks.alone,
                 paused=lambda: capture.is_replaying,
             ),
-            # With every gradient a rollback runs the optimizer again, and sees whether that ends at the model.
-            None if self._history.needs_products else Standstill(self._model, parameters),
+            None if self._history.is_replayed else Standstill(parameters),
         )
 
     def _begin_attempt(self) -> None:

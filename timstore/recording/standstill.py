@@ -37,8 +37,7 @@ class Standstill:
         parameters: the optimizer's, by name.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._model = model
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._held = {name: _Held(one) for name, one in parameters.items() if one.numel()}
         self.hold(whole=True)
 
@@ -68,27 +67,24 @@ class Standstill:
             now = then  # one comparison that the host waits for, instead of one per parameter
         for name, held in self._held.items():
             if held.changed(now.get(name)):
-                raise self._error(name, where)
+                raise _error(name, where)
 
     def _together(self) -> dict[str, Values]:
         found = {name: one.parameter.detach() for name, one in self._held.items() if is_kept_together(one.parameter)}
         return kept_together(found)
 
-    def _error(self, name: str, where: str) -> StateError:
-        owner = self._model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and owner.max_norm is not None:
-            cause = f"max_norm={owner.max_norm} of its {type(owner).__name__} shortens rows in every forward pass"
-        else:
-            cause = "clamped, averaged, decayed by hand, rolled back, or loaded from a checkpoint"
-        return StateError(
-            f"parameter {name} was changed {where} by something else than its optimizer ({cause}): a rollback takes "
-            "away what the optimizer did, and would leave a part of it in the model. Leave the `with` block before "
-            "such a change; after loading the checkpoint of a recorded step, go on with resume_from=(epoch, step + 1), "
-            "else record on into a new store. Or record with optimizer_history='gradients', with which a rollback runs "
-            "the optimizer again and sees whether that ends at the model",
-            kind="changed-outside",
-            parameter=name,
-        )
+
+def _error(name: str, where: str) -> StateError:
+    return StateError(
+        f"parameter {name} was changed {where} by something else than its optimizer (clamped, averaged, decayed by "
+        "hand, rolled back, or loaded from a checkpoint): a rollback takes away what the optimizer did, and would "
+        "leave a part of it in the model. Keep averages in a copy of the model, let the optimizer decay, and bound "
+        "weights in the forward pass; or leave the `with` block before such a change, and go on with "
+        "resume_from=(epoch, step + 1) after loading the checkpoint of a recorded step, with a new store after "
+        "anything else",
+        kind="changed-outside",
+        parameter=name,
+    )
 
 
 class _Held:
@@ -107,10 +103,10 @@ class _Held:
         self.values = values
         self._sums = _sums(numbers) if whole or self._often else None
         self._seen = 0.0
-        self._place = self._version()
+        self._held_version = self._version()
 
     def look(self) -> None:
-        if self._version() != self._place:
+        if self._version() != self._held_version:
             self._seen = max(self._seen, float(self.parameter.detach().abs().max()))
 
     def changed(self, values: Values | None) -> bool:
@@ -118,7 +114,7 @@ class _Held:
         if values is None:
             assert self._elements is not None
             values = self._elements.of(self.parameter)
-        self._often = self._often or self._version() != self._place
+        self._often = self._often or self._version() != self._held_version
         apart = _apart(values, self.values)
         sums_apart = 0.0 if self._sums is None else _apart(_sums(self.parameter.detach()), self._sums)
         if not apart and not sums_apart:
@@ -128,6 +124,7 @@ class _Held:
         return apart > ulps * largest or sums_apart > sum_ulps * largest
 
     def _version(self) -> tuple[int, int]:
+        # A tensor assigned to `.data` brings memory of its own.
         return self.parameter._version, self.parameter.data_ptr()
 
 
