@@ -111,11 +111,11 @@ def test_what_changes_parameters_between_steps_is_refused_before_the_next_one(
 def test_a_change_late_in_the_run_is_refused_too(store: timstore.Store, after: int) -> None:
     model = network()
     optimizer = sgd(model, lr=0.01)
-    with pytest.raises(StateError, match=f"before epoch 0, step {after},"):
-        with store.record(model, optimizer, samples=[1]):
-            train(model, optimizer, *[[1, 2]] * after)
-            clamp_data(model)
-            train(model, optimizer, [1, 2])
+    said = f"before epoch 0, step {after},"
+    with pytest.raises(StateError, match=said), store.record(model, optimizer, samples=[1]):
+        train(model, optimizer, *[[1, 2]] * after)
+        clamp_data(model)
+        train(model, optimizer, [1, 2])
     assert len(moments(store)) == after
 
 
@@ -216,17 +216,17 @@ def test_in_another_dtype_a_swap_goes_through_and_one_changed_element_does_not(
         optimizer.step()
         optimizer.zero_grad()
 
-    with pytest.raises(StateError, match="weight was changed before epoch 0, step 3"):
-        with store.record(model, optimizer) as recorder:
-            for _ in range(3):
-                step()
-                kept = {name: one.detach().clone() for name, one in model.named_parameters()}
-                decay(model)
-                with torch.no_grad():
-                    swap.put(model, kept)
-            with torch.no_grad():
-                model.weight[150, 200] += 0.01
+    said = "weight was changed before epoch 0, step 3"
+    with pytest.raises(StateError, match=said), store.record(model, optimizer) as recorder:
+        for _ in range(3):
             step()
+            kept = {name: one.detach().clone() for name, one in model.named_parameters()}
+            decay(model)
+            with torch.no_grad():
+                swap.put(model, kept)
+        with torch.no_grad():
+            model.weight[150, 200] += 0.01
+        step()
 
 
 def test_a_step_that_a_grad_scaler_skips_is_no_change(store: timstore.Store) -> None:
@@ -266,11 +266,11 @@ def test_with_every_gradient_the_replay_decides(tmp_path: Path) -> None:
 def test_sgd_is_held_to_its_steps_whatever_is_kept(store: timstore.Store) -> None:
     model = network()
     optimizer = sgd(model)
-    with pytest.raises(StateError, match="something else than its optimizer"):
-        with store.record(model, optimizer, optimizer_history="gradients"):
-            for ids in [1, 2], [3, 4]:
-                train(model, optimizer, ids)
-                clamp(model)
+    recorder = store.record(model, optimizer, optimizer_history="gradients")
+    with pytest.raises(StateError, match="something else than its optimizer"), recorder:
+        for ids in [1, 2], [3, 4]:
+            train(model, optimizer, ids)
+            clamp(model)
 
 
 def test_another_hook_on_the_optimizer_is_seen_whenever_it_was_registered(store: timstore.Store) -> None:

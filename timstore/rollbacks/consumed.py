@@ -68,7 +68,8 @@ class Leaving:
 
         def most(column: np.ndarray) -> np.ndarray:
             found = np.zeros(len(keys))
-            np.maximum.at(found, first, column)
+            with np.errstate(invalid="ignore"):
+                np.maximum.at(found, first, column)
             return found[first]
 
         return Leaving(
