@@ -401,7 +401,7 @@ def test_in_blocks_of_rows_the_replay_is_the_same(tmp_path: Path) -> None:
             other = copy.deepcopy(model)
             store.rollback(other, [1], memory_limit=limit, accumulate="float64", force=True)
             ends.append(flat(other))
-    assert torch.equal(*ends)
+    assert off(*ends) < 1e-13
     assert float((ends[0] - flat(model)).norm()) > 0.1
 
 
