@@ -21,6 +21,7 @@ from timstore.errors import (
 )
 from timstore.lifetime import open_stores as _open_stores
 from timstore.records import Factors, Rows
+from timstore.reporting import user_path as _user_path
 from timstore.store import Store as _Store
 
 if TYPE_CHECKING:
@@ -362,7 +363,7 @@ def rollback(
     if isinstance(store, _Store):
         return roll_back(store, target, ids, **options)
     if store is not None:
-        if not os.path.exists(store):
+        if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with open(store) as opened:
             return roll_back(opened, target, ids, **options)

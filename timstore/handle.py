@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timstore import errors, intake
+from timstore import errors, intake, lifetime
 from timstore.opening import open_settings
+from timstore.reporting import user_path
 from timstore.snapshot import Snapshot, StoredRecord
 
 if TYPE_CHECKING:
@@ -19,10 +19,12 @@ class Handle:
     """What reading needs of a store: its objects, its settings and a snapshot."""
 
     def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+        self.path = user_path(path)
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
-        self.path = Path(path)
         self.mode = mode
+        if mode == "w":
+            lifetime.give_up(self.path)
         self._objects, self.settings = open_settings(self.path, mode, options)
         self._snapshot = Snapshot(self._objects, self.settings)
         self._stale = False

@@ -5,6 +5,7 @@ import ctypes
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 from timstore import errors
@@ -25,6 +26,13 @@ def ended(store: Any) -> None:
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
+
+
+def give_up(path: Path) -> None:
+    """Close the stores that are open at a path, which is about to be removed, without another commit."""
+    for store in open_stores():
+        if os.path.exists(path) and os.path.exists(store.path) and os.path.samefile(path, store.path):
+            store._release()
 
 
 def _keep_inherited() -> None:

@@ -109,7 +109,7 @@ _SPECIAL = ("__str__", "__repr__", "__len__", "__contains__", "__getattr__", "__
 for _name, _one in vars(_Relation).items():
     if _name in vars(Answer) or (_name.startswith("_") and _name not in _SPECIAL):
         continue
-    if isinstance(_one, property):
+    if isinstance(_one, property) and _one.fget is not None:
         setattr(Answer, _name, property(in_our_words()(_one.fget), doc=_one.__doc__))
     elif callable(_one):
         setattr(Answer, _name, _answering(_one))

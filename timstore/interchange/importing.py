@@ -17,15 +17,16 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
 from timstore.format.layout import SETTINGS
+from timstore.holding import held
 from timstore.interchange.json_files import read_json
 from timstore.interchange.layout import FORMATS, Trajectories, find, finite, sample_of
 from timstore.interchange.numbering import Numbering, may_have_markers
 from timstore.interchange.pickle_files import read_pickled
-from timstore.interchange.staging import emptied, held, place_of, publish, staged
+from timstore.interchange.staging import emptied, place_of, publish, staged
 from timstore.interchange.visits import Visit
 from timstore.progress import shown_if
 from timstore.records import StepGroup
-from timstore.reporting import reporting
+from timstore.reporting import reporting, user_path
 from timstore.snapshot import StoredRecord
 from timstore.store import Store
 
@@ -108,7 +109,7 @@ def import_trajectories(
         FormatError: a file that is broken off or not of the layout; the store is as it was.
         StorageError: a file cannot be read, or the store not be written.
     """
-    found = find(Path(directory), format)
+    found = find(user_path(directory), format)
     if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in found.files.values()):
         raise InvalidInputError(
             f"{directory} holds pickles: pass allow_pickle=True to read them by an unpickler that runs nothing",

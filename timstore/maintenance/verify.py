@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreError
 from timstore.format import layout
@@ -21,6 +20,7 @@ from timstore.maintenance.progress import shown
 from timstore.maintenance.records import RecordReader
 from timstore.maintenance.segments import check_commit
 from timstore.records import Parameter
+from timstore.reporting import reporting, user_path
 
 # A roll-up meanwhile moves rows into other files: then these are checked too, but not for ever.
 _ROUNDS = 3
@@ -66,14 +66,15 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
 def _objects(path: str | os.PathLike[str]) -> LocalObjects:
     if "://" in str(path):
         raise InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
-    root = Path(path)
-    if not root.exists():
-        raise NotFoundError(f"there is no store at {path}", path=str(path))
-    if not root.is_dir():
-        raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
-    places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
-    if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
-        raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
+    root = user_path(path)
+    with reporting("read", root):
+        if not root.exists():
+            raise NotFoundError(f"there is no store at {path}", path=str(path))
+        if not root.is_dir():
+            raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
+        places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
+        if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
+            raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
     return LocalObjects(root, durable=False)
 
 
