@@ -93,6 +93,13 @@ class Handle:
         state = "closed" if self._closed else f"{len(self._snapshot.view.commits)} commits"
         return f"<timstore.Store {str(self.path)!r} mode={self.mode!r} {state}>"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise errors.StateError(
+            f"a store cannot be copied or sent to another process (pickle, deepcopy, workers): give them the path "
+            f"{str(self.path)!r}, and open it there",
+            kind="not-copied",
+        )
+
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise errors.StateError(
