@@ -58,7 +58,7 @@ def refuse_compiled(*_: Any) -> None:
         _refuse_compiled()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_compiled() -> NoReturn:
     raise CoverageError(
         "what calls the recorded model is compiled (torch.compile), and a forward pass in it is out of reach of hooks: "
