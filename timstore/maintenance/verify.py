@@ -16,9 +16,9 @@ from timstore.maintenance.folded import check_checkpoint
 from timstore.maintenance.inventory import Inventory
 from timstore.maintenance.leftovers import data_folders, leftovers
 from timstore.maintenance.picture import Picture, look
-from timstore.maintenance.progress import shown
 from timstore.maintenance.records import RecordReader
 from timstore.maintenance.segments import check_commit
+from timstore.progress import told
 from timstore.records import Parameter
 from timstore.reporting import reporting, user_path
 
@@ -34,9 +34,9 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
     began = time.monotonic()
     objects = _objects(path)
     inventory = Inventory(objects.root)
-    with shown(progress, "verifying") as told:
+    with told(progress, "verifying", "bytes") as tell:
         reader = RecordReader(objects, inventory)
-        examiner = Examiner(objects, inventory, told)
+        examiner = Examiner(objects, inventory, tell)
         picture = look(reader)
         commits: dict[tuple[str, int], int] = {}
         for _ in range(_ROUNDS):

@@ -21,7 +21,7 @@ from timstore.rollbacks.methods import approximated
 from timstore.rollbacks.optimizer_state import check_optimizer
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
-from timstore.rollbacks.progress import Bar, shown
+from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request
@@ -99,11 +99,11 @@ def rollback(
         check_optimizer(optimizer, live, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
-    products = len(plan.lengths) * (steps + 1) - 1 + 4 * _MATCHING_STEPS if asked else 0
+    halves, wholes = (4 * _MATCHING_STEPS, len(plan.lengths) * (steps + 1) - 1) if asked else (0, 0)
     device = next(iter(changed.values())).device
     with (
         Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
-        shown(progress, run.work(plan), products) as bar,
+        rollback_shown(progress, run.work(plan), halves, wholes) as bar,
     ):
         increments = [workspace.new() for _ in plan.lengths]
         replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
@@ -233,6 +233,7 @@ def _filtered(
             decayed(increments[0], coordinates, plan)
         return increments[0], None
     model, response = target.model(), run.response(len(increments))
+    bar.curved(probe.sequences)
     found = probe_filter(
         model,
         increments,
