@@ -1,5 +1,6 @@
 """Find or make the store at a path, and hold its options to what it was made with."""
 
+import logging
 import os
 import stat
 import warnings
@@ -20,6 +21,8 @@ from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
 from timstore.removal import check_whole, remove_store
 from timstore.reporting import reporting
+
+_log = logging.getLogger(__name__)
 
 _DEFAULTS: dict[str, Any] = {"precision": "exact", "max_rel_error": 0.02, "durability": "commit"}
 _CHOICES = {"precision": PRECISIONS, "durability": ("commit", "os")}
@@ -58,7 +61,9 @@ def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObject
         wanted = {name: _DEFAULTS[name] if value is None else value for name, value in options.items()}
         objects = LocalObjects(path, durable=wanted["durability"] == "commit")
         try:
-            return objects, create_settings(objects, **wanted)
+            made = create_settings(objects, **wanted)
+            _log.info("made a store at %s", path)
+            return objects, made
         except AlreadyExistsError:
             if mode == "x":
                 raise

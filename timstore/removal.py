@@ -1,5 +1,6 @@
 """A store removed, so that another can begin in its place. At no moment does half of one look like a whole one."""
 
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from timstore.format.objects import LocalObjects
 from timstore.format.settings import read_settings
 from timstore.holding import held
 from timstore.reporting import reporting
+
+_log = logging.getLogger(__name__)
 
 # What the settings are called while the rest goes: without settings nothing is a store, with this it was one.
 _MARK = f".{layout.SETTINGS}.removed"
@@ -72,6 +75,7 @@ def remove_store(path: Path) -> None:
         for left in path.iterdir():
             left.unlink()
         _synced(path)
+    _log.info("removed the store at %s", path)
 
 
 def _foreign(path: Path) -> str | None:

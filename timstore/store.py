@@ -31,8 +31,8 @@ class Store(Handle):
 
     Args:
         path: the store's directory.
-        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create, `w` to start over: a
-            store that is there, nothing else, is removed without asking, handles open on it closed (docs/storage.md).
+        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create, `w` to start over:
+            a store that is there, and nothing else, is removed without asking (docs/design/storage.md).
         precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
         max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
         durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the

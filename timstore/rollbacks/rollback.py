@@ -1,5 +1,6 @@
 """Plan, stream, filter, audit, apply: the way of a rollback, in this order and no other."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,6 @@ from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.identity import Identity, combined_digest, recognise
 from timstore.rollbacks.matching import multiplier
-from timstore.rollbacks.methods import approximated
 from timstore.rollbacks.optimizer_state import check_optimizer
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
@@ -32,6 +32,8 @@ from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 from timstore.states import State
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
@@ -132,7 +134,7 @@ def rollback(
             records=selection.records,
             parameters=sum(sizes.values()),
             method=run.method.name + " + probe" * bool(probed),
-            approximates=approximated(run.method, probed is not None),
+            approximates=run.approximates(None if probed is None else probed.sequences),
             denominator=denominator,
             clipping=run.clipping,
             strength=request.strength,
@@ -167,6 +169,9 @@ def rollback(
             )
             if optimizer is not None:
                 correction.apply(optimizer, live)
+            _log.info(
+                "%s: %d samples removed, %s, change %.4g", store.path, len(report.samples), report.method, change.norm
+            )
     return replace(report, seconds=time.perf_counter() - started)
 
 
