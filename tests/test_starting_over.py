@@ -173,6 +173,18 @@ def test_a_handle_that_is_open_on_what_was_removed_is_closed(tmp_path):
     assert count(path) == 1
 
 
+def test_a_handle_keeps_all_it_has_where_starting_over_is_refused(tmp_path):
+    path = filled(tmp_path / "run.tim")
+    (path / "model.safetensors").write_text("weights")
+    with timstore.open(path) as store:
+        store.append(epoch=9, step=9, sample=9, gradients={"w": np.ones((2, 3), np.float32)}, lr=0.1)
+        with pytest.raises(timstore.InvalidInputError, match=r"model\.safetensors"):
+            timstore.open(path, "w")
+        with pytest.raises(timstore.InvalidInputError, match="precision"):
+            timstore.open(path, "w", precision="float7")
+    assert count(path) == 4
+
+
 def test_a_loop_that_is_still_recording_into_it_stops_with_an_error(tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(2, 2)

@@ -23,9 +23,8 @@ class Handle:
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.mode = mode
-        if mode == "w":
-            lifetime.give_up(self.path)
         self._objects, self.settings = open_settings(self.path, mode, options)
+        lifetime.commit_unattended(self.path)
         self._snapshot = Snapshot(self._objects, self.settings)
         self._stale = False
         self._pid = os.getpid()

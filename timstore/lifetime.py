@@ -11,6 +11,8 @@ from typing import Any
 from timstore import errors
 
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# The handles that nobody but us holds.
+_unattended: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def begun(store: Any) -> None:
@@ -23,16 +25,35 @@ def ended(store: Any) -> None:
     _open.discard(store)
 
 
+def unattended(store: Any) -> None:
+    """Say that no caller holds this `Store`, so that none can commit what it accepted, or mean it."""
+    _unattended.add(store)
+
+
+def commit_unattended(path: Path) -> None:
+    """Commit what such handles of this process accepted for the store at a path."""
+    place = os.path.realpath(path)
+    for store in open_stores():
+        if store in _unattended and os.path.realpath(store.path) == place:
+            store.commit()
+
+
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
 
 
 def give_up(path: Path) -> None:
-    """Close the stores that are open at a path, which is about to be removed, without another commit."""
+    """Close the handles on the store at a path, which is about to be removed, without another commit."""
+    place = os.path.realpath(path)
     for store in open_stores():
-        if os.path.exists(path) and os.path.exists(store.path) and os.path.samefile(path, store.path):
+        if os.path.realpath(store.path) == place:
             store._release()
+
+
+def attended_stores() -> list[Any]:
+    """Return those of them that a caller holds."""
+    return [store for store in open_stores() if store not in _unattended]
 
 
 def _keep_inherited() -> None:

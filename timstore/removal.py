@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from timstore import lifetime
 from timstore.errors import CorruptionError, InvalidInputError
 from timstore.format import layout
 from timstore.format.objects import LocalObjects
@@ -46,6 +47,8 @@ def check_whole(path: Path) -> None:
 def remove_store(path: Path) -> None:
     """Remove the store at a path, or what is left of one; its folder stays. Does nothing where nothing is.
 
+    Handles of this process that are open on it are closed first, and what they accepted and did not commit is dropped.
+
     Raises:
         InvalidInputError: something else is there, also beside or within a store; nothing was changed.
         FormatError: a store that this version does not know, or damaged settings; nothing was changed.
@@ -67,6 +70,7 @@ def remove_store(path: Path) -> None:
             )
         if settings.exists():
             read_settings(LocalObjects(path, durable=False))
+            lifetime.give_up(path)
             os.rename(settings, path / _MARK)
             _synced(path)
         for folder in _FOLDERS:
