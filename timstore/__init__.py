@@ -1,5 +1,6 @@
 """timstore: a storage-efficient database of training trajectories, and rollback of samples from a model."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -21,6 +22,7 @@ from timstore.errors import (
 )
 from timstore.lifetime import attended_stores as _attended_stores
 from timstore.records import Factors, Rows
+from timstore.reporting import user_path as _user_path
 from timstore.store import Store as _Store
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from timstore.rollbacks import RollbackReport
 
 __version__ = "0.1.0"
+
+# What happens behind, for who listens: silent until a program sets its logging up.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "AlreadyExistsError",
@@ -58,16 +63,13 @@ __all__ = [
 ]
 
 
+_LAZY = {"Finding": "maintenance", "Verification": "maintenance", "save_gradient_trajectory": "interchange"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Finding", "Verification"):
-        from timstore import maintenance
-
-        return getattr(maintenance, name)
-    if name == "save_gradient_trajectory":
-        from timstore.interchange import save_gradient_trajectory
-
-        return save_gradient_trajectory
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"timstore.{_LAZY[name]}"), name)
 
 
 class Store(_Store):
@@ -257,7 +259,7 @@ class Store(_Store):
             keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
             dry_run: compute and report, change nothing.
             force: also when these samples were removed from this model before.
-            progress: show a bar; by default when a person is looking.
+            progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
             output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
             model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
 
@@ -362,7 +364,7 @@ def rollback(
     if isinstance(store, _Store):
         return roll_back(store, target, ids, **options)
     if store is not None:
-        if not os.path.exists(store):
+        if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with open(store) as opened:
             return roll_back(opened, target, ids, **options)
@@ -386,7 +388,7 @@ def verify(
     of each table where a checkpoint has folded them), and one object.
 
     Args:
-        progress: show a bar; by default when a person is looking. Or who is called with (bytes read, bytes to read).
+        progress: as `Store.rollback` takes it; or who is called with (bytes read, bytes to read).
 
     Raises:
         NotFoundError: there is no store, nor what is left of one.

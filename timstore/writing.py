@@ -1,5 +1,6 @@
 """The background writer: records in at training speed, segments and commits out, nothing lost between."""
 
+import logging
 import threading
 import time
 import warnings
@@ -17,6 +18,8 @@ from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
 from timstore.ledger import check_rows, row_bytes, table
 from timstore.records import Parameter, Record
+
+_log = logging.getLogger(__name__)
 
 # What may be held in memory: accepted, and not yet on disk. Half of it is written while the other half comes in.
 QUEUE_BYTES = 512 * 1024 * 1024
@@ -294,6 +297,7 @@ class BackgroundWriter:
                 )
         except (StorageError, ReadOnlyError) as error:
             batch.since = time.monotonic()
+            _log.info("%d records were not committed, and are kept to try again: %s", len(batch.records), error)
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
@@ -317,6 +321,7 @@ class BackgroundWriter:
         try:
             self._roll_up()
         except Exception as error:
+            _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:
                 self._unfoldable = error
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from timstore.checkpoints.writing import LEFT
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
 from timstore.intake import byte_count, flags
 from timstore.records import Parameter
+from timstore.reporting import user_path
 from timstore.rollbacks.difference import recorded_digests
 from timstore.rollbacks.report import RollbackReport
 from timstore.rollbacks.rollback import rollback as roll_back
@@ -43,10 +43,10 @@ def rollback(
     """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
     _check(path, output, in_place, optimizer, keep_delta, dry_run)
     header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
-    with opened(Path(path), header_bytes) as checkpoint:
+    with opened(user_path(path), header_bytes) as checkpoint:
         chosen = None
         if output is not None or in_place:
-            chosen = Output.choose(checkpoint, None if output is None else Path(output))
+            chosen = Output.choose(checkpoint, None if output is None else user_path(output))
         snapshot = store.snapshot()
         trained = snapshot.parameters()
         moments = recorded_digests(snapshot)

@@ -36,11 +36,6 @@ def reported() -> Iterator[None]:
                 raise
             typer.echo(f"error: {_said(error)}", err=True)
             raise typer.Exit(exit_code(error)) from None
-        except RuntimeError as error:
-            # What DuckDB makes of Ctrl-C while it works.
-            if str(error) != "Query interrupted":
-                raise
-            raise typer.Exit(INTERRUPTED) from None
 
 
 def exit_code(error: Exception) -> int:

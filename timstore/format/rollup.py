@@ -10,6 +10,7 @@ A reader or writer that is at work meanwhile loses nothing:
   is found by the next.
 """
 
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -35,6 +36,8 @@ from timstore.format.objects import Objects
 from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED, numbered, write_rows
 from timstore.format.view import View, read_view
+
+_log = logging.getLogger(__name__)
 
 # A row file with so many rows is left as it is by later roll-ups: each of them then costs what is new and little more.
 FILE_ROWS = 500_000
@@ -101,7 +104,9 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
     deleted = _vacuum(objects, checkpoint, view)
     sizes = [info.bytes for commit in view.since_checkpoint for info in commit.objects if info.kind in ROLLED]
     written = sum(info.bytes for info in files if info.path.startswith(folder))
-    return RollUp(number, len(view.since_checkpoint), fold.rows, deleted, sum(sizes), written)
+    whole = RollUp(number, len(view.since_checkpoint), fold.rows, deleted, sum(sizes), written)
+    _log.info("folded %d commits, %d rows, into checkpoint %d", whole.commits, whole.rows, number)
+    return whole
 
 
 class _Fold:

@@ -1,5 +1,6 @@
 """Take a rollback back: the parameters as they were, to the last bit."""
 
+import logging
 from datetime import UTC, datetime
 
 import torch
@@ -11,6 +12,8 @@ from timstore.records import Parameter
 from timstore.rollbacks.identity import combined_digest, recognise
 from timstore.states import State
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 _CACHE_BYTES = 64 * 1024 * 1024
 
@@ -56,6 +59,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
     with torch.no_grad():
         for name in kept.places:
             held[name].copy_(_parameter(kept, name, held[name]))
+    _log.info("%s: rollback %s was undone", store.path, rollback_id)
 
 
 def _parameter(kept: State, name: str, like: torch.Tensor) -> torch.Tensor:
