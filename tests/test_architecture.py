@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from its own room, or from a lower layer. Within layer 5 the order is that of this list.
 LAYERS = [
     ["timstore.errors"],
+    ["timstore.interrupts"],
     ["timstore.records"],
     ["timstore.encoding"],
     ["timstore.format"],

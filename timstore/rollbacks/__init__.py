@@ -5,6 +5,7 @@ from typing import Any
 
 from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.intake import flags
+from timstore.interrupts import CriticalSection
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback as _rollback
 from timstore.rollbacks.targets import ModelInMemory
@@ -30,17 +31,22 @@ def rollback(
     flags(in_place=in_place)
     if output is not None or in_place or model is not None:
         raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
-    report = changed_together(
-        store,
-        target,
-        optimizer,
-        lambda inner, steps: _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options),
-    )
-    for warning in report.warnings:
-        warnings.warn(warning, TimstoreWarning, stacklevel=3)
+    with CriticalSection("the model was rolled back and the rollback is on record") as section:
+        report = changed_together(
+            store,
+            target,
+            optimizer,
+            section,
+            lambda inner, steps: _rollback(
+                store, ModelInMemory(inner), ids, optimizer=steps, section=section, **options
+            ),
+        )
+        for warning in report.warnings:
+            warnings.warn(warning, TimstoreWarning, stacklevel=3)
     return report
 
 
 def undo(store: Store, model: Any, rollback_id: str) -> None:
     """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
-    changed_together(store, model, None, lambda inner, _: _undo(store, inner, rollback_id))
+    with CriticalSection("the rollback was undone and that is on record") as section:
+        changed_together(store, model, None, section, lambda inner, _: _undo(store, inner, rollback_id, section))
