@@ -309,7 +309,7 @@ class Store(Handle):
             progress: called with (commits folded, commits to fold).
 
         Returns:
-            What was done; its `checkpoint` is None when there was nothing to do.
+            What was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
 
         Raises:
             CorruptionError: a row file is missing or altered. As after any error, the store is what it was, unless:
@@ -319,11 +319,11 @@ class Store(Handle):
         self._check_writable()
         self.commit()
         done = roll_up(self._objects.synced(), self.settings, progress)
-        self.refresh()
+        self._stale = True
         return done
 
     def close(self) -> None:
-        """Commit, and release the handle. Closing twice is harmless.
+        """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
         Raises:
             StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.

@@ -121,7 +121,7 @@ class BackgroundWriter:
     ) -> None:
         self._roll_up = roll_up
         self._unfolded = unfolded
-        self._unfoldable: Exception | None = None
+        self._untold: list[str] = []
         self.attempt = attempt
         self._log = log
         self._precision = precision
@@ -177,9 +177,15 @@ class BackgroundWriter:
             self._tell()
 
     def close(self) -> None:
-        """Commit, write the closing record, and end the thread."""
+        """Commit, write the closing record, and end the thread.
+
+        The closing record says only that nothing follows; without it everything is on disk all the same.
+        """
         self.commit()
-        self._log.close()
+        try:
+            self._log.close()
+        except (StorageError, ReadOnlyError) as error:
+            self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
         self.stop()
         self._tell()
 
@@ -209,9 +215,8 @@ class BackgroundWriter:
 
     def _tell(self) -> None:
         """Warn in the training thread: where warnings are errors, one would end the writer's."""
-        error, self._unfoldable = self._unfoldable, None
-        if error is not None:
-            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=4)
+        while self._untold:
+            warnings.warn(self._untold.pop(0), TimstoreWarning, stacklevel=4)
 
     def _run(self) -> None:
         while True:
@@ -318,7 +323,7 @@ class BackgroundWriter:
             self._roll_up()
         except Exception as error:
             with self._condition:
-                self._unfoldable = error
+                self._untold.append(f"the row files of the last commits were not folded: {error}")
 
     def _break(self, error: Exception) -> None:
         """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""

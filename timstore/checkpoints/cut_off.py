@@ -73,18 +73,24 @@ def take_back(folder: Path, *, in_place: bool) -> list[str]:
 
 
 def _mixtures(folder: Path) -> list[tuple[list[Path], list[Path]]]:
-    """Return, of each rollback that some files are of and others not, its old files and its new ones."""
-    found: dict[str, dict[str, list[Path]]] = {}
+    """Return, of each rollback of which some files were replaced and others not, its old files and its new ones."""
+    groups: dict[str, dict[str, dict[str, Path]]] = {}
     with reporting("read", folder):
         names = sorted(os.listdir(folder))
     for match in filter(None, map(LEFT.fullmatch, names)):
-        found.setdefault(match[2], {"old": [], "new": []})[match[3]].append(folder / match[0])
-    return [(one["old"], one["new"]) for one in found.values() if one["new"] and any(map(_is_replaced, one["old"]))]
+        groups.setdefault(match[2], {"old": {}, "new": {}})[match[3]][match[1]] = folder / match[0]
+    found = []
+    for group in groups.values():
+        old, new = group["old"], group["new"]
+        replaced = {name for name, path in old.items() if not _is_same(path, folder / name)}
+        # A new file that waits for a place that has another one by now: someone wrote there since.
+        if replaced and new and not replaced & new.keys():
+            found.append((list(old.values()), list(new.values())))
+    return found
 
 
-def _is_replaced(old: Path) -> bool:
-    final = _final(old)
-    return not final.exists() or not final.samefile(old)
+def _is_same(left: Path, right: Path) -> bool:
+    return right.exists() and right.samefile(left)
 
 
 def _final(left: Path) -> Path:
