@@ -3,8 +3,9 @@
     python scripts/stress_interrupts.py --moments 200
 
 Each moment is a process of its own: it does one thing on a fresh copy of a store, and meets SIGINT, SIGTERM or SIGKILL
-somewhere in it; or a disk that is full from one of its last 40 writes on. Afterwards what was changed has to be wholly
-the old one or wholly the new one, what was said has to agree, and the same call has to bring it to the end.
+somewhere in it, or (aimed) just when the first number, file or name has changed; or a disk that is full from one of its
+last 40 writes on. Afterwards what was changed has to be wholly the old one or wholly the new one, what was said has to
+agree, and the same call has to bring it to the end.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -84,6 +86,10 @@ class Case:
         """Return `old`, `new`, or what else it is."""
         raise NotImplementedError
 
+    def mark(self) -> Any:
+        """Return something that changes as soon as anything does."""
+        raise NotImplementedError
+
 
 class Rollback(Case):
     def prepare(self) -> None:
@@ -100,6 +106,9 @@ class Rollback(Case):
     def state(self) -> str:
         now = digests(self.model)
         return "old" if now == self.before else "new" if now == self.after else "BETWEEN"
+
+    def mark(self) -> Any:
+        return self.model[0].weight.data[0, 0].item()
 
 
 class Undo(Rollback):
@@ -122,6 +131,9 @@ class OnDisk(Case):
         same = {torch.equal(held[name], one) for name, one in new_model().named_parameters()}
         return "old" if same == {True} else "new" if same == {False} else "mixture"
 
+    def mark(self) -> Any:
+        return os.stat(self.folder / "model" / "part-0.safetensors").st_ino
+
 
 class Compact(Case):
     def change(self) -> Any:
@@ -136,6 +148,9 @@ class Compact(Case):
             if rows != 6 * LAYERS:
                 return f"LOST {rows}"
             return "new" if store.snapshot().view.checkpoint else "old"
+
+    def mark(self) -> Any:
+        return os.path.isdir(self.folder / "s" / "ckpt")
 
 
 CASES: dict[str, type[Case]] = {"rollback": Rollback, "undo": Undo, "checkpoint": OnDisk, "compact": Compact}
@@ -191,8 +206,21 @@ def is_done(error: BaseException) -> bool:
     return any("before this was raised" in note for note in getattr(error, "__notes__", ()))
 
 
-def child(kind: str, folder: Path, at: int | None, tell: int) -> None:
+def watch(case: Case, number: int) -> None:
+    """Send a signal to this process as soon as something of the case has changed."""
+    first, process = case.mark(), os.getpid()
+
+    def look() -> None:
+        while case.mark() == first:
+            pass
+        os.kill(process, number)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def child(kind: str, folder: Path, at: int | None, watched: int | None, tell: int) -> None:
     """Be the process that meets it."""
+    sys.setswitchinterval(1e-4)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     write = os.write
@@ -203,6 +231,8 @@ def child(kind: str, folder: Path, at: int | None, tell: int) -> None:
 
     try:
         case = CASES[kind](folder)
+        if watched is not None:
+            watch(case, watched)
         try:
             result = once(case, ready, at)
         except (KeyboardInterrupt, SystemExit):  # it came before or after the change
@@ -215,19 +245,26 @@ def child(kind: str, folder: Path, at: int | None, tell: int) -> None:
     write(tell, json.dumps(result).encode() + b"\n")
 
 
-def tried(kind: str, base: Path, work: Path, number: int | None, wait: float, at: int | None = None) -> dict[str, Any]:
-    """Fork a process that makes a change on a copy, send it a signal after a while, and look at what is there."""
+def tried(
+    kind: str, base: Path, work: Path, number: int | None = None, wait: float | None = None, at: int | None = None
+) -> dict[str, Any]:
+    """Fork a process that makes a change on a copy, and look at what is there afterwards.
+
+    Args:
+        number: the signal that it meets, after `wait` seconds, or when something changed.
+        at: the write from which on its disk is full.
+    """
     folder = Path(shutil.copytree(base, work / "copy"))
     reading, writing = os.pipe()
     if (process := os.fork()) == 0:
         os.close(reading)
         warnings.simplefilter("ignore")
-        child(kind, folder, at, writing)
+        child(kind, folder, at, number if wait is None else None, writing)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as lines:
         assert lines.readline() == "ready\n" or at is not None
-        if number is not None:
+        if number is not None and wait is not None:
             time.sleep(wait)
             os.kill(process, number)
         text = lines.readline()
@@ -287,20 +324,17 @@ def main() -> None:
         apart(lambda: made(base))
         rows = []
         for kind in CASES:
-            calm = [tried(kind, base, work, None, 0) for _ in range(3)][-1]
+            calm = [tried(kind, base, work) for _ in range(3)][-1]
             assert not calm["wrong"], calm
             for name, number in SIGNALS.items():
-                count = -(-options.moments // (len(CASES) * len(SIGNALS)))
-                # Every other one towards the end, where it is written.
+                count = -(-options.moments // (2 * len(CASES) * len(SIGNALS)))
                 moments = [
-                    tried(kind, base, work, number, draw.uniform(turn % 2 * 0.7, 1.05) * calm["seconds"])
-                    for turn in range(count)
+                    tried(kind, base, work, number, draw.uniform(0, 1.05) * calm["seconds"]) for _ in range(count)
                 ]
                 rows.append(row(kind, name, moments))
-            full = [
-                tried(kind, base, work, None, 0, at=calm["writes"] - back)
-                for back in range(min(WRITES, calm["writes"]))
-            ]
+                aimed = [tried(kind, base, work, number) for _ in range(count)]
+                rows.append(row(kind, f"{name}, aimed", aimed))
+            full = [tried(kind, base, work, at=calm["writes"] - back) for back in range(min(WRITES, calm["writes"]))]
             rows.append(row(kind, "disk full", full))
         apart(lambda: timstore.open(base / "s").close())
         left = len(list(own.iterdir()))

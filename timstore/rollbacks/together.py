@@ -1,7 +1,6 @@
 """A change of the model in every process that holds it: the first one computes, all get the same bits."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -49,17 +48,27 @@ def changed_together(
             ranks.send(tensor)
         return result
     with Workspace({}, memory_limit_bytes=KEPT_BYTES) as workspace:
-        received = Writes([Write(InModule(one), partial(_received, one, ranks)) for one in tensors], workspace)
+        received = _received(tensors, ranks, workspace)
         received.make_or_restore(received.keep())
         section.finish(result)
     store.refresh()
     return result
 
 
-def _received(like: torch.Tensor, ranks: Ranks) -> Iterator[torch.Tensor]:
-    numbers = torch.empty_like(like)
-    ranks.send(numbers)
-    yield numbers.reshape(-1)
+def _received(tensors: Sequence[torch.Tensor], ranks: Ranks, workspace: Workspace) -> Writes:
+    """Return what the first process sends, all of it before anything is written."""
+    writes, failure = [], None
+    for tensor in tensors:
+        numbers = torch.empty_like(tensor)
+        ranks.send(numbers)
+        try:
+            kept = workspace.keep([numbers.reshape(-1)], numbers.numel(), numbers.dtype)
+            writes.append(Write(InModule(tensor), kept.blocks))
+        except Exception as error:  # the others would wait for who no longer receives
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return Writes(writes, workspace)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
