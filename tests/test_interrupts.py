@@ -20,6 +20,7 @@ from torch import nn
 
 import timstore
 from timstore.fingerprints import digests
+from timstore.format.log import LogWriter
 from timstore.format.objects import LocalObjects
 from timstore.interrupts import Held
 from timstore.rollbacks import vectors
@@ -147,6 +148,7 @@ def test_a_signal_while_parameters_are_written_comes_when_all_of_them_are(
         with at_write(monkeypatch, 1, lambda: os.kill(os.getpid(), number)), pytest.raises(raised) as told:
             store.undo(model, rollback_id)
         assert digests(model) == before
+        assert told.value.report == rollback_id
         assert "undone" in told.value.__notes__[0]
 
 
@@ -306,6 +308,33 @@ def test_a_disk_that_is_full_leaves_the_old_model_or_makes_the_new_one(
         assert digests(model) == old
     assert states.count("refused") > 3
     assert states.count("done") > 2, "the record that ends the log comes after the change"
+
+
+def test_a_log_that_cannot_be_ended_is_a_warning_and_takes_no_report_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise timstore.StorageError("no space left")
+
+    with timstore.open(tmp_path / "s") as store:
+        model, _ = trained(store)
+        before = digests(model)
+    monkeypatch.setattr(LogWriter, "close", full)
+    with pytest.warns(timstore.TimstoreWarning, match="everything is on disk, but for .*: no space left"):
+        report = timstore.rollback(model, [1], tmp_path / "s", keep_delta=True)
+    assert report.records == 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="everything is on disk", category=timstore.TimstoreWarning)
+        with pytest.raises(timstore.TimstoreWarning, match="no space left") as raised:
+            timstore.rollback(model, [3], tmp_path / "s", keep_delta=True)
+        assert raised.value.report.samples == (3,)
+        store = timstore.open(tmp_path / "s")
+        store.undo(model, raised.value.report.rollback_id)
+        store.undo(model, report.rollback_id)
+        with pytest.raises(timstore.TimstoreWarning, match="no space left"):
+            store.close()
+        store.close()
+    assert digests(model) == before
 
 
 @pytest.fixture

@@ -318,9 +318,8 @@ class Store(Handle):
         """
         self._check_writable()
         self.commit()
-        done = roll_up(self._objects.synced(), self.settings, progress)
         self._stale = True
-        return done
+        return roll_up(self._objects.synced(), self.settings, progress)
 
     def close(self) -> None:
         """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
@@ -333,7 +332,7 @@ class Store(Handle):
             return
         try:
             self._end_writer()
-        except errors.StateError:
+        except (errors.StateError, errors.TimstoreWarning):
             self._release()
             raise
         self._release()
@@ -391,7 +390,8 @@ class Store(Handle):
     def _end_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            writer.tell()
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()

@@ -152,7 +152,7 @@ class BackgroundWriter:
         size_bytes = sum(item.size_bytes for item in items)
         with self._condition:
             self._raise_error()
-            self._tell()
+            self.tell()
             self._wait_for_room(size_bytes)
             self._queue.extend(items)
             self._held_bytes += size_bytes
@@ -174,10 +174,10 @@ class BackgroundWriter:
             while self._answered < ticket and self._error is None:
                 self._condition.wait()
             self._raise_error()
-            self._tell()
+            self.tell()
 
     def close(self) -> None:
-        """Commit, write the closing record, and end the thread.
+        """Commit, write the closing record, and end the thread; `tell` says afterwards where that record is missing.
 
         The closing record says only that nothing follows; without it everything is on disk all the same.
         """
@@ -187,7 +187,6 @@ class BackgroundWriter:
         except (StorageError, ReadOnlyError) as error:
             self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
         self.stop()
-        self._tell()
 
     def stop(self) -> None:
         """End the thread without another commit."""
@@ -213,8 +212,8 @@ class BackgroundWriter:
                 self._error = None
             raise error
 
-    def _tell(self) -> None:
-        """Warn in the training thread: where warnings are errors, one would end the writer's."""
+    def tell(self) -> None:
+        """Warn of what went wrong without harm, in the training thread: an error there would end the writer's."""
         while self._untold:
             warnings.warn(self._untold.pop(0), TimstoreWarning, stacklevel=4)
 

@@ -38,13 +38,13 @@ class Correction:
         found = []
         for name, parameter in parameters.items():
             state = {key: one for key, one in optimizer.state.get(parameter, {}).items() if torch.is_tensor(one)}
-            for key in state.keys() & self.added.keys():
+            for key in sorted(state.keys() & self.added.keys()):
                 _check_size(state[key], self.added[key].workspace.sizes[name], name, key)
                 found += moves({name: InModule(state[key])}, self.added[key])
-            for key in state.keys() & self.replaced.keys():
+            for key in sorted(state.keys() & self.replaced.keys()):
                 _check_size(state[key], self.replaced[key].workspace.sizes[name], name, key)
                 found.append(Write(InModule(state[key]), partial(self.replaced[key].in_blocks, name)))
-            for key in state.keys() & {key for owner, key in self.others if owner == name}:
+            for key in sorted(state.keys() & {key for owner, key in self.others if owner == name}):
                 numbers = self.others[name, key].reshape(-1)
                 _check_size(state[key], numbers.numel(), name, key)
                 found.append(Write(InModule(state[key]), partial(iter, [numbers])))

@@ -21,8 +21,8 @@ from timstore.store import Store
 _CACHE_BYTES = 64 * 1024 * 1024
 
 
-def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: CriticalSection) -> None:
-    """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
+def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: CriticalSection) -> str:
+    """Give a model back what `rollback(keep_delta=True)` changed, and return its id; see `timstore.Store.undo`."""
     if store.mode == "r":
         raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
     snapshot = store.snapshot()
@@ -61,7 +61,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
     writes = [Write(InModule(held[name]), partial(_blocks, kept, name, held[name])) for name in kept.places]
     with Workspace({}, memory_limit_bytes=KEPT_BYTES) as workspace:
         ModelInMemory(model).change(Writes(writes, workspace), lambda: store.append_rollback(row), section)
-        section.finish(None)
+        return section.finish(rollback_id)
 
 
 def _blocks(kept: State, name: str, like: torch.Tensor) -> Iterator[torch.Tensor]:
