@@ -17,6 +17,7 @@ LAYERS = [
     ["timstore.holding"],
     ["timstore.progress"],
     ["timstore.lifetime"],
+    ["timstore.interrupts"],
     ["timstore.records"],
     ["timstore.encoding"],
     ["timstore.format"],

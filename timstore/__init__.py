@@ -20,6 +20,7 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
+from timstore.interrupts import CriticalSection
 from timstore.lifetime import attended_stores as _attended_stores
 from timstore.records import Factors, Rows
 from timstore.reporting import user_path as _user_path
@@ -233,9 +234,10 @@ class Store(_Store):
 
         With a probe (64 examples of any data like the training data, public will do) the removed sum passes once
         through a filter made of the model's own curvature; without one, first order alone damages a fine-tuned
-        transformer, and the report says so. The model changes last: after an error it is what it was. Before it
-        changes, a row is written to the `rollbacks` table. A checkpoint (safetensors) is rolled back block by block,
-        and loaded only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
+        transformer, and the report says so. The model changes last, after a row is in the `rollbacks` table, and with
+        the optimizer wholly or not at all, whatever signal comes: an error raised after that, a late Ctrl-C included,
+        has the report as its attribute `report`. A checkpoint (safetensors) is rolled back block by block, and loaded
+        only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
 
         Args:
             target: the model, or the path of a checkpoint, file or folder.
@@ -302,7 +304,7 @@ class Store(_Store):
     def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
         """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
 
-        The model changes last: after an error it is what it was.
+        The model changes last, wholly or not at all, whatever signal comes.
 
         Args:
             model: as the rollback left it.
@@ -366,8 +368,8 @@ def rollback(
     if store is not None:
         if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
-        with open(store) as opened:
-            return roll_back(opened, target, ids, **options)
+        with CriticalSection("the rollback had ended") as section, open(store) as opened:
+            return section.finish(roll_back(opened, target, ids, **options))
     found = _attended_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"

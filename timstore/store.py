@@ -302,7 +302,7 @@ class Store(Handle):
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
 
         Commits first. Readers and writers go on meanwhile. A writer does so by itself every 1,000 commits. Returns what
-        was done; its `checkpoint` is None when there was nothing to do.
+        was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
 
         Args:
             progress: as `timstore.verify` takes it, in commits.
@@ -318,11 +318,11 @@ class Store(Handle):
         self.commit()
         with told(progress, "folding commits", "pieces") as tell:
             done = roll_up(self._objects.synced(), self.settings, tell)
-        self.refresh()
+        self._stale = True
         return done
 
     def close(self) -> None:
-        """Commit, and release the handle. Closing twice is harmless.
+        """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
         Raises:
             StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.
@@ -332,7 +332,7 @@ class Store(Handle):
             return
         try:
             self._end_writer()
-        except errors.StateError:
+        except (errors.StateError, errors.TimstoreWarning):
             self._release()
             raise
         self._release()
@@ -390,7 +390,8 @@ class Store(Handle):
     def _end_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            writer.tell()
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()

@@ -41,3 +41,5 @@ def run(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -> No
             f"{done.checkpoint}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
             f"{counted(done.deleted, 'file')} deleted"
         )
+        if done.undeleted is not None:
+            typer.echo(f"some files that nothing needs any more are left to a later compact: {done.undeleted}")

@@ -12,7 +12,8 @@ import torch
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.intake import byte_count, flags
-from timstore.rollbacks.apply import apply, foresee
+from timstore.interrupts import CriticalSection
+from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.engine import Budget
@@ -48,6 +49,7 @@ def rollback(
     target: Target,
     ids: Iterable[int] | None = None,
     *,
+    section: CriticalSection,
     where: str | None = None,
     strength: float = 1.0,
     epochs: Iterable[int] | None = None,
@@ -103,24 +105,22 @@ def rollback(
     steps = 8 if len(plan.lengths) > 1 else 16
     halves, wholes = (4 * _MATCHING_STEPS, len(plan.lengths) * (steps + 1) - 1) if asked else (0, 0)
     device = next(iter(changed.values())).device
-    with (
-        Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
-        rollback_shown(progress, run.work(plan), halves, wholes) as bar,
-    ):
-        increments = [workspace.new() for _ in plan.lengths]
-        replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
-        if replayed is not None and not identity.removed:
-            _check_replayed(replayed, changed)
-        correction, optimizer_text = run.correction(optimizer, replayed, workspace)
-        moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
-        coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
-        largest = dict.fromkeys(sizes, 1.0)
-        if coordinates is not None and run.divides:
-            largest = into_steps(increments, coordinates)
-        decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
-        delta, probed = _filtered(
-            target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
-        )
+    with Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace:
+        with rollback_shown(progress, run.work(plan), halves, wholes) as bar:
+            increments = [workspace.new() for _ in plan.lengths]
+            replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
+            if replayed is not None and not identity.removed:
+                _check_replayed(replayed, changed)
+            correction, optimizer_text = run.correction(optimizer, replayed, workspace)
+            moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
+            coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
+            largest = dict.fromkeys(sizes, 1.0)
+            if coordinates is not None and run.divides:
+                largest = into_steps(increments, coordinates)
+            decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
+            delta, probed = _filtered(
+                target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
+            )
         change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
             raise StateError(
@@ -161,18 +161,22 @@ def rollback(
                 ]
             ),
         )
-        if not dry_run:
-            row = _row(report, identity.digest)
-            target.change(
-                apply=lambda: apply(changed, delta, workspace, budget.workers),
-                record=lambda: store.append_rollback(row, live if keep_delta else None),
-            )
-            if optimizer is not None:
-                correction.apply(optimizer, live)
-            _log.info(
-                "%s: %d samples removed, %s, change %.4g", store.path, len(report.samples), report.method, change.norm
-            )
-    return replace(report, seconds=time.perf_counter() - started)
+        if dry_run:
+            return replace(report, seconds=time.perf_counter() - started)
+        for one in (*increments, coordinates):
+            if one is not None and one is not delta:
+                one.free()
+        writes = [*moves(changed, delta), *([] if optimizer is None else correction.writes(optimizer, live))]
+        row = _row(report, identity.digest)
+        target.change(
+            Writes(writes, workspace, budget.workers),
+            record=lambda: store.append_rollback(row, live if keep_delta else None),
+            section=section,
+        )
+        _log.info(
+            "%s: %d samples removed, %s, change %.4g", store.path, len(report.samples), report.method, change.norm
+        )
+        return section.finish(replace(report, seconds=time.perf_counter() - started))
 
 
 def _probe(
