@@ -1,5 +1,6 @@
 """The step's side: what an optimizer is about to consume is held against the parts, and becomes records."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from timstore.recording.standstill import Standstill
 from timstore.recording.steps import Ahead, look_ahead
 from timstore.records import Gradient
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 class Trained:
@@ -180,6 +183,7 @@ class Stepping:
                 raise CoverageError(f"{error}{pending.since_proof()}", kind=error.kind, **error.fields) from error
             pending.proved = True
             pending.proven = self.epoch, self.step
+            _log.debug("proved at epoch %d, step %d: the recorded parts add up to the gradient", self.epoch, self.step)
         elif not any(batch.empty for batch in pending.batches):
             # A module that only an empty batch went through is rightly not among them.
             checks.check_captured(self._model, mine.parameters, found, pending.accumulation.touched)

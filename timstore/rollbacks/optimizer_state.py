@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from timstore.errors import InvalidInputError
 from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY, class_name
 from timstore.records import Parameter
+from timstore.rollbacks.apply import Write, moves
 from timstore.rollbacks.replay import Replayed
+from timstore.rollbacks.targets import InModule
 from timstore.rollbacks.timeline import Timeline
 from timstore.rollbacks.vectors import Vector
 
@@ -27,21 +30,39 @@ class Correction:
     replaced: Mapping[str, Vector] = field(default_factory=dict)
     others: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
-    def apply(self, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Change the optimizers' state, in place."""
+    def writes(
+        self, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]
+    ) -> list[Write]:
+        """Return what changes the optimizers' state, where it is.
+
+        Raises:
+            InvalidInputError: a state has another size than what the records determine.
+        """
+        found = []
         states = {id(parameter): held for one in optimizers for parameter, held in one.state.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                held = states.get(id(parameter), {})
-                buffer = held.get(self.buffers.get(name))
-                if self.added is not None and isinstance(buffer, torch.Tensor):
-                    buffer += self.added.read(name).to(buffer).view_as(buffer)
-                for key, vector in self.replaced.items():
-                    if isinstance(held.get(key), torch.Tensor):
-                        held[key].copy_(vector.read(name).view_as(held[key]))
-            for (name, key), numbers in self.others.items():
-                if name in parameters:
-                    states[id(parameters[name])][key].copy_(numbers)
+        for name, parameter in parameters.items():
+            state = {key: one for key, one in states.get(id(parameter), {}).items() if torch.is_tensor(one)}
+            buffer = state.get(self.buffers.get(name, ""))
+            if self.added is not None and buffer is not None:
+                _check_size(buffer, self.added.workspace.sizes[name], name, self.buffers[name])
+                found += moves({name: InModule(buffer)}, self.added)
+            for key in sorted(state.keys() & self.replaced.keys()):
+                _check_size(state[key], self.replaced[key].workspace.sizes[name], name, key)
+                found.append(Write(InModule(state[key]), partial(self.replaced[key].in_blocks, name)))
+            for key in sorted(state.keys() & {key for owner, key in self.others if owner == name}):
+                numbers = self.others[name, key].reshape(-1)
+                _check_size(state[key], numbers.numel(), name, key)
+                found.append(Write(InModule(state[key]), partial(iter, [numbers])))
+        return found
+
+
+def _check_size(held: torch.Tensor, numel: int, name: str, key: str) -> None:
+    if held.numel() != numel:
+        raise InvalidInputError(
+            f"the optimizer's {key} of parameter {name} has {held.numel()} elements, where {numel} were recorded: pass "
+            "the optimizer that trained the model",
+            parameter=name,
+        )
 
 
 def buffers_of(timelines: Mapping[int, Timeline], known: Mapping[str, Parameter]) -> dict[str, str]:
