@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,7 +80,7 @@ class Store(_Store):
     def record(
         self,
         model: "torch.nn.Module",
-        optimizer: "torch.optim.Optimizer",
+        optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]",
         samples: Iterable[int] | None = None,
         *,
         resume_from: tuple[int, int] | None = None,
@@ -108,6 +108,7 @@ class Store(_Store):
         Durability: committed when the block ends, and by itself every 256 MB or 30 s.
 
         Args:
+            optimizer: the one that trains the model, or a list of all that do; each `step` of each is a step here.
             samples: ids to record; all when None. The others cost nothing.
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
                 everything recorded from there on.
@@ -133,9 +134,10 @@ class Store(_Store):
                 DistributedDataParallel. Each process writes its own samples into the one store.
 
         Raises:
-            CoverageError: a trained parameter's gradient cannot be seen per sample.
+            CoverageError: a trained parameter's gradient cannot be seen per sample, or no recorded optimizer holds it.
             InvalidInputError: a training forward without ids, or with the wrong number of them.
-            StateError: the model is being recorded already, or changed since recording stopped; over the budget.
+            StateError: the model is being recorded already, or changed since recording stopped; over the budget; a
+                parameter was changed between two steps by something else than its optimizer.
         """
         from timstore.recording import record
 
@@ -215,7 +217,7 @@ class Store(_Store):
         parameters: Iterable[str] | None = None,
         method: str = "auto",
         denominator: str = "kept",
-        optimizer: "torch.optim.Optimizer | None" = None,
+        optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
         probe: Iterable[Any] | Literal[False] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
@@ -249,7 +251,7 @@ class Store(_Store):
                 the end) or `exact replay` (any optimizer, where every whole gradient was kept); `auto` is the best of
                 them that the records allow.
             denominator: `kept`: the mean divides by what it did; `renormalised`: by the samples (tokens) that stay.
-            optimizer: the one that trained the model: its momentum and moments are corrected as far as the records
+            optimizer: the one that trained the model, or a list of all that did: its momentum and moments are corrected as far as the records
                 determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
                 `record(probe=...)` when None, unless that takes loading a checkpoint; False for none.
