@@ -331,7 +331,7 @@ def test_what_cannot_be_recorded_together_is_refused(store: timstore.Store) -> N
         encoder.step()
         with pytest.raises(CoverageError, match="other groups than when recording began"):
             head.step()
-    assert hooks(model, encoder) + hooks(model, head) == 0
+    assert hooks(model, encoder) == 0
 
 
 def test_a_rollback_is_given_the_optimizers_that_trained(store: timstore.Store) -> None:
@@ -359,7 +359,7 @@ def test_a_lost_step_of_one_optimizer_is_a_gap(tmp_path: Path) -> None:
             for step in range(6):
                 if step != lost:
                     group = {"group_id": step % 2, "optimizer": "SGD", "lr": 0.1, "momentum": 0.9}
-                    store.append_step(0, step, [group], sample_ids=[1, 2])
+                    store.append_step(0, step, [group], sample_ids=[1 if step == 0 else 2])
                 if step == 0:
                     store.append(0, 0, 1, gradient)
             model = nn.Module()

@@ -251,8 +251,8 @@ class Store(_Store):
                 the end) or `exact replay` (any optimizer, where every whole gradient was kept); `auto` is the best of
                 them that the records allow.
             denominator: `kept`: the mean divides by what it did; `renormalised`: by the samples (tokens) that stay.
-            optimizer: the one that trained the model, or a list of all that did: its momentum and moments are corrected as far as the records
-                determine them; the report says which.
+            optimizer: the one that trained the model, or a list of all that did: momentum and moments are corrected as
+                far as the records determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
                 `record(probe=...)` when None, unless that takes loading a checkpoint; False for none.
             bins: time bins of the filter.
