@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from timstore.interchange import save_gradient_trajectory
-    from timstore.maintenance import Finding, Verification
+    from timstore.maintenance import Finding, Verification, verify
     from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
 
@@ -64,7 +64,8 @@ __all__ = [
 ]
 
 
-_LAZY = {"Finding": "maintenance", "Verification": "maintenance", "save_gradient_trajectory": "interchange"}
+_LAZY = {name: "maintenance" for name in ("Finding", "Verification", "verify")}
+_LAZY["save_gradient_trajectory"] = "interchange"
 
 
 def __getattr__(name: str) -> Any:
@@ -326,6 +327,8 @@ class Store(_Store):
         What this handle has accepted and not committed is not looked at.
         """
         self._check_open()
+        from timstore.maintenance import verify
+
         return verify(self.path, progress=progress)
 
 
@@ -375,28 +378,3 @@ def rollback(
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
     return roll_back(found[0], target, ids, **options)
-
-
-def verify(
-    path: str | os.PathLike[str], *, progress: "bool | Callable[[int, int], None] | None" = None
-) -> "Verification":
-    """Find every defect of the store at a path, also of one that cannot be opened. Changes nothing; prints well.
-
-    Every object is held against its size and checksum and decoded, every row against its record, its neighbours and
-    its numbers, every writer's sequence against gaps. The store may be written meanwhile: what is on its way is at
-    most a leftover. `sound` says that there is no damage; leftovers do none.
-
-    Cost: reads the whole store once. Memory: the names of its commits, the row tables of one commit (two row files
-    of each table where a checkpoint has folded them), and one object.
-
-    Args:
-        progress: as `Store.rollback` takes it; or who is called with (bytes read, bytes to read).
-
-    Raises:
-        NotFoundError: there is no store, nor what is left of one.
-        InvalidInputError: the path is no folder.
-        FormatError: the store needs a newer version.
-    """
-    from timstore.maintenance import verify as verify_path
-
-    return verify_path(path, progress=progress)

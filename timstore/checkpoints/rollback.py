@@ -46,7 +46,7 @@ def rollback(
     _check(path, output, in_place, optimizer, keep_delta, dry_run)
     header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
     path = user_path(path)
-    said = take_back(path, in_place=in_place and not dry_run) if path.is_dir() else []
+    said = take_back(path, in_place=in_place and not dry_run) if os.path.isdir(path) else []
     with opened(path, header_bytes) as checkpoint:
         chosen = None
         if output is not None or in_place:
