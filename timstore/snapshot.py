@@ -176,6 +176,8 @@ class Snapshot:
         # In the order that they lie in, so that each chunk is decoded once for all records.
         for (commit, name, encoding), run in groupby(zip(*columns, strict=True), key=itemgetter(1, 3, 4)):
             numbers, _, owners, _, _ = zip(*run, strict=True)
+            if name not in parameters:
+                raise CorruptionError(f"commit {commit} has gradients of {name!r}, which no commit declares")
             if commit not in readers:
                 readers[commit] = self.reader(commit, cache)
             parts = readers[commit].parts(owners, encoding, parameters[name].matrix_shape)

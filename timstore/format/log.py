@@ -256,7 +256,7 @@ def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
 
 def _look(objects: Objects, path: str, error: Exception) -> bytes | None:
     try:
-        return objects.read(path)
+        return objects.read(path, most=layout.RECORD_BYTES)
     except NotFoundError:
         return None
     except Exception as unreadable:

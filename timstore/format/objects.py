@@ -50,8 +50,11 @@ class Objects(Protocol):
     def create(self, path: str, data: bytes) -> None:
         """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds."""
 
-    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`."""
+    def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
+        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`.
+
+        One of more than `most` bytes is not read: `CorruptionError`, kind `too-large`.
+        """
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all objects below a folder; none when there is no such folder."""
@@ -137,12 +140,13 @@ class LocalObjects:
                     self._call(os.unlink, temporary, dir_fd=folder)
         self.sync([path])
 
-    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+    def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
         """Return the whole file, or `size` bytes from `start` on; fewer where it ends before.
 
         Raises:
             NotFoundError: there is none.
-            CorruptionError: it is a symbolic link or otherwise no regular file.
+            CorruptionError: it is a symbolic link or otherwise no regular file; kind `too-large`: it has more than
+                `most` bytes, the field `bytes`, and was not read.
             StorageError: it cannot be read.
         """
         *folders, name = self._parts(path)
@@ -152,10 +156,14 @@ class LocalObjects:
                 return os.open(name, flags | _READ, dir_fd=folder)
 
             with open(name, "rb", buffering=0, opener=opener) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
                     raise self._not_plain(path)
+                if most is not None and status.st_size > most:
+                    raise _too_large(self.root / path, path, status.st_size, most)
                 file.seek(start)
-                return file.read(-1 if size is None else size)
+                # `read` takes memory for all that it is asked for.
+                return file.read(-1 if size is None else min(size, max(0, status.st_size - start)))
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all files below a folder, without those that begin with a dot.
@@ -392,6 +400,16 @@ class LocalObjects:
                 f"no space left to {doing} {where} ({size} bytes); nothing became visible. Make room and try again"
             )
         return _with_errno(StorageError(message, **fields), error)
+
+
+def _too_large(where: Path, path: str, size: int, most: int) -> CorruptionError:
+    return CorruptionError(
+        f"{where} has {size} bytes, and at most {most} can be right: something else was written to it. Restore this "
+        "file from a copy",
+        kind="too-large",
+        path=path,
+        bytes=size,
+    )
 
 
 def _with_errno(ours: StorageError | ReadOnlyError, error: OSError) -> TimstoreError:
