@@ -17,6 +17,7 @@ LAYERS = [
     ["timstore.encoding"],
     ["timstore.format"],
     ["timstore.catalog"],
+    ["timstore.parts"],
     ["timstore.intake"],
     ["timstore.samples"],
     ["timstore.snapshot"],

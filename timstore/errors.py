@@ -85,3 +85,11 @@ class StorageError(TimstoreError, OSError):
 
 class TimstoreWarning(UserWarning):
     """Something the user should know before trusting a result."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Return the beginning of what Python shows of a value, for a message: whatever the value is, this fails never."""
+    try:
+        return f"{value!r:.{most}}"
+    except Exception:  # a number of thousands of digits, lists within lists, an object that cannot be shown
+        return f"a {type(value).__name__}"

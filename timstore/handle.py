@@ -72,7 +72,7 @@ class Handle:
             NotFoundError: if it was not recorded.
         """
         epoch, step = intake.moment(epoch, step)
-        sample, rank = intake.whole_number(sample, "sample"), intake.whole_number(rank, "rank")
+        sample, rank = intake.sample_id(sample), intake.rank_number(rank)
         for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
             return record.dense(parameter)
         raise errors.NotFoundError(

@@ -16,7 +16,7 @@ from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
-from timstore.samples import Samples, check_columns
+from timstore.samples import Samples, check_columns, hash_rows
 from timstore.snapshot import pack_probe
 from timstore.states import state_item, state_precision
 from timstore.writing import BackgroundWriter, Item, rows_items
@@ -167,24 +167,16 @@ class Store(Handle):
             InvalidInputError: if one is known with another shape.
         """
         ledger = self._writing()
-        known = ledger.parameters()
-        for parameter in parameters:
-            before = known.get(parameter.name, parameter)
-            if before.shape != parameter.shape:
-                raise errors.InvalidInputError(
-                    f"parameter {parameter.name} has shape {before.shape} in {self.path}, not {parameter.shape}; "
-                    "record another model into a store of its own",
-                    parameter=parameter.name,
-                )
-        changed = [parameter for parameter in parameters if known.get(parameter.name) != parameter]
-        self._put(*rows_items("parameters", parameter_rows(changed, ledger.attempt)))
-        ledger.know(changed)
+        new = ledger.new_parameters(intake.listed(parameters, "parameters"))
+        self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
+        ledger.know(new)
 
     def append_fingerprints(self, epoch: int, step: int, digests: Mapping[str, str]) -> None:
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
-        shared = {"attempt": self._writing().attempt, "epoch": epoch, "step": step}
-        rows = [{**shared, "parameter": name, "digest": digest} for name, digest in digests.items()]
-        self._put(*rows_items("fingerprints", rows, (epoch, step)))
+        moment, attempt = intake.moment(epoch, step), self._writing().attempt
+        shared = {"attempt": attempt, "epoch": moment[0], "step": moment[1]}
+        rows = [{**shared, "parameter": name, "digest": one} for name, one in intake.digests(digests).items()]
+        self._put(*rows_items("fingerprints", rows, moment))
 
     def append_states(
         self, epoch: int, step: int, role: str, numbers: Mapping[str, Any], *, name: str | None = None
@@ -201,16 +193,19 @@ class Store(Handle):
                 for a counter).
             name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
-        attempt = self._writing().attempt
-        if role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
-            raise errors.InvalidInputError(f"role is exp_avg_sq, gradient, start_theta or start_state, not {role!r}")
+        ledger = self._writing()
+        if not isinstance(role, str) or role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
+            raise errors.InvalidInputError(
+                f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
+            )
+        moment = intake.moment(epoch, step)
         precision = state_precision(role, self.settings.precision)
-        self._put(state_item(intake.moment(epoch, step), attempt, role, numbers, precision, name=name))
+        self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
 
     def append_hashes(self, hashes: Mapping[int, str]) -> None:
         """Keep a hash of what samples consist of, in column `content_hash` of `samples`; durability as `append`."""
         self._writing()
-        rows = pa.table({"sample": pa.array(list(hashes), pa.int64()), "content_hash": list(hashes.values())})
+        rows = hash_rows(hashes)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
 
     def append_rollback(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
@@ -220,18 +215,18 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        kept = (
-            []
-            if before is None
-            else [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
-        )
-        self._put(*rows_items("rollbacks", [row]), *kept)
+        row = intake.mapped(row, "a row of `rollbacks` is a mapping")
+        items = rows_items("rollbacks", [row])
+        if before is not None:
+            rollback_id = intake.plain_name(row.get("digest_after"), "digest_after")
+            items.append(state_item(moment, attempt, "theta", before, "exact", rollback_id=rollback_id))
+        self._put(*items)
         self.commit()
 
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
         """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
         self._writing()
-        data = pack_probe(list(batches), loss)
+        data = pack_probe(intake.listed(batches, "batches"), intake.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
     def begin_attempt(self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1) -> int:
@@ -243,9 +238,9 @@ class Store(Handle):
             The attempt's number.
         """
         known = dict(self._writing().parameters())
-        from_epoch, from_step = intake.moment(from_epoch, from_step)
+        start, taken, count = intake.moment(from_epoch, from_step), intake.scope(scope), intake.rank_count(ranks)
         self._end_writer()
-        attempt = self._attempt.begin(from_epoch, from_step, scope, ranks).attempt
+        attempt = self._attempt.begin(*start, taken, count).attempt
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
         self._put(*rows_items("parameters", parameter_rows(known.values(), attempt)), Item(0))
@@ -255,6 +250,7 @@ class Store(Handle):
     def join_attempt(self, attempt: int) -> None:
         """Go on in an attempt that another process began; what was appended before is committed first."""
         self._check_writable()
+        attempt = intake.counting_number(attempt, "attempt")
         if self._attempt.get().attempt != attempt or self._ledger is None:
             self._end_writer()
             self.refresh()
@@ -267,7 +263,7 @@ class Store(Handle):
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(scope, ranks)
+        self._attempt.claim(intake.scope(scope), intake.rank_count(ranks))
 
     @property
     def attempt(self) -> int:
