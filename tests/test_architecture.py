@@ -23,6 +23,8 @@ LAYERS = [
     ["timstore.snapshot"],
     ["timstore.opening"],
     ["timstore.ledger"],
+    ["timstore.batch"],
+    ["timstore.doubles"],
     ["timstore.writing"],
     ["timstore.states"],
     ["timstore.attempts"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from timstore.batch import Item
 from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
@@ -17,7 +18,6 @@ from timstore.intake import mapped, plain_name
 from timstore.ledger import table
 from timstore.records import BFLOAT16, Parameter, as_array, narrow, widen
 from timstore.snapshot import Snapshot
-from timstore.writing import Item
 
 _BLOCK_NUMBERS = 1 << 16
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,8 +9,9 @@ import pyarrow as pa
 
 from timstore import errors, intake, lifetime
 from timstore.attempts import CurrentAttempt
+from timstore.batch import Item, rows_items
 from timstore.format.commits import Scope
-from timstore.format.log import LogWriter
+from timstore.format.place import LOST
 from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
@@ -19,7 +19,7 @@ from timstore.records import Parameter, Step, StepGroup
 from timstore.samples import Samples, check_columns, hash_rows
 from timstore.snapshot import pack_probe
 from timstore.states import state_item, state_precision
-from timstore.writing import BackgroundWriter, Item, rows_items
+from timstore.writing import BackgroundWriter
 
 
 class Store(Handle):
@@ -57,6 +57,7 @@ class Store(Handle):
         self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
+        self._known = self._snapshot.view
         lifetime.begun(self)
 
     def append(
@@ -166,8 +167,8 @@ class Store(Handle):
         Raises:
             InvalidInputError: if one is known with another shape.
         """
-        ledger = self._writing()
-        new = ledger.new_parameters(intake.listed(parameters, "parameters"))
+        ledger, given = self._writing(), intake.listed(parameters, "parameters")
+        new = ledger.new_parameters(given)
         self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
         ledger.know(new)
 
@@ -195,9 +196,8 @@ class Store(Handle):
         """
         ledger = self._writing()
         if not isinstance(role, str) or role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
-            raise errors.InvalidInputError(
-                f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
-            )
+            message = f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
+            raise errors.InvalidInputError(message)
         moment = intake.moment(epoch, step)
         precision = state_precision(role, self.settings.precision)
         self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
@@ -238,6 +238,7 @@ class Store(Handle):
             The attempt's number.
         """
         known = dict(self._writing().parameters())
+        self._check_same()
         start, taken, count = intake.moment(from_epoch, from_step), intake.scope(scope), intake.rank_count(ranks)
         self._end_writer()
         attempt = self._attempt.begin(*start, taken, count).attempt
@@ -288,12 +289,13 @@ class Store(Handle):
         Raises:
             StorageError, ReadOnlyError: nothing became visible, everything is kept in memory; call again after
                 making room. Only with kind `outcome-unknown` may it be visible: open the store again to see.
-            StateError: the writer stopped for good.
+            InvalidInputError: kind `duplicate`: another handle committed some of it first; all else is on disk.
+            StateError: the writer stopped for good, or kind `left-out`: all but what the error names is on disk.
         """
-        self._check_open()
+        self._check_same()
         if self._writer is not None:
+            self._stale = True  # also of a commit that left something out all else is there
             self._writer.commit()
-            self._stale = True
 
     def compact(self, progress: Callable[[int, int], None] | None = None) -> RollUp:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
@@ -310,7 +312,6 @@ class Store(Handle):
         Raises:
             CorruptionError: a row file is missing or altered. As after any error, the store is what it was, unless:
             StorageError: kind `outcome-unknown`: it may be folded or not, and is sound in both cases.
-            ReadOnlyError: the store was opened to read.
         """
         self._check_writable()
         self.commit()
@@ -322,14 +323,19 @@ class Store(Handle):
         """Commit, and release the handle. Closing twice is harmless.
 
         Raises:
-            StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.
-            StateError: the writer stopped for good; the handle is closed all the same.
+            StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again, unless its
+                folder is gone or another store's (kinds `gone`, `replaced`): the error says what is lost.
+            StateError, InvalidInputError: as `commit`; the handle is closed all the same.
         """
         if self._closed or os.getpid() != self._pid:
             return
         try:
             self._end_writer()
-        except errors.StateError:
+        except errors.StorageError as error:
+            if error.kind in LOST:
+                self._release()
+            raise
+        except (errors.StateError, errors.InvalidInputError):
             self._release()
             raise
         self._release()
@@ -365,29 +371,27 @@ class Store(Handle):
     def _writing(self) -> Ledger:
         """Return the ledger of the current attempt, begun if there is none."""
         self._check_writable()
-        attempt = self._attempt.get().attempt
-        if self._ledger is None or self._ledger.attempt != attempt:
-            self._ledger = Ledger(attempt, self.snapshot, self.commit)
+        if self._ledger is None or self._ledger.attempt != self._attempt.get().attempt:
+            self._known = self.snapshot().view
+            self._ledger = Ledger(self._attempt.get().attempt, self.snapshot, self.commit)
         return self._ledger
 
     def _put(self, *items: Item) -> None:
         if not items:
             return
         if self._writer is None:
-            self._writer = BackgroundWriter(
-                LogWriter(self._objects, self.settings),
-                attempt=self._attempt.get().attempt,
-                precision=self.settings.precision,
-                max_rel_error=self.settings.max_rel_error,
-                roll_up=partial(roll_up, self._objects.synced(), self.settings),
-                unfolded=len(self._snapshot.view.since_checkpoint),
-            )
+            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_checkpoint)
+            self._writer = BackgroundWriter.begin(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
     def _end_writer(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            try:
+                self._writer.close()
+            finally:
+                self._stale = True
+                if self._writer.is_stopped:
+                    self._writer = None
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()
