@@ -9,6 +9,7 @@ import numpy as np
 
 from timstore import errors, intake
 from timstore.format.place import Place
+from timstore.lifetime import commit_unattended
 from timstore.opening import open_settings
 from timstore.snapshot import Snapshot, StoredRecord
 
@@ -26,6 +27,7 @@ class Handle:
         self.mode = mode
         self._objects, self.settings = open_settings(self.path, mode, options)
         self._place = Place(self._objects, self.settings)
+        commit_unattended(self.path)
         self._snapshot = Snapshot(self._objects, self.settings)
         self._stale = False
         self._restored = False
