@@ -57,8 +57,12 @@ def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, 
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Entry:
-    """An item that is ready to be written; its record, where it is one, encoded."""
+class EncodedItem:
+    """An item that is ready to be written, its record encoded where it is one.
+
+    Attributes:
+        bytes: held in memory for it.
+    """
 
     item: Item
     encoded: EncodedRecord | None
@@ -68,47 +72,46 @@ class Entry:
 class Batch:
     """What the next commit will hold."""
 
-    def __init__(self, entries: Sequence[Entry] = ()) -> None:
-        self.entries = list(entries)
-        self.bytes = sum(entry.bytes for entry in entries)
+    def __init__(self, items: Sequence[EncodedItem] = ()) -> None:
+        self.keep(items)
         self.since = time.monotonic()
 
     def __bool__(self) -> bool:
-        return bool(self.entries)
+        return bool(self.items)
 
-    def add(self, entry: Entry) -> None:
-        """Add an entry."""
-        if not self.entries:
+    def add(self, item: EncodedItem) -> None:
+        """Add an item."""
+        if not self.items:
             self.since = time.monotonic()
-        self.entries.append(entry)
-        self.bytes += entry.bytes
+        self.items.append(item)
+        self.bytes += item.bytes
+
+    def keep(self, items: Sequence[EncodedItem]) -> None:
+        """Hold these items, and no others."""
+        self.items = list(items)
+        self.bytes = sum(item.bytes for item in items)
 
     def halves(self) -> tuple["Batch", "Batch"]:
         """Return two batches that hold together what this one does."""
-        middle = len(self.entries) // 2
-        return Batch(self.entries[:middle]), Batch(self.entries[middle:])
+        middle = len(self.items) // 2
+        return Batch(self.items[:middle]), Batch(self.items[middle:])
 
     @property
     def records(self) -> list[EncodedRecord]:
         """The records."""
-        return [entry.encoded for entry in self.entries if entry.encoded is not None]
-
-    @property
-    def moments(self) -> set[tuple[int, int]]:
-        """The (epoch, step) of its items."""
-        return {entry.item.moment for entry in self.entries if entry.item.moment is not None}
+        return [one.encoded for one in self.items if one.encoded is not None]
 
     @property
     def steps(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """The first and the last (epoch, step), None when there are none."""
-        moments = self.moments
+        moments = {one.item.moment for one in self.items if one.item.moment is not None}
         return (min(moments), max(moments)) if moments else None
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The processes whose records and steps it holds."""
         ranks = {one.record.rank for one in self.records}
-        ranks.update(row["rank"] for entry in self.entries for row in entry.item.rows.get("steps", ()))
+        ranks.update(row["rank"] for one in self.items for row in one.item.rows.get("steps", ()))
         return tuple(sorted(ranks))
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
@@ -117,13 +120,13 @@ class Batch:
         rows: dict[str, list[Mapping[str, Any]]] = {}
         blobs: dict[str, bytes] = {}
         states: list[tuple[str, Matrix]] = []
-        for entry in self.entries:
-            for kind, one in entry.item.tables.items():
-                given.setdefault(kind, []).append(one)
-            for kind, listed in entry.item.rows.items():
+        for item in (one.item for one in self.items):
+            for kind, part in item.tables.items():
+                given.setdefault(kind, []).append(part)
+            for kind, listed in item.rows.items():
                 rows.setdefault(kind, []).extend(listed)
-            blobs.update(entry.item.blobs)
-            states.extend(entry.item.states)
+            blobs.update(item.blobs)
+            states.extend(item.states)
         tables = {
             kind: joined(parts) if kind == "samples" else pa.concat_tables(parts, promote_options="permissive")
             for kind, parts in given.items()

@@ -45,7 +45,7 @@ def as_rows(rows: Any) -> pa.Table:
     table = _as_table(rows)
     if "sample" not in table.column_names:
         raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
-    spelled = [name.lower() for name in table.column_names]
+    spelled = [plain_name(name, "a samples column").lower() for name in table.column_names]
     twice = sorted(name for name in table.column_names if spelled.count(name.lower()) > 1)
     if twice:
         raise InvalidInputError(f"SQL does not tell the columns {', '.join(twice)} apart: keep one of them")

@@ -10,7 +10,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from timstore.batch import Batch, Entry, Item
+from timstore.batch import Batch, EncodedItem, Item
 from timstore.doubles import Doubles
 from timstore.encoding import encode
 from timstore.errors import CorruptionError, ReadOnlyError, StateError, StorageError, TimstoreError, TimstoreWarning
@@ -139,8 +139,9 @@ class BackgroundWriter:
 
     def _raise_left_out(self) -> None:
         """Tell, once, what is not on disk while all else that was accepted is."""
-        refused, self._doubles.refused = self._doubles.refused, []
-        left_out, self._left_out = self._left_out, []
+        with self._condition:
+            refused, self._doubles.refused = self._doubles.refused, []
+            left_out, self._left_out = self._left_out, []
         errors: list[TimstoreError] = [*refused]
         if left_out:
             more = "" if len(left_out) == 1 else f", and {len(left_out) - 1} more"
@@ -257,7 +258,7 @@ class BackgroundWriter:
             return
         stored_bytes = item.size_bytes if encoded is None else encoded.stored_bytes
         with self._condition:
-            self._batch.add(Entry(item, encoded, stored_bytes))
+            self._batch.add(EncodedItem(item, encoded, stored_bytes))
             self._held_bytes += stored_bytes - item.size_bytes
             self._condition.notify_all()
 
@@ -313,29 +314,24 @@ class BackgroundWriter:
         try:
             while parts:
                 batch = parts[0]
-                held_bytes, entries = batch.bytes, batch.entries
                 try:
                     while batch and not self._wrote(batch):
                         pass
                 except (StorageError, ReadOnlyError, StateError, CorruptionError, MemoryError):
                     raise
                 except Exception as error:
-                    if len(batch.entries) > 1:
+                    if len(batch.items) > 1:
                         parts[:1] = batch.halves()
-                    else:
-                        parts.pop(0)
-                        self._leave_out(entries[0].item, held_bytes, error)
-                    continue
+                        continue
+                    self._leave_out(batch.items[0].item, batch.bytes, error)
                 parts.pop(0)
-                with self._condition:
-                    self._held_bytes -= held_bytes
         finally:
             with self._condition:
-                self._batch = Batch([entry for batch in parts for entry in batch.entries])
+                self._batch = Batch([item for batch in parts for item in batch.items])
 
     def _wrote(self, batch: Batch) -> bool:
         """Make one commit of a batch; False if others were faster with some of it, which is out of it now."""
-        ranks = batch.ranks
+        ranks, held_bytes, is_written = batch.ranks, batch.bytes, True
         try:
             self._log.commit(
                 attempt=self.attempt,
@@ -346,10 +342,12 @@ class BackgroundWriter:
                 ranks=ranks,
                 check=lambda: self._doubles.keep_out(batch, self._log.writer),
             )
+            self._unfolded += 1
         except Overtaken:
-            return False
-        self._unfolded += 1
-        return True
+            held_bytes, is_written = held_bytes - batch.bytes, False
+        with self._condition:
+            self._held_bytes -= held_bytes
+        return is_written
 
     def _fold(self) -> None:
         """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""
