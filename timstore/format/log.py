@@ -54,6 +54,7 @@ class LogWriter:
         self._newest: Commit | None = None
         self._writer = ""
         self._place = Place(objects, settings)
+        self._is_copy = False  # whether what lies there is another copy, of which is unknown yet what it holds
         self._place.check()
         self._start()
 
@@ -158,7 +159,8 @@ class LogWriter:
 
     def _require_same(self, attempt: int) -> None:
         """Refuse a store in which this writer's records have no place: one of another id, or an earlier copy."""
-        if self._place.check():
+        self._is_copy |= not self._place.check()
+        if not self._is_copy:
             return
         last = self._newest
         needed = [layout.attempt_path(attempt), *([layout.record_path(last.writer, last.seq)] if last else [])]
@@ -167,6 +169,7 @@ class LogWriter:
                 raise replaced(f"an earlier copy was put in its place, without {path}")
         if last is not None and layout.unseal(self._objects.read(needed[-1]), needed[-1])[1] != last.digest:
             raise replaced(f"a copy was put in its place whose {needed[-1]} is another one")
+        self._is_copy = False
 
     def _put(self, folder: str, build: Build) -> list[ObjectInfo]:
         infos = []
