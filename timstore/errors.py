@@ -83,6 +83,10 @@ class StorageError(TimstoreError, OSError):
     kind = "storage"
 
 
+LOST = ("gone", "replaced")
+"""Kinds of `StorageError` after which a handle has no store any more."""
+
+
 class TimstoreWarning(UserWarning):
     """Something the user should know before trusting a result."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from timstore import errors
-from timstore.format.place import LOST
 
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
 # The handles that nobody but us holds, and where each lies, which a relative path says no more once the process moved.
@@ -41,7 +40,7 @@ def commit_unattended(path: Path) -> None:
         try:
             store.commit()
         except errors.StorageError as error:
-            if error.kind not in LOST:
+            if error.kind not in errors.LOST:
                 raise
             _close(store, "what it had not committed was lost")
 
@@ -49,6 +48,14 @@ def commit_unattended(path: Path) -> None:
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
+
+
+def give_up(path: Path) -> None:
+    """Close the handles on the store at a path, which is about to be removed, without another commit."""
+    place = os.path.realpath(path)
+    for store in open_stores():
+        if os.path.realpath(store.path) == place:
+            store._release()
 
 
 def attended_stores() -> list[Any]:

@@ -11,7 +11,6 @@ from timstore import errors, intake, lifetime
 from timstore.attempts import CurrentAttempt
 from timstore.batch import Item, rows_items
 from timstore.format.commits import Scope
-from timstore.format.place import LOST
 from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
@@ -31,7 +30,8 @@ class Store(Handle):
 
     Args:
         path: the store's directory.
-        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create.
+        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create, `w` to start over:
+            a store that is there, and nothing else, is removed without asking (docs/design/storage.md).
         precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
         max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
         durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the
@@ -297,30 +297,30 @@ class Store(Handle):
             self._stale = True  # also of a commit that left something out all else is there
             self._writer.commit()
 
-    def compact(self, progress: Callable[[int, int], None] | None = None) -> RollUp:
+    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> RollUp:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
 
-        Readers and writers, of this process and others, go on meanwhile. A writer does so by itself every 1,000
-        commits. What was accepted before is committed first.
+        Commits first. Readers and writers go on meanwhile. A writer does so by itself every 1,000 commits. Returns what
+        was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
 
         Args:
-            progress: called with (commits folded, commits to fold).
-
-        Returns:
-            What was done; its `checkpoint` is None when there was nothing to do.
+            progress: as `timstore.verify` takes it, in commits.
 
         Raises:
             CorruptionError: a row file is missing or altered. As after any error, the store is what it was, unless:
             StorageError: kind `outcome-unknown`: it may be folded or not, and is sound in both cases.
         """
+        from timstore.progress import told
+
         self._check_writable()
         self.commit()
-        done = roll_up(self._objects.synced(), self.settings, progress)
-        self.refresh()
+        with told(progress, "folding commits", "pieces") as tell:
+            done = roll_up(self._objects.synced(), self.settings, tell)
+        self._stale = True
         return done
 
     def close(self) -> None:
-        """Commit, and release the handle. Closing twice is harmless.
+        """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
         Raises:
             StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again, unless its
@@ -331,22 +331,11 @@ class Store(Handle):
             return
         try:
             self._end_writer()
-        except errors.StorageError as error:
-            if error.kind in LOST:
-                self._release()
-            raise
-        except (errors.StateError, errors.InvalidInputError):
-            self._release()
-            raise
-        self._release()
-
-    def _release(self) -> None:
-        if self._writer is not None:
-            self._writer.stop()
-            self._writer = None
-        self._closed = True
-        lifetime.ended(self)
-        self._snapshot.close()
+        finally:
+            if self._writer is None:
+                self._closed = True
+                lifetime.ended(self)
+                self._snapshot.close()
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -386,12 +375,14 @@ class Store(Handle):
 
     def _end_writer(self) -> None:
         if self._writer is not None:
+            writer = self._writer
             try:
-                self._writer.close()
+                writer.close()
             finally:
                 self._stale = True
-                if self._writer.is_stopped:
+                if writer.is_stopped:
                     self._writer = None
+            writer.tell()
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()

@@ -1,5 +1,6 @@
 """The background writer: records in at training speed, segments and commits out, nothing lost between."""
 
+import logging
 import threading
 import time
 import warnings
@@ -13,14 +14,23 @@ import pyarrow as pa
 from timstore.batch import Batch, EncodedItem, Item
 from timstore.doubles import Doubles
 from timstore.encoding import encode
-from timstore.errors import CorruptionError, ReadOnlyError, StateError, StorageError, TimstoreError, TimstoreWarning
+from timstore.errors import (
+    LOST,
+    CorruptionError,
+    ReadOnlyError,
+    StateError,
+    StorageError,
+    TimstoreError,
+    TimstoreWarning,
+)
 from timstore.format.log import LogWriter, Overtaken
 from timstore.format.objects import LocalObjects
-from timstore.format.place import LOST
 from timstore.format.rollup import roll_up
 from timstore.format.segment import EncodedRecord
 from timstore.format.settings import Settings
 from timstore.format.view import View
+
+_log = logging.getLogger(__name__)
 
 # What may be held in memory: accepted, and not yet on disk. Half of it is written while the other half comes in.
 QUEUE_BYTES = 512 * 1024 * 1024
@@ -55,7 +65,7 @@ class BackgroundWriter:
     ) -> None:
         self._roll_up = roll_up
         self._unfolded = unfolded
-        self._unfoldable: Exception | None = None
+        self._untold: list[str] = []
         self.attempt = attempt
         self._log = log
         self._doubles = doubles
@@ -107,7 +117,7 @@ class BackgroundWriter:
         size_bytes = sum(item.size_bytes for item in items)
         with self._condition:
             self._raise_error()
-            self._tell()
+            self.tell()
             self._wait_for_room(size_bytes)
             self._queue.extend(items)
             self._held_bytes += size_bytes
@@ -135,7 +145,7 @@ class BackgroundWriter:
             while self._answered < ticket and self._error is None:
                 self._condition.wait()
             self._raise_error()
-            self._tell()
+            self.tell()
 
     def _raise_left_out(self) -> None:
         """Tell, once, what is not on disk while all else that was accepted is."""
@@ -153,19 +163,37 @@ class BackgroundWriter:
             raise errors[0]
 
     def close(self) -> None:
-        """Commit, write the closing record, and end the thread; raises as `commit`."""
+        """Commit, write the closing record, and end the thread; `tell` says afterwards where that record is missing.
+
+        The closing record says only that nothing follows; without it everything is on disk all the same.
+
+        Raises:
+            StorageError: as `commit`, the thread goes on; of a store that is gone or replaced it says what is lost.
+            InvalidInputError, StateError: as `commit`, once the thread has ended.
+        """
         try:
             self._flush()
-            self._log.close()
+            self._end_log()
         except StorageError as error:
             if error.kind not in LOST:
                 raise
             held = self._records_held
             lost = f"{held} accepted records that were never committed" if held else "no record that was not committed"
+            self.stop()
             raise StorageError(f"{error} Closing this handle loses {lost}", kind=error.kind) from error
+        except StateError:
+            self.stop()
+            raise
         self.stop()
-        self._tell()
         self._raise_left_out()
+
+    def _end_log(self) -> None:
+        try:
+            self._log.close()
+        except (StorageError, ReadOnlyError) as error:
+            if error.kind in LOST:
+                raise
+            self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
 
     @property
     def is_stopped(self) -> bool:
@@ -203,11 +231,10 @@ class BackgroundWriter:
                 self._error = None
             raise error
 
-    def _tell(self) -> None:
-        """Warn in the training thread: where warnings are errors, one would end the writer's."""
-        error, self._unfoldable = self._unfoldable, None
-        if error is not None:
-            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=4)
+    def tell(self) -> None:
+        """Warn of what went wrong without harm, in the training thread: an error there would end the writer's."""
+        while self._untold:
+            warnings.warn(self._untold.pop(0), TimstoreWarning, stacklevel=4)
 
     def _run(self) -> None:
         while True:
@@ -271,6 +298,7 @@ class BackgroundWriter:
 
     def _report(self, error: Exception, cause: Exception | None = None) -> None:
         """Let the training thread hear of an error; what is held stays, for the next commit."""
+        _log.info("%d records were not committed, and are kept to try again: %s", self._records_held, error)
         error.__cause__ = error.__cause__ or cause
         with self._condition:
             self._batch.since = time.monotonic()
@@ -355,8 +383,9 @@ class BackgroundWriter:
         try:
             self._roll_up()
         except Exception as error:
+            _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:
-                self._unfoldable = error
+                self._untold.append(f"the row files of the last commits were not folded: {error}")
 
     def _break(self, error: Exception) -> None:
         """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""

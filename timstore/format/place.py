@@ -5,9 +5,6 @@ from timstore.format import layout
 from timstore.format.objects import Mark, Objects
 from timstore.format.settings import Settings, read_settings
 
-LOST = ("gone", "replaced")
-"""Kinds of `StorageError` after which a handle has no store any more."""
-
 
 class Place:
     """The settings file of a store: made once, so that another one is another store's, or a copy's."""
