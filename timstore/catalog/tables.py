@@ -198,7 +198,9 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
     """Merge the user's columns: of each sample and column the last value written that is not NULL."""
     before = connection.sql("FROM stored.samples").to_arrow_table()
     try:
-        table = joined([before, *tables])
+        # A column without a name, which earlier versions took, cannot be asked for.
+        named = [one.select([name for name in one.column_names if name]) for one in tables]
+        table = joined([before, *named])
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
         table = table.rename_columns([str(number) for number in range(len(names))])

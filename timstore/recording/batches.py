@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from timstore.errors import InvalidInputError
-from timstore.intake import whole_number
+from timstore.intake import sample_id as checked_id
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, owners_of
@@ -196,7 +196,7 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
             raise _not_integers(values[0])
         samples, layout = owners_of(packed)
         return Ids(samples, len(packed), layout)
-    named = [sample_named(one, keys) if isinstance(one, str) else whole_number(one, "sample id") for one in values]
+    named = [sample_named(one, keys) if isinstance(one, str) else checked_id(one, "sample id") for one in values]
     return Ids(named, len(named))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import whole_number
+from timstore.intake import listed, moment, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import on_host
@@ -71,7 +71,8 @@ class Recorder:
         self._trained = trained_parameters(self._model, self._optimizer)
         names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        untrained = {id(one): name for name, one in self._model.named_parameters() if id(one) not in names}
+        others = (one for one in self._model.named_parameters() if id(one[1]) not in names)
+        untrained = {id(parameter): name for name, parameter in others if parameter.numel()}
         self._history = History(store, self._optimizer, names, options.optimizer_history, rank)
         self._forwards = Forwards(
             store,
@@ -319,7 +320,7 @@ class _Batch:
 def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if samples is None:
         return None
-    chosen = frozenset(whole_number(one, "sample id") for one in samples)
+    chosen = frozenset(sample_id(one, "sample id") for one in listed(samples, "samples"))
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
@@ -346,4 +347,4 @@ def _moment(given: Any) -> tuple[int, int]:
         epoch, step = given
     except (TypeError, ValueError):
         raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
-    return whole_number(epoch, "epoch"), whole_number(step, "step")
+    return moment(epoch, step)
