@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timstore import errors, intake
+from timstore.catalog import remove_leftovers
 from timstore.lifetime import commit_unattended
 from timstore.opening import open_settings
 from timstore.snapshot import Snapshot, StoredRecord
@@ -15,18 +16,22 @@ from timstore.snapshot import Snapshot, StoredRecord
 if TYPE_CHECKING:
     import duckdb
 
+_LEAST_SQL_MEMORY = 32 * 10**6  # below, DuckDB cannot count the rows of each group
+
 
 class Handle:
     """What reading needs of a store: its objects, its settings and a snapshot."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any], sql_memory: int | str) -> None:
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.path = Path(path)
         self.mode = mode
+        self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
         commit_unattended(self.path)
-        self._snapshot = Snapshot(self._objects, self.settings)
+        remove_leftovers()
+        self._snapshot = Snapshot(self._objects, self.settings, self._sql_memory)
         self._stale = False
         self._pid = os.getpid()
         self._closed = False
@@ -34,7 +39,7 @@ class Handle:
     def refresh(self) -> None:
         """See what others have committed since. Questions asked before keep their answers."""
         self._check_open()
-        newer = Snapshot(self._objects, self.settings, self._snapshot)
+        newer = Snapshot(self._objects, self.settings, self._sql_memory, self._snapshot)
         if newer.view != self._snapshot.view:
             self._snapshot = newer
         self._stale = False
@@ -100,3 +105,10 @@ class Handle:
             )
         if self._closed:
             raise errors.StateError(f"{self.path} is closed; open it again", kind="closed")
+
+
+def _sql_memory(size: Any) -> int:
+    taken = intake.byte_count(size, "sql_memory")
+    if taken < _LEAST_SQL_MEMORY:
+        raise errors.InvalidInputError(f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {size!r}')
+    return min(taken, 2**62)  # more than DuckDB can count is no limit

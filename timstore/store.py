@@ -34,8 +34,8 @@ class Store(Handle):
         mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create.
         precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
         max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
-        durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the
-            process, not of the machine).
+        durability: `commit` (the default: synced to disk at each commit) or `os` (outlives the process only).
+        sql_memory: bytes, or text like "1GB", for all questions together; one that takes more is refused.
 
     Raises:
         NotFoundError, AlreadyExistsError, ReadOnlyError: the path does not fit the mode.
@@ -51,8 +51,10 @@ class Store(Handle):
         precision: str | None = None,
         max_rel_error: float | None = None,
         durability: str | None = None,
+        sql_memory: int | str = "1GB",
     ) -> None:
-        super().__init__(path, mode, {"precision": precision, "max_rel_error": max_rel_error, "durability": durability})
+        options = {"precision": precision, "max_rel_error": max_rel_error, "durability": durability}
+        super().__init__(path, mode, options, sql_memory)
         attempts = self._snapshot.view.attempts
         self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None
@@ -220,11 +222,9 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        kept = (
-            []
-            if before is None
-            else [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
-        )
+        kept = []
+        if before is not None:
+            kept = [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
         self._put(*rows_items("rollbacks", [row]), *kept)
         self.commit()
 

@@ -1,8 +1,5 @@
-"""A connection that can read one catalogue file and do nothing else, and a folder that nobody else may enter."""
+"""A connection that can read one catalogue file and do nothing else, within a limit of memory."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +26,13 @@ _LOCKS = (
 )
 
 
-def private_folder() -> Path:
-    """Make a folder of mode 0700 in the system's temporary directory."""
-    return Path(tempfile.mkdtemp(prefix="timstore-catalogue-"))
+def open_locked(path: Path, memory: int) -> duckdb.DuckDBPyConnection:
+    """Open a catalogue file read-only, shut every door (files, network, extensions, Python variables) and lock.
 
-
-def remove_own(folder: Path, pid: int) -> None:
-    """Remove a folder if this is the process that made it: a forked child must leave its parent's alone."""
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_locked(path: Path) -> duckdb.DuckDBPyConnection:
-    """Open a catalogue file read-only, shut every door (files, network, extensions, Python variables) and lock."""
-    connection = duckdb.connect(path, read_only=True, config={"threads": "2"})
+    Args:
+        memory: in bytes, what all questions together may take.
+    """
+    connection = duckdb.connect(path, read_only=True, config={"threads": "2", "memory_limit": f"{memory}B"})
     for lock in _LOCKS:
         connection.execute(lock)
     return connection
