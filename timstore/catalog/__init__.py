@@ -3,7 +3,12 @@
 The tables live in a private catalogue file. It is loaded by one connection, closed, opened again read-only, and
 then every door is shut and locked. The file then loses its name: what is open can be read until it is closed, and
 whatever ends the process, nothing is left of it.
+
+In this room annotations are text: as types they would keep DuckDB's alive in whatever is not freed when the interpreter
+ends (a hook that torch holds, say), and DuckDB prints pages about that.
 """
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -15,8 +20,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from timstore.catalog.answers import in_our_words, interruptible
 from timstore.catalog.folders import private_folder, remove_leftovers
-from timstore.catalog.sandbox import ask, fetch, open_locked
+from timstore.catalog.sandbox import ask, in_temporary_space, open_locked
 from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, load_attempts, load_commits
 from timstore.catalog.views import create_views
 from timstore.errors import StateError
@@ -46,10 +52,10 @@ class Catalog:
         cls,
         commits: Iterable[CommitRows],
         attempts: Sequence[AttemptRow],
-        previous: "Catalog | None" = None,
+        previous: Catalog | None = None,
         folded: Iterable[tuple[str, pa.Table]] = (),
         memory: int = 10**9,
-    ) -> "Catalog":
+    ) -> Catalog:
         """Load commits into tables; with `previous`, only what is new, beside a copy of its tables.
 
         `folded` are the (kind, rows) of a checkpoint that covers the commits before them; `memory` is in bytes, for
@@ -62,8 +68,9 @@ class Catalog:
         Raises:
             FormatError: rows that this version does not know.
             StateError: if `previous` is closed.
+            StorageError: no room for them.
         """
-        with private_folder() as folder:
+        with in_temporary_space(), private_folder() as folder:
             path = folder / "catalogue.duckdb"
             if previous is not None:
                 previous._copy_to(path)
@@ -94,11 +101,13 @@ class Catalog:
             InvalidInputError: it is not one SELECT, or DuckDB refuses it, be it on the way.
             StateError: after `close`.
         """
-        return fetch(self._cursor(), query, params)
+        return self.sql(query, params).fetchall()
 
     def rows(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pa.Table:
         """Return the answer to one of the library's own questions; schema `stored` holds the rows of all attempts."""
-        return self._cursor().sql(query, params=params).to_arrow_table()
+        cursor = self._cursor()
+        with in_our_words():
+            return interruptible(cursor, lambda: cursor.sql(query, params=params).to_arrow_table())
 
     def close(self) -> None:
         """Remove the tables."""
