@@ -205,9 +205,12 @@ def test_a_block_that_ends_by_an_error_says_nothing_of_it(store):
 def test_a_warning_that_is_an_error_comes_after_everything_is_on_disk(tmp_path):
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with timstore.open(tmp_path / "s") as store, pytest.raises(TimstoreWarning, match="99"):
-        with store.record(model, optimizer, samples=[3, 99]) as recorder:
-            train(recorder, model, stepped(optimizer))
+    with (
+        timstore.open(tmp_path / "s") as store,
+        pytest.raises(TimstoreWarning, match="99"),
+        store.record(model, optimizer, samples=[3, 99]) as recorder,
+    ):
+        train(recorder, model, stepped(optimizer))
     with timstore.open(tmp_path / "s", "r") as store:
         assert store.sql("SELECT sample FROM records").fetchall() == [(3,)]
         assert store.latest_fingerprints() is not None

@@ -67,7 +67,7 @@ class Drawn:
         """Warn at the end of the first epoch, rather than of the whole training."""
         if self._is_run and not self._told_of_epoch:
             self._told_of_epoch = True
-            self._tell(f"epoch {epoch} is over, and ")
+            self._tell(f"epoch {epoch} is over, and ", stacklevel=4)
 
     def end(self, *, refresh: bool = False) -> None:
         """Warn at the end.
@@ -77,7 +77,7 @@ class Drawn:
         """
         if refresh and self._missing:
             self._store.refresh()
-        self._tell("")
+        self._tell("", stacklevel=5)
 
     def _passed(self, model: nn.Module, args: Any) -> None:
         self._is_run |= torch.is_grad_enabled()
@@ -89,10 +89,10 @@ class Drawn:
             if not self._owned.isdisjoint(trained):
                 self._others.add(type(optimizer).__name__)
 
-    def _tell(self, when: str) -> None:
+    def _tell(self, when: str, stacklevel: int) -> None:
         said = self._of_steps() or self._of_samples()
         if said:
-            warnings.warn(f"{when}{said}", TimstoreWarning, stacklevel=4)
+            warnings.warn(f"{when}{said}", TimstoreWarning, stacklevel=stacklevel)
 
     def _of_steps(self) -> str:
         if self._idle:
