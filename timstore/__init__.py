@@ -129,8 +129,7 @@ class Store(_Store):
             id_column: of `samples`, by which ids that are text are looked up.
             by_content: know the rows of a batch without `sample_ids` by their tokens: the id is the first 63 bits of
                 their hash, column `content_hash` of `samples`.
-            process_group: of processes that average their gradients, where the model is not given as its
-                DistributedDataParallel. Each process writes its own samples into the one store.
+            process_group: of processes that average their gradients, unless the model is DistributedDataParallel.
 
         Raises:
             CoverageError: a trained parameter's gradient cannot be seen per sample.
@@ -339,9 +338,12 @@ def open(
     precision: str | None = None,
     max_rel_error: float | None = None,
     durability: str | None = None,
+    sql_memory: int | str = "1GB",
 ) -> Store:
     """Open or create the store at a path; see `Store` for the arguments and errors."""
-    return Store(path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability)
+    return Store(
+        path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability, sql_memory=sql_memory
+    )
 
 
 def _way(target: Any) -> "Callable[..., RollbackReport]":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timstore import errors, intake, lifetime
+from timstore.catalog import remove_leftovers
 from timstore.format.place import Place
 from timstore.opening import open_settings
 from timstore.reporting import user_path
@@ -15,19 +16,23 @@ from timstore.snapshot import Snapshot, StoredRecord
 if TYPE_CHECKING:
     import duckdb
 
+_LEAST_SQL_MEMORY = 32 * 10**6  # below, DuckDB cannot count the rows of each group
+
 
 class Handle:
     """What reading needs of a store: its objects, its settings and a snapshot."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any], sql_memory: int | str) -> None:
         self.path = user_path(path)
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.mode = mode
+        self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
         self._place = Place(self._objects, self.settings)
         lifetime.commit_unattended(self.path)
-        self._snapshot = Snapshot(self._objects, self.settings)
+        remove_leftovers()
+        self._snapshot = Snapshot(self._objects, self.settings, self._sql_memory)
         self._stale = False
         self._restored = False
         self._pid = os.getpid()
@@ -37,7 +42,8 @@ class Handle:
         """See what others have committed since. Questions asked before keep their answers."""
         self._check_same()
         # A copy of the store may hold less than what was seen.
-        newer = Snapshot(self._objects, self.settings, None if self._restored else self._snapshot)
+        before = None if self._restored else self._snapshot
+        newer = Snapshot(self._objects, self.settings, self._sql_memory, before)
         if newer.view != self._snapshot.view:
             self._snapshot = newer
         self._stale = self._restored = False
@@ -116,3 +122,10 @@ class Handle:
         """Refuse a store that another one took the place of; a copy of it is read from the start."""
         self._check_open()
         self._restored |= not self._place.check()
+
+
+def _sql_memory(size: Any) -> int:
+    taken = intake.byte_count(size, "sql_memory")
+    if taken < _LEAST_SQL_MEMORY:
+        raise errors.InvalidInputError(f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {size!r}')
+    return min(taken, 2**62)  # more than DuckDB can count is no limit

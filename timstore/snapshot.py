@@ -59,9 +59,12 @@ class Snapshot:
     Row files are checked and loaded when the first question is asked, arrays when they are read.
     """
 
-    def __init__(self, objects: Objects, settings: Settings, previous: "Snapshot | None" = None) -> None:
+    def __init__(
+        self, objects: Objects, settings: Settings, sql_memory: int, previous: "Snapshot | None" = None
+    ) -> None:
         self.objects = objects
         self.settings = settings
+        self._sql_memory = sql_memory
         # A snapshot whose tables were never asked for is no help to the next one.
         self._previous: Snapshot | None = (
             previous._previous if previous is not None and previous._catalog is None else previous
@@ -98,7 +101,7 @@ class Snapshot:
             files = (info for info in view.checkpoint.files if info.kind != "objects")
             folded = ((info.kind, read_rows(self.objects, info, view.checkpoint)) for info in files)
         new = (self._commit_rows(number, view.commits[number]) for number in range(known, len(view.commits)))
-        return Catalog.build(new, self._attempt_rows(), previous=before, folded=folded)
+        return Catalog.build(new, self._attempt_rows(), before, folded, self._sql_memory)
 
     def close(self) -> None:
         """Drop the tables."""

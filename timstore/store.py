@@ -24,9 +24,8 @@ from timstore.writing import BackgroundWriter
 class Store(Handle):
     """A database of training trajectories in one directory.
 
-    A handle sees the commits that were there when it was opened, its own after `commit`, and all others
-    after `refresh`. Any number of handles, in any number of processes, may read and write one store.
-    Within a process one handle is for one thread at a time.
+    A handle sees the commits that were there when it was opened, its own after `commit`, and all others after
+    `refresh`. Any number of them, in any number of processes, may use one store; each is for one thread at a time.
 
     Args:
         path: the store's directory.
@@ -34,8 +33,8 @@ class Store(Handle):
             a store that is there, and nothing else, is removed without asking (docs/design/storage.md).
         precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
         max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
-        durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the
-            process, not of the machine).
+        durability: `commit` (the default: synced to disk at each commit) or `os` (outlives the process only).
+        sql_memory: bytes, or text like "1GB", for all questions together; one that takes more is refused.
 
     Raises:
         NotFoundError, AlreadyExistsError, ReadOnlyError: the path does not fit the mode.
@@ -51,8 +50,10 @@ class Store(Handle):
         precision: str | None = None,
         max_rel_error: float | None = None,
         durability: str | None = None,
+        sql_memory: int | str = "1GB",
     ) -> None:
-        super().__init__(path, mode, {"precision": precision, "max_rel_error": max_rel_error, "durability": durability})
+        options = {"precision": precision, "max_rel_error": max_rel_error, "durability": durability}
+        super().__init__(path, mode, options, sql_memory)
         attempts = self._snapshot.view.attempts
         self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None

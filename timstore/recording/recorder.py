@@ -17,6 +17,7 @@ from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import on_host
 from timstore.recording.capture import Capture
+from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
@@ -105,9 +106,12 @@ class Recorder:
             raise InvalidInputError(
                 f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from", kind="earlier-epoch"
             )
-        self._epoch = number
+        before, self._epoch = self._epoch, number
         if self._stepping is not None:
             self._stepping.epoch = number
+            # What the other processes have drawn is known to all at the end alone.
+            if number > before and self._ranks.alone:
+                self._drawn.epoch_over(before)
 
     @property
     def step(self) -> int:
@@ -153,11 +157,19 @@ class Recorder:
                 raise
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: what was recorded last could not be committed: {failure}")
+        if error is None:
+            self._warn()
 
     def stop(self) -> None:
         """End recording, and commit; the parameters are not taken for those that the last step left."""
         self._release()
         self._store.commit()
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what never came; of several processes the first one knows, once all have committed."""
+        if self._ranks.rank == 0:
+            self._drawn.end(refresh=not self._ranks.alone)
 
     def checkpoint(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
@@ -220,6 +232,15 @@ class Recorder:
             arriving=accumulation.settle_later,
         )
         forwards.attach(capture, accumulation, passes, keep)
+        self._drawn = Drawn(
+            self._store,
+            self._model,
+            [self._optimizer],
+            self._parameters.values(),
+            self._samples,
+            by_content=options.by_content,
+        )
+        keep(self._drawn)
         keep(self._model.register_forward_pre_hook(refuse_compiled, prepend=True))
         self._stepping = Stepping(
             self._store,
@@ -231,6 +252,7 @@ class Recorder:
             accumulation=accumulation,
             history=self._history,
             ranks=self._ranks,
+            drawn=self._drawn,
             samples=self._samples,
             scaler=self._scaler,
             mean_over=options.mean_over,

@@ -12,6 +12,7 @@ from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import by_parameter
+from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
@@ -48,6 +49,7 @@ class Stepping:
         accumulation: Accumulation,
         history: History,
         ranks: Ranks,
+        drawn: Drawn,
         samples: frozenset[int] | None,
         scaler: Any,
         mean_over: str | None,
@@ -66,6 +68,7 @@ class Stepping:
         self._accumulation = accumulation
         self._history = history
         self._ranks = ranks
+        self._drawn = drawn
         self._samples = samples
         self._scaler = scaler
         self._mean_over = mean_over
@@ -166,6 +169,7 @@ class Stepping:
         self.step += 1
         self.last = moment
         self._taken += 1
+        self._drawn.took(ahead.scalars["sample_ids"])
         if _proves(self._taken):
             self._forwards.prove()
         skipped, self._forwards.skipped = self._forwards.skipped, 0
