@@ -15,13 +15,20 @@ _ID_DIGITS = 16
 
 
 def content_rows(
-    args: Iterable[Any], kwargs: Mapping[str, Any], rows: int | None = None, *, masked: bool = False
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    rows: int | None = None,
+    *,
+    masked: bool = False,
+    pieces: torch.Tensor | None = None,
 ) -> list[torch.Tensor] | None:
     """Return what each row of a batch consists of: `input_ids` without padding, or the first tensor with its rows.
 
     Args:
         rows: of the batch; None for as many as the first tensor has.
         masked: tokens may be hidden, as for a masked language model: the labels say which were there.
+        pieces: the number of every token's piece, (rows, T), negative for padding: what each of them consists of, of
+            packed rows.
     """
     tensors = [one for one in (kwargs.get("input_ids"), *args, *kwargs.values()) if isinstance(one, torch.Tensor)]
     given = next((one for one in tensors if one.ndim and (rows is None or len(one) == rows)), None)
@@ -32,6 +39,8 @@ def content_rows(
     if masked and isinstance(labels, torch.Tensor) and labels.shape == given.shape:
         labels = labels.detach().cpu()
         given = torch.where(labels != -100, labels, given)
+    if pieces is not None:
+        return [given[pieces == number] for number in range(int(pieces.max()) + 1)]
     if isinstance(attended, torch.Tensor) and attended.shape == given.shape and given is not attended:
         kept = attended.detach().cpu().bool()
         return [row[mask] for row, mask in zip(given, kept, strict=True)]
