@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from timstore.errors import InvalidInputError
 from timstore.fingerprints import digest
 
 _ID_DIGITS = 16
+# What a preference pair consists of, under the names of one version of TRL or another.
+_PROMPT, _CHOSEN, _REJECTED = ((f"{part}_ids", f"{part}_input_ids") for part in ("prompt", "chosen", "rejected"))
 
 
 def content_rows(
@@ -56,3 +59,34 @@ def row_hash(row: torch.Tensor) -> str:
 def sample_of(content_hash: str) -> int:
     """Return the sample id that a content hash gives: its first 63 bits."""
     return int(content_hash[:_ID_DIGITS], 16) >> 1
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Say whether a row of a dataset is a preference pair of tokens: an answer that was chosen, and one rejected."""
+    return all(any(name in row for name in names) for names in (_CHOSEN, _REJECTED))
+
+
+def row_ids(row: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the samples in one row of a dataset, by their tokens, padding left out.
+
+    One; of a packed row with `seq_lengths` one for each piece. A pair is one sample, with its prompt where it has one.
+
+    Raises:
+        InvalidInputError: the row has no tokens.
+    """
+    if is_pair(row):
+        parts = [_tokens(row[name]) for name in (*_PROMPT, *_CHOSEN, *_REJECTED) if name in row]
+        sizes = torch.tensor([len(part) for part in parts], device="cpu")
+        return [sample_of(row_hash(torch.cat([sizes, *parts])))]
+    if "input_ids" not in row:
+        raise InvalidInputError(f"the row has no input_ids, by which it could be known: {sorted(row)}")
+    tokens = _tokens(row["input_ids"])
+    if "attention_mask" in row:
+        tokens = tokens[_tokens(row["attention_mask"]).bool()]
+    lengths = row.get("seq_lengths")
+    pieces = [tokens] if lengths is None else torch.split(tokens, _tokens(lengths).tolist())
+    return [sample_of(row_hash(piece)) for piece in pieces]
+
+
+def _tokens(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values, device="cpu").long()

@@ -33,8 +33,6 @@ def run_closure(
     closure = given[0]
     if len(given) > 1 or not callable(closure):
         raise InvalidInputError("optimizer.step takes a closure or nothing to be recorded, not other arguments")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise _evaluated_again(optimizer)
     with torch.enable_grad():
         loss = closure()
     trained = list(parameters)

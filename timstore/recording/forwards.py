@@ -142,7 +142,7 @@ class Forwards:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._idle:
+        if self.is_looking:
             return None
         ids = kwargs.pop("sample_ids", None)
         if not torch.is_grad_enabled():
@@ -175,7 +175,7 @@ class Forwards:
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._idle or not torch.is_grad_enabled():
+        if self.is_looking or not torch.is_grad_enabled():
             return
         batch = self._current
         if batch is not None and output is not None:
@@ -189,11 +189,7 @@ class Forwards:
     @property
     def is_looking(self) -> bool:
         """Whether the model runs to be looked at."""
-        return self._capture.watch is not None
-
-    @property
-    def _idle(self) -> bool:
-        return self.is_looking or self._capture.is_replaying
+        return self._capture.watch is not None or self._capture.is_replaying
 
     def _begin(self, given: Ids) -> None:
         self._again = None
@@ -237,13 +233,13 @@ class Forwards:
         """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
         if contents is None:
             return
-        new = {
-            sample: content
-            for sample, content in zip(ids, contents, strict=True)
-            if sample not in self._hashed and (self._samples is None or sample in self._samples)
-        }
-        self._hashed.update(new)
-        self._store.append_hashes({sample: row_hash(content) for sample, content in new.items()})
+        hashes: dict[int, set[str]] = {}
+        for sample, content in zip(ids, contents, strict=True):
+            if sample not in self._hashed and (self._samples is None or sample in self._samples):
+                hashes.setdefault(sample, set()).add(row_hash(content))
+        self._hashed.update(hashes)
+        # A sample of several rows, as a preference pair is, has no one content.
+        self._store.append_hashes({sample: found.pop() for sample, found in hashes.items() if len(found) == 1})
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch) -> None:
         self._looked = True
