@@ -41,7 +41,7 @@ class WithIds:
         ids = self._ids(features)
         plain = [self._plain(row) for row in features]
         batch = self._collate(plain)
-        if not self.recording:
+        if not self.recording or "sample_ids" in batch:
             return batch
         if ids is not None:
             batch["sample_ids"] = self._placed(ids, plain, batch)
