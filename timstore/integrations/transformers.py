@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from timstore import Store
-from timstore import open as open_store
 from timstore.content import row_ids
-from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.integrations.collating import WithIds
+from timstore.integrations.session import Session
 from timstore.integrations.trl import check_packing, options_for
 from timstore.ranks import world
 from timstore.recording import Recorder
-from timstore.samples import names_of_samples, sample_named
 from timstore.wrappers import inner_model
 
 __all__ = ["TrajectoryCallback", "content_ids"]
@@ -52,13 +50,9 @@ class TrajectoryCallback(TrainerCallback):
         id_column: str | None = None,
         **options: Any,
     ) -> None:
-        self._given = store
-        self._samples = None if samples is None else list(samples)
+        self._session = Session(store, samples, id_column, options)
         self._column = id_column
-        self._options = options
         self._trainer: Trainer | None = None
-        self._store: Store | None = None
-        self._recorder: Recorder | None = None
         self._epoch: int | None = None
         self._collator: WithIds | None = None
         self._handles: list[Any] = []
@@ -74,8 +68,7 @@ class TrajectoryCallback(TrainerCallback):
 
     def close(self) -> None:
         """End a recording whose training ended in an error: what was recorded is committed, the hooks come off."""
-        if self._recorder is not None:
-            self._end(StateError("training did not end"))
+        self._end(StateError("training did not end"))
 
     # --- what the Trainer calls ------------------------------------------------------------------------
 
@@ -93,21 +86,18 @@ class TrajectoryCallback(TrainerCallback):
         _check_arguments(args)
         check_packing(args, self._column)
         inner_model(trainer.model_wrapped)  # Accelerate may have compiled it without a word in the arguments
-        options = {**options_for(trainer, model, self._options), **self._options}
         self._epoch = _epoch_of(args, state)
-        self._store = self._given if isinstance(self._given, Store) else open_store(self._given)
-        keys = self._keys(self._store)
-        recorder = self._store.record(
+        self._session.begin(
             model,
             kwargs["optimizer"],
-            samples=self._named(keys),
-            resume_from=self._resumed(self._store, state.global_step),
+            epoch=self._epoch,
+            steps=state.global_step,
             by_content=self._column is None,
             process_group=world() if args.world_size > 1 else None,
-            **options,
+            **options_for(trainer, model, self._session.options),
         )
-        self._recorder = recorder.__enter__()
-        self._hand_on(keys)
+        assert self._collator is not None
+        self._collator.keys, self._collator.recording = self._session.keys, True
         reference = getattr(trainer, "ref_model", None)
         if isinstance(reference, torch.nn.Module):
             self._handles.append(reference.register_forward_pre_hook(_without_ids, with_kwargs=True))
@@ -134,32 +124,22 @@ class TrajectoryCallback(TrainerCallback):
             self._recorder.checkpoint()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._recorder is not None:
-            # By now the parameters may be those of another moment.
-            self._end(None, known=not args.load_best_model_at_end)
+        # By now the parameters may be those of another moment.
+        self._end(None, known=not args.load_best_model_at_end)
 
     # --- the way there ---------------------------------------------------------------------------------
 
+    @property
+    def _recorder(self) -> Recorder | None:
+        return self._session.recorder
+
     def _end(self, error: BaseException | None, *, known: bool = True) -> None:
-        recorder, store, self._recorder, self._store = self._recorder, self._store, None, None
-        assert recorder is not None and store is not None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self._collator is not None:
             self._collator.recording = False
-        try:
-            if known:
-                recorder.__exit__(None if error is None else type(error), error, None)
-            else:
-                recorder.stop()
-        finally:
-            if store is not self._given:
-                store.close()
-
-    def _hand_on(self, keys: Mapping[str, int] | None) -> None:
-        assert self._collator is not None
-        self._collator.keys, self._collator.recording = keys, True
+        self._session.end(error, known=known)
 
     def _ids_came(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert self._recorder is not None
@@ -171,42 +151,6 @@ class TrajectoryCallback(TrainerCallback):
                 "leave id_column out to know them by their tokens",
                 kind="no-ids",
             )
-
-    def _keys(self, store: Store) -> dict[str, int] | None:
-        """Return what `store.samples` calls the samples, where it has a column of that name."""
-        if self._column is None:
-            return None
-        return names_of_samples(store.snapshot().catalog.rows("SELECT * FROM samples"), self._column)
-
-    def _named(self, keys: Mapping[str, int] | None) -> list[int] | None:
-        if self._samples is None:
-            return None
-        return [sample_named(one, keys, self._column) if isinstance(one, str) else one for one in self._samples]
-
-    def _resumed(self, store: Store, steps: int) -> tuple[int, int] | None:
-        """Return where a training that has had so many steps goes on.
-
-        Raises:
-            StateError: steps before that are not in the store.
-        """
-        if steps == 0:
-            return None
-        assert self._epoch is not None
-        frontier = store.frontier
-        if frontier is None:
-            warnings.warn(
-                f"training goes on from step {steps}, and this store has nothing of the steps before it: what samples "
-                "did in them cannot be rolled back",
-                TimstoreWarning,
-                stacklevel=3,
-            )
-        elif frontier[1] < steps - 1:
-            raise StateError(
-                f"training goes on from step {steps}, and {store.path} ends at step {frontier[1]}: what lies between "
-                "was never recorded. Go on from a checkpoint no later than that, or record into a new store",
-                kind="hole",
-            )
-        return self._epoch, steps
 
 
 def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
