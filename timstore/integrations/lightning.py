@@ -14,7 +14,7 @@ from timstore.recording import Recorder
 __all__ = ["TrajectoryCallback"]
 
 
-class TrajectoryCallback(Callback):
+class TrajectoryCallback(Callback):  # type: ignore[misc]
     """Records what chosen samples do while Lightning trains: `Trainer(callbacks=[TrajectoryCallback(store, ...)])`.
 
     Automatic and manual optimization; a batch may be part of several steps. Gradients are those that the optimizer
