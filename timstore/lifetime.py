@@ -5,11 +5,14 @@ import ctypes
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 from timstore import errors
 
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# The handles that nobody but us holds.
+_unattended: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def begun(store: Any) -> None:
@@ -22,9 +25,27 @@ def ended(store: Any) -> None:
     _open.discard(store)
 
 
+def unattended(store: Any) -> None:
+    """Say that no caller holds this `Store`, so that none can commit what it accepted, or mean it."""
+    _unattended.add(store)
+
+
+def commit_unattended(path: Path) -> None:
+    """Commit what such handles of this process accepted for the store at a path."""
+    place = os.path.realpath(path)
+    for store in open_stores():
+        if store in _unattended and os.path.realpath(store.path) == place:
+            store.commit()
+
+
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
+
+
+def attended_stores() -> list[Any]:
+    """Return those of them that a caller holds."""
+    return [store for store in open_stores() if store not in _unattended]
 
 
 def _keep_inherited() -> None:
