@@ -78,6 +78,17 @@ def trained_by_closure(
     optimizer.step(closure)
 
 
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
 @dataclass(frozen=True)
 class Refused:
     """What is refused, with the model as it was and no step in the store.
@@ -197,13 +208,13 @@ REFUSED = [
     Refused("DataParallel", "", lambda: nn.DataParallel(mlp()), vectors(9), "DistributedDataParallel", BEGIN),
     Refused(
         "Optimizer",
-        "`step(closure)`",
+        "`step(closure)` that evaluates it twice",
         mlp,
         vectors(9),
-        "closure",
+        "Twice evaluates its closure more than once",
         STEP,
         run=trained_by_closure,
-        error=timstore.InvalidInputError,
+        make_optimizer=Twice,
     ),
     Refused(
         "Optimizer",

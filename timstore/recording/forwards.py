@@ -14,7 +14,7 @@ from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
 from timstore.recording.looking import Trial, sizes_of
-from timstore.recording.packing import ids_of_tokens, mixes, pieces_of
+from timstore.recording.packing import contents_of, ids_of_tokens, mixes, pieces_of
 from timstore.recording.passes import Passes
 from timstore.store import Store
 
@@ -169,6 +169,8 @@ class Forwards:
         batch.tokens = token_counts(module, kwargs, batch.rows_given, batch.layout)
         if batch.layout is None:
             self._keep_hashes(batch.ids, content_rows(args, kwargs, len(batch.ids), masked=self._masked))
+        else:
+            self._keep_hashes(batch.ids, contents_of(batch.layout, kwargs))
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
         if not self._looked and len(batch.ids) > 1:
             self._look(args, kwargs, batch)

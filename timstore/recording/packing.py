@@ -54,13 +54,21 @@ def ids_of_tokens(samples: list[int], pieces: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.tensor(samples, device="cpu"), torch.tensor([-1], device="cpu")])[pieces]
 
 
+def contents_of(packed: Owners, kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """Return the tokens of each sample in packed rows, None where the model is given none."""
+    tokens = kwargs.get("input_ids")
+    if not isinstance(tokens, torch.Tensor) or not packed.fits(tokens.shape, packed.rows):
+        return None
+    return packed.parts(tokens.detach().cpu(), packed.rows)
+
+
 def mixes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], packed: Owners) -> bool:
     """Say whether what the model returns for one sample depends on another one's tokens: every other sample's change.
 
     Cost: two forward passes; the model is left as it was.
     """
     tokens = kwargs.get("input_ids")
-    if len(packed.tokens) < 2 or not isinstance(tokens, torch.Tensor) or not packed.fits(tokens.shape, 0):
+    if len(packed.tokens) < 2 or not isinstance(tokens, torch.Tensor) or not packed.fits(tokens.shape, packed.rows):
         return False
     changed = tokens.reshape(-1).clone()
     places = torch.cat(packed.tokens[::2]).to(tokens.device)

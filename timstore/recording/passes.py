@@ -19,7 +19,7 @@ from timstore.errors import CoverageError
 from timstore.recording.batches import Entry, MicroBatch, by_parameter
 from timstore.recording.capture import Capture
 from timstore.recording.checks import unlike
-from timstore.recording.layouts import Axis, Layout, Owners, Whole, only
+from timstore.recording.layouts import Axis, Layout, Whole, only
 from timstore.recording.looking import output_name
 from timstore.recording.outputs import outputs_of
 from timstore.records import Gradient
@@ -85,7 +85,7 @@ class Passes:
         """Return where an output has the samples, None where it has them nowhere."""
         rows, seen = len(batch.ids), self._capture.seen
         found: Layout | None
-        if isinstance(batch.layout, Owners):
+        if batch.layout is not None:
             found = batch.layout.of(tensor.shape)
         elif rows == 1:
             found = Whole()
