@@ -1,6 +1,7 @@
 """The older function: what it is given is in a store, whatever ends the program."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -59,6 +60,19 @@ def test_it_says_once_what_to_call_instead(tmp_path: Path, monkeypatch: pytest.M
         one.message
     )
     assert one.filename == __file__
+
+
+def test_other_stores_open_after_the_folder_that_it_was_saved_from_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    timstore.save_gradient_trajectory(tmp_path / "run", 0, 0, 5, "weight", np.ones((2, 2), np.float32), INFO)
+    timstore.save_gradient_trajectory(os.path.relpath(tmp_path / "other"), 0, 0, 5, "weight", np.ones((2, 2)), INFO)
+    (tmp_path / "gone").rmdir()
+    with written(tmp_path / "run") as store:
+        assert store.sql("SELECT count(*) FROM records").fetchall() == [(1,)]
+    monkeypatch.chdir(tmp_path)
 
 
 def test_what_was_saved_is_seen_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from timstore import errors
 
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
-# The handles that nobody but us holds.
-_unattended: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# The handles that nobody but us holds, and where each lies, which a relative path says no more once the process moved.
+_unattended: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
 def begun(store: Any) -> None:
@@ -27,14 +27,15 @@ def ended(store: Any) -> None:
 
 def unattended(store: Any) -> None:
     """Say that no caller holds this `Store`, so that none can commit what it accepted, or mean it."""
-    _unattended.add(store)
+    _unattended[store] = os.path.realpath(store.path)
 
 
 def commit_unattended(path: Path) -> None:
     """Commit what such handles of this process accepted for the store at a path."""
-    place = os.path.realpath(path)
-    for store in open_stores():
-        if store in _unattended and os.path.realpath(store.path) == place:
+    waiting = [store for store in open_stores() if store in _unattended]
+    place = os.path.realpath(path) if waiting else None
+    for store in waiting:
+        if _unattended[store] == place:
             store.commit()
 
 

@@ -199,7 +199,11 @@ class Capture:
         if batch.empty or not _requires_grad(output):
             return
         if isinstance(kind, EmbeddingKind) and _is_row_of_ids(given) and batch.rows_given > 1:
-            self._warn_of_row(kind)
+            self._warn_once(
+                kind,
+                "is looked up by one row of ids for all samples, so that its gradient is taken by one more backward "
+                "pass for each recorded sample. To save these, give it a row of ids for each sample, or freeze it",
+            )
             self._leave_to_passes(kind, batch)
             return
         try:
@@ -235,16 +239,12 @@ class Capture:
         """Have the gradients of a module's parameters taken by a backward pass of each sample."""
         batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
 
-    def _warn_of_row(self, kind: Kind) -> None:
+    def _warn_once(self, kind: Kind, what: str) -> None:
+        """Say something of a module, the first time that it is so."""
         if kind.name not in self._warned:
             self._warned.add(kind.name)
-            warnings.warn(
-                f"module {kind.name} ({type(kind.module).__name__}) is looked up by one row of ids for all samples, so "
-                "that its gradient is taken by one more backward pass for each recorded sample. To save these, give it "
-                "a row of ids for each sample, or freeze it",
-                TimstoreWarning,
-                stacklevel=2,
-            )
+            text = f"module {kind.name} ({type(kind.module).__name__}) {what}"
+            warnings.warn(text, TimstoreWarning, stacklevel=3)
 
     def _place(self, kind: Kind, given: Any, output: Any, batch: MicroBatch) -> Layout:
         """Return where the samples are.
@@ -301,21 +301,18 @@ class Capture:
 
     def _check_separable(self, kind: Kind) -> None:
         """Warn of a module whose output for one sample depends on the others."""
-        module = kind.module
-        if isinstance(kind, BatchNormKind) and kind.mixes and kind.name not in self._warned:
-            if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(kind, BatchNormKind) and kind.mixes:
+            if isinstance(kind.module, nn.SyncBatchNorm):
                 raise CoverageError(
                     f"module {kind.name} (SyncBatchNorm) mixes the samples of several processes; put it in eval mode",
                     module=kind.name,
                 )
-            self._warned.add(kind.name)
-            warnings.warn(
-                f"module {kind.name} ({type(module).__name__}) mixes the samples of a batch in training mode: a record "
-                "holds what came through its sample's row, a part of which other samples' losses caused, and the "
-                "running statistics keep what a rollback removes from the parameters. The records still add up to the "
-                f"gradient. To keep samples apart: {kind.name}.eval(), or GroupNorm or LayerNorm",
-                TimstoreWarning,
-                stacklevel=2,
+            self._warn_once(
+                kind,
+                "mixes the samples of a batch in training mode: a record holds what came through its sample's row, a "
+                "part of which other samples' losses caused, and the running statistics keep what a rollback removes "
+                "from the parameters. The records still add up to the gradient. To keep samples apart: "
+                f"{kind.name}.eval(), or GroupNorm or LayerNorm",
             )
 
     def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:

@@ -218,7 +218,7 @@ class Trial:
         rewind()
         watch = Watch(self._rows, {name})
         try:
-            returned = self._forward(_as_it_is, watch)
+            returned = self._forward(*self._turned(_as_it_is), watch)
         except Exception:  # what it does with one row, it cannot do with more
             return False
         if any(one.startswith(output_name("")) for one in unlike(plain.watch, watch)):
@@ -234,15 +234,15 @@ class Trial:
     def _run(self, count: int, turn: Turn) -> _Run:
         """Run the model with its arguments changed so that they hold `count` rows."""
         watch = Watch(count, self._spread)
-        returned = self._forward(turn, watch)
+        args, kwargs = self._turned(turn)
+        returned = self._forward(args, kwargs, watch)
         loss = getattr(returned, "loss", None)
         loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
-        tokens = token_counts(self._model, self._turned(turn)[1], count)
+        tokens = token_counts(self._model, kwargs, count)
         return _Run(watch, loss, (count, 0 if tokens is None else int(tokens.sum()), 1))
 
-    def _forward(self, turn: Turn, watch: Watch) -> Any:
-        """Return what the model returns for changed arguments, watched."""
-        args, kwargs = self._turned(turn)
+    def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watch) -> Any:
+        """Return what the model returns for these arguments, watched."""
         self._capture.watch = watch
         try:
             returned = self._model(*args, **kwargs)

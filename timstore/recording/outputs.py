@@ -38,7 +38,9 @@ def comes_back_to(row: int, axis: int, outputs: Sequence[torch.Tensor], tables: 
     sizes = sum(one.flatten(1).double().norm(dim=1) for one in found if one is not None)
     if not isinstance(sizes, torch.Tensor) or not bool(sizes.any()):
         return True
-    return bool((2 * sizes.index_fill(0, torch.tensor(row), 0.0) < sizes[row]).all())
+    others = sizes.clone()
+    others[row] = 0.0
+    return bool((2 * others < sizes[row]).all())
 
 
 def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,8 +3,8 @@
 A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. With
 `capture="per-sample"`, and of tables that are looked up by one row of ids without it, the gradient that arrives at the
 model's output is sent back once more for each recorded sample, with zeros for all others, to those parameters alone.
-What else runs this way is found out: modules say so in the forward
-pass, and in steps that are proofs one backward pass to all parameters shows where the modules' parts do not add up.
+What else runs this way is found out: modules say so in the forward pass, and in steps that are proofs one backward pass
+to all parameters shows where the modules' parts do not add up.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
