@@ -261,22 +261,27 @@ def test_both_rows_of_a_pair_are_one_sample(
 # --- what cannot be told -----------------------------------------------------------------------------------------
 
 
-def shuffled(features: list[Row]) -> dict[str, torch.Tensor]:
-    """Flattened from the last to the first."""
-    batch: dict[str, torch.Tensor] = flattened()(features[::-1])
-    return batch
-
-
 def without_ends(features: list[Row]) -> dict[str, torch.Tensor]:
     batch: dict[str, torch.Tensor] = flattened(return_position_ids=False)(features)
     return batch
 
 
-@pytest.mark.parametrize("collate", [shuffled, without_ends])
-@pytest.mark.parametrize("column", [None, "idx"])
+def renumbered(features: list[Row]) -> dict[str, torch.Tensor]:
+    """Other tokens, where there are other rows."""
+    batch: dict[str, torch.Tensor] = flattened()(features)
+    return {**batch, "input_ids": (batch["input_ids"] + len(features)) % 60}
+
+
+def one_left_out(features: list[Row]) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = flattened()(features[1:] or features)
+    return batch
+
+
+CANNOT = [(without_ends, None), (without_ends, "idx"), (renumbered, "idx"), (one_left_out, "idx")]
+
+
+@pytest.mark.parametrize(("collate", "column"), CANNOT)
 def test_what_cannot_be_told_is_refused_at_the_first_batch(column: str | None, collate: Any, tmp_path: Path) -> None:
-    if column is None and collate is shuffled:
-        pytest.skip("each piece is known by its tokens, wherever it is")
     model = new_model()
     before = [one.detach().clone() for one in model.parameters()]
     with timstore.open(tmp_path / "s") as store:
@@ -286,6 +291,67 @@ def test_what_cannot_be_told_is_refused_at_the_first_batch(column: str | None, c
         callback.close()
         assert store.sql("SELECT count(*) FROM steps").fetchall() == [(0,)]
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+def test_a_collator_with_no_place_for_ids_is_refused(tmp_path: Path) -> None:
+    callback = TrajectoryCallback(tmp_path / "s", id_column="idx")
+    with pytest.raises(InvalidInputError, match="returns a list, which has no place for ids"):
+        trained(new_model(), [callback], tmp_path / "t", Rows(rows("idx")), collate=lambda features: features)
+    callback.close()
+
+
+class MakesItsOwn(transformers.Trainer):
+    """Makes the model's batch itself, of names that the model does not know."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        return model(input_ids=inputs["both"]).logits.square().mean()
+
+
+@pytest.mark.parametrize("column", [None, "idx"])
+def test_a_trainer_that_leaves_out_the_ids_of_pairs_is_refused(
+    column: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(transformers, "Trainer", MakesItsOwn)
+    callback = TrajectoryCallback(tmp_path / "s", id_column=column)
+    lost = "pairs of the training set have lost their ids" if column is None else "carry no 'idx', or MakesItsOwn makes"
+    with pytest.raises(InvalidInputError, match=lost):
+        trained(
+            new_model(),
+            [callback],
+            tmp_path / "t",
+            datasets.Dataset.from_list(pairs(column)),
+            remove_unused_columns=False,
+            collate=lambda features: {"both": chosen_first(features)["input_ids"]},
+        )
+    callback.close()
+
+
+# --- rows in another order ---------------------------------------------------------------------------------------
+
+
+def flattened_backwards(features: list[Row]) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = flattened()(features[::-1])
+    return batch
+
+
+def sorted_by_length(features: list[Row]) -> dict[str, torch.Tensor]:
+    """As for what packs its rows by their lengths."""
+    features = sorted(features, key=lambda row: -len(row["input_ids"]))
+    batch = padded([row["input_ids"] for row in features])
+    width = batch["input_ids"].shape[1]
+    batch["labels"] = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in features])
+    return batch
+
+
+@pytest.mark.skipif(not KEEPS_APART, reason="packed rows need flash attention there")
+@pytest.mark.parametrize("collate", [flattened_backwards, sorted_by_length])
+def test_ids_follow_their_rows_into_another_order(collate: Any, tmp_path: Path) -> None:
+    data, consumed = rows("idx"), Consumed()
+    with timstore.open(tmp_path / "s") as store:
+        callbacks = [TrajectoryCallback(store, id_column="idx"), consumed]
+        trained(new_model(), callbacks, tmp_path / "t", Rows(data), collate=collate)
+        check(store, consumed.steps, {row["idx"]: row for row in data})
 
 
 @pytest.mark.skipif(not KEEPS_APART, reason="packed rows need flash attention there")

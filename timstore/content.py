@@ -4,7 +4,7 @@ A row's number in a file or a split is no identity, its content is: another spli
 rows again. Padding is not content.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ def sample_of(content_hash: str) -> int:
     return int(content_hash[:_ID_DIGITS], 16) >> 1
 
 
-def is_pair(row: Mapping[str, Any]) -> bool:
-    """Say whether a row of a dataset is a preference pair of tokens: an answer that was chosen, and one rejected."""
-    return all(any(name in row for name in names) for names in (_CHOSEN, _REJECTED))
+def is_pair(columns: Container[str]) -> bool:
+    """Say whether rows with these columns are preference pairs of tokens: an answer that was chosen, one rejected."""
+    return all(any(name in columns for name in names) for names in (_CHOSEN, _REJECTED))
 
 
 def row_ids(row: Mapping[str, Any]) -> list[int]:
@@ -80,12 +80,17 @@ def row_ids(row: Mapping[str, Any]) -> list[int]:
         return [sample_of(row_hash(torch.cat([sizes, *parts])))]
     if "input_ids" not in row:
         raise InvalidInputError(f"the row has no input_ids, by which it could be known: {sorted(row)}")
-    tokens = _tokens(row["input_ids"])
-    if "attention_mask" in row:
-        tokens = tokens[_tokens(row["attention_mask"]).bool()]
+    tokens = row_tokens(row)
     lengths = row.get("seq_lengths")
     pieces = [tokens] if lengths is None else torch.split(tokens, _tokens(lengths).tolist())
     return [sample_of(row_hash(piece)) for piece in pieces]
+
+
+def row_tokens(row: Mapping[str, Any]) -> torch.Tensor:
+    """Return the `input_ids` of a row of a dataset without padding, (T,)."""
+    tokens = _tokens(row["input_ids"])
+    attended = _tokens(row.get("attention_mask", torch.ones_like(tokens)))
+    return tokens[attended.bool()] if attended.shape == tokens.shape else tokens
 
 
 def _tokens(values: Any) -> torch.Tensor:

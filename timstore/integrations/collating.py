@@ -1,15 +1,16 @@
 """Ids beside the rows of a dataset, on their way through a collator that may make anything of the rows.
 
 Usually one row of the dataset is one of the model. A collator may also flatten all of them into one (padding-free), or
-make several of each (a preference pair). Which is whose is found by asking it for each row of the dataset alone.
+make several of each (a preference pair), or sort them. Which is whose is found by their tokens, and by asking the
+collator for each row of the dataset alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
-from timstore.content import is_pair, row_ids
+from timstore.content import is_pair, row_hash, row_ids, row_tokens
 from timstore.errors import InvalidInputError
 from timstore.intake import whole_number
 from timstore.recording.packing import pieces_of
@@ -41,9 +42,11 @@ class WithIds:
         ids = self._ids(features)
         plain = [self._plain(row) for row in features]
         batch = self._collate(plain)
-        if not self.recording or "sample_ids" in batch:
+        if not self.recording or (isinstance(batch, Mapping) and "sample_ids" in batch):
             return batch
         if ids is not None:
+            if not isinstance(batch, MutableMapping):
+                raise _no_place(batch)
             batch["sample_ids"] = self._placed(ids, plain, batch)
         elif self._column is None and _count(batch) not in (None, len(features)) and pieces_of(batch) is None:
             raise _untold(len(features), batch)
@@ -84,18 +87,15 @@ class WithIds:
             InvalidInputError: it cannot be told.
         """
         if _count(batch) in (None, len(features)) and not any(isinstance(one, list) for one in ids):
-            return torch.tensor(ids, device="cpu")
-        contents = _contents(batch)
+            told = None if _count(batch) is None else _order(_contents(batch), [[_tokens_of(row)] for row in features])
+            # Rows that are cut, masked or no tokens are taken to be in their order.
+            in_turn = [(row, 0) for row in range(len(features))]
+            return torch.tensor([ids[row] for row, _ in told or in_turn], device="cpu")
         alone = [_contents(self._collate([row])) for row in features]
-        rows = range(len(features))
-        # Pairs are collated one way, chosen rows first; pieces, and rows that others repeat, one after the other.
-        in_turn = [(row, part) for row in rows for part in range(len(alone[row]))]
-        all_first = sorted(in_turn, key=lambda pair: pair[1])
-        for order in (all_first, in_turn):
-            if _same(contents, [alone[row][part] for row, part in order]):
-                owners = [_owners(ids[row], alone[row], part) for row, part in order]
-                return _spread(owners, batch)
-        raise _untold(len(features), batch)
+        order = _order(_contents(batch), alone)
+        if order is None:
+            raise _untold(len(features), batch)
+        return _spread([_owners(ids[row], alone[row], part) for row, part in order], batch)
 
 
 def _count(batch: Any) -> int | None:
@@ -110,7 +110,7 @@ def _places(batch: Any) -> tuple[torch.Tensor, bool]:
     if pieces is not None:
         return pieces, True
     tokens, attended = batch["input_ids"], batch.get("attention_mask")
-    rows = torch.arange(len(tokens))[:, None].repeat(1, tokens.shape[1])
+    rows = torch.arange(len(tokens), device="cpu")[:, None].repeat(1, tokens.shape[1])
     if isinstance(attended, torch.Tensor) and attended.shape == tokens.shape:
         rows[attended.cpu() == 0] = -1
     return rows, False
@@ -122,8 +122,27 @@ def _contents(batch: Any) -> list[torch.Tensor]:
             "lists of ids are for rows of tokens, and this batch has no input_ids", kind="wrong-ids"
         )
     places, _ = _places(batch)
-    tokens = batch["input_ids"].cpu()
+    tokens = batch["input_ids"].cpu().long()
     return [tokens[places == number] for number in range(int(places.max()) + 1)]
+
+
+def _tokens_of(row: Any) -> torch.Tensor:
+    """Return what a row of the dataset consists of, nothing where it has no tokens."""
+    known = isinstance(row, Mapping) and "input_ids" in row
+    return row_tokens(row) if known else torch.empty(0, dtype=torch.long, device="cpu")
+
+
+def _order(contents: Sequence[torch.Tensor], alone: Sequence[Sequence[torch.Tensor]]) -> list[tuple[int, int]] | None:
+    """Return which part of which row of the dataset each content is, None where it cannot be told."""
+    in_turn = [(row, part) for row, parts in enumerate(alone) for part in range(len(parts))]
+    # Pairs are collated one way, chosen rows first; pieces, and rows that others repeat, one after the other.
+    all_first = sorted(in_turn, key=lambda pair: pair[1])
+    for order in (all_first, in_turn):
+        if _same(contents, [alone[row][part] for row, part in order]):
+            return order
+    known = {row_hash(alone[row][part]): (row, part) for row, part in in_turn}
+    found = [known[hashed] for hashed in map(row_hash, contents) if hashed in known]
+    return found if len(found) == len(contents) == len(in_turn) == len(set(found)) else None
 
 
 def _same(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
@@ -134,9 +153,9 @@ def _owners(ids: int | list[int], parts: Sequence[torch.Tensor], number: int) ->
     """Return the sample of each token of one part of a row of the dataset."""
     length = len(parts[number])
     if not isinstance(ids, list):
-        return torch.full((length,), ids)
+        return torch.full((length,), ids, device="cpu")
     if len(ids) == len(parts):
-        return torch.full((length,), ids[number])
+        return torch.full((length,), ids[number], device="cpu")
     lengths = [len(part) for part in parts]
     if len(ids) != sum(lengths):
         raise InvalidInputError(
@@ -145,24 +164,33 @@ def _owners(ids: int | list[int], parts: Sequence[torch.Tensor], number: int) ->
             kind="wrong-ids",
         )
     first = sum(lengths[:number])
-    return torch.tensor(ids[first : first + length])
+    return torch.tensor(ids[first : first + length], device="cpu")
 
 
 def _spread(owners: Sequence[torch.Tensor], batch: Any) -> torch.Tensor:
     places, packed = _places(batch)
     if not packed and all(bool((one == one[0]).all()) for one in owners):
         return torch.stack([one[0] for one in owners])
-    spread = torch.full(places.shape, -1)
+    spread = torch.full(places.shape, -1, device="cpu")
     for number, one in enumerate(owners):
         spread[places == number] = one
     return spread
 
 
+def _no_place(batch: Any) -> InvalidInputError:
+    return InvalidInputError(
+        f"the collator returns a {type(batch).__name__}, which has no place for ids: have it return a mapping. Rows "
+        "that the trainer makes itself, as where it generates answers, can be known by their tokens alone: leave "
+        "id_column out",
+        kind="wrong-ids",
+    )
+
+
 def _untold(count: int, batch: Any) -> InvalidInputError:
     return InvalidInputError(
         f"the collator makes {_count(batch)} rows for the model of {count} of the dataset, and which is whose cannot "
-        "be told: their tokens are not those of the dataset's rows in turn, nor the first row of each and then the "
-        "second, or no position_ids, cu_seq_lens_q or seq_idx say where one ends. Make one row of each, or have the "
+        "be told: no position_ids, cu_seq_lens_q or seq_idx say where one ends, or their tokens are not those of the "
+        "dataset's rows, or of several of them. Make one row of each, or have the "
         "collator add sample_ids, one for each row or token that the model is given",
         kind="wrong-ids",
     )

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from timstore import Store
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.integrations.session import Session
 from timstore.recording import Recorder
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:  # the same by its older name
+    from pytorch_lightning import Callback
 
 __all__ = ["TrajectoryCallback"]
 

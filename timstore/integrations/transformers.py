@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from timstore import Store
-from timstore.content import row_ids
+from timstore.content import is_pair, row_ids
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.integrations.collating import WithIds
 from timstore.integrations.session import Session
@@ -101,7 +101,7 @@ class TrajectoryCallback(TrainerCallback):
         reference = getattr(trainer, "ref_model", None)
         if isinstance(reference, torch.nn.Module):
             self._handles.append(reference.register_forward_pre_hook(_without_ids, with_kwargs=True))
-        if self._column is not None:
+        if self._column is not None or is_pair(getattr(trainer.train_dataset, "column_names", None) or ()):
             self._handles.append(model.register_forward_pre_hook(self._ids_came, with_kwargs=True, prepend=True))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,9 +146,12 @@ class TrajectoryCallback(TrainerCallback):
         if self._recorder.is_looking:
             return
         if torch.is_grad_enabled() and model.training and "sample_ids" not in kwargs:
+            maker = f"{type(self._trainer).__name__} makes what the model is given by itself, and leaves them out"
             raise InvalidInputError(
-                f"the rows of the training set carry no {self._column!r}: name the column that holds their ids, or "
-                "leave id_column out to know them by their tokens",
+                f"the pairs of the training set have lost their ids: {maker}. It cannot be recorded"
+                if self._column is None
+                else f"the rows of the training set carry no {self._column!r}, or {maker}: name the column that holds "
+                "their ids, or leave id_column out to know them by their tokens",
                 kind="no-ids",
             )
 

@@ -49,8 +49,8 @@ def options_for(trainer: Any, model: nn.Module, given: Mapping[str, Any]) -> dic
         TimstoreWarning: one of them has a price.
     """
     options: dict[str, Any] = {}
-    if {"chosen_ids", "rejected_ids"} <= set(getattr(trainer, "_signature_columns", None) or ()):
-        options["mean_over"] = "samples"  # of pairs; the labels that the model is given are not what the mean counts
+    if {"chosen_ids", "completion_ids"} & set(getattr(trainer, "_signature_columns", None) or ()):
+        options["mean_over"] = "samples"  # of answers; the labels that the model is given are not what the mean counts
     head = None if "capture" in given else _head_past_its_module(model)
     if head is not None:
         options["capture"] = "per-sample"
