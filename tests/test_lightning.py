@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pages import run, sections
 from torch import nn
 
 import timstore
@@ -273,3 +274,7 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match="devices=1"):
         TrajectoryCallback(tmp_path / "s", id_column="idx").on_train_start(trainer, Automatic())
     assert not (tmp_path / "s").exists()
+
+
+def test_the_recipes_run(tmp_path: Path) -> None:
+    assert run([sections("docs/training.md")["Lightning"]], tmp_path) >= 2

@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 from coverage_cases import llama
+from pages import run, sections
 from torch import nn
 from trainers import Consumed
 from transformers import PreTrainedTokenizerFast
@@ -19,8 +22,6 @@ from timstore.errors import CoverageError, InvalidInputError
 from timstore.integrations.transformers import TrajectoryCallback, content_ids
 
 trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-peft = pytest.importorskip("peft")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -86,6 +87,7 @@ def sft(folder: Path, callbacks: list[Any], *, lora: bool = False, data: Any = N
         new_model(),
         trl.SFTConfig(**options(folder, **more)),
         train_dataset=datasets.Dataset.from_list(rows() if data is None else data),
+        eval_dataset=datasets.Dataset.from_list(rows()) if "eval_steps" in more else None,
         processing_class=tokenizer(),
         callbacks=callbacks,
         peft_config=adapters(lora),
@@ -146,12 +148,23 @@ def check(store: timstore.Store, consumed: Consumed, own: dict[int, Callable[[li
 
 # --- SFT ---------------------------------------------------------------------------------------------------------
 
+PACKED = {"packing": True, "max_length": 16, "per_device_train_batch_size": 2}
 KINDS = {
     "padded": {},
-    "packed": {"packing": True, "max_length": 16, "per_device_train_batch_size": 2},
+    "packed": PACKED,
     "padding-free": {"padding_free": True, "max_length": None},
     "accumulated": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01},
     "filled up": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8},
+    "packed and accumulated": {**PACKED, "gradient_accumulation_steps": 2},
+    "a smaller batch at last": {
+        "padding_free": True,
+        "max_length": None,
+        "per_device_train_batch_size": 5,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+    },
+    "evaluated in between": {**PACKED, "eval_strategy": "steps", "eval_steps": 1},
+    "by workers": {"padding_free": True, "max_length": None, "dataloader_num_workers": 2},
 }
 
 
@@ -180,7 +193,7 @@ def test_each_sample_of_sft_is_its_own_gradient_and_all_add_up(
 ) -> None:
     column = "idx" if known == "column" else None
     data = rows(column)
-    if kind == "packed" and column is not None:
+    if KINDS[kind].get("packing") and column is not None:
         with pytest.raises(InvalidInputError, match=r"packing=True keeps no column.*content_ids"):
             sft(tmp_path, [TrajectoryCallback(tmp_path / "s", id_column=column)], data=data, **KINDS[kind]).train()
         return
@@ -211,7 +224,7 @@ def told(price: bool) -> Any:
 def test_rolling_back_one_example_of_packed_rows_leaves_what_the_others_did(tmp_path: Path) -> None:
     data = rows()
     with timstore.open(tmp_path / "s") as store:
-        once = {**KINDS["packed"], "max_steps": 1, "max_grad_norm": 0.0}
+        once = {**PACKED, "max_steps": 1, "max_grad_norm": 0.0}
         trainer = sft(tmp_path / "t", [TrajectoryCallback(store, capture="per-sample")], data=data, **once)
         initial = as_it_is(trainer.model)
         trainer.train()
@@ -245,7 +258,7 @@ def test_the_price_is_told_with_the_embeddings_when_they_are_tied(tmp_path: Path
 
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 def test_examples_that_are_cut_in_two_are_refused(strategy: str, tmp_path: Path) -> None:
-    packed = {**KINDS["packed"], "packing_strategy": strategy}
+    packed = {**PACKED, "packing_strategy": strategy}
     with pytest.raises(CoverageError, match=rf"packing_strategy='{strategy}' cuts examples in two"):
         sft(tmp_path, [TrajectoryCallback(tmp_path / "s")], **packed).train()
 
@@ -257,7 +270,7 @@ def test_a_dataset_that_was_packed_with_its_ids_is_known_by_them(tmp_path: Path)
     with timstore.open(tmp_path / "s") as store:
         trainer = trl.SFTTrainer(
             new_model(),
-            trl.SFTConfig(**options(tmp_path / "t", **KINDS["packed"]), dataset_kwargs={"skip_prepare_dataset": True}),
+            trl.SFTConfig(**options(tmp_path / "t", **PACKED), dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=packed,
             processing_class=tokenizer(),
             callbacks=[TrajectoryCallback(store, id_column="idx", capture="per-sample"), consumed],
@@ -329,3 +342,7 @@ def test_each_pair_of_dpo_is_one_sample(known: str, lora: bool, more: dict[str, 
         assert store.sql("SELECT DISTINCT mean_over FROM steps").fetchall() == [("samples",)]
         record = next(iter(store.read("step = 1")))
         assert store.rollback(trainer.model, [record.sample]).records == 1
+
+
+def test_the_recipes_run(tmp_path: Path) -> None:
+    assert run([sections("docs/training.md")["TRL"]], tmp_path) >= 2
