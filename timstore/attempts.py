@@ -1,5 +1,6 @@
 """Which attempt a handle writes into: the latest one, one of its own, or the one that its fellow processes write."""
 
+import logging
 import os
 from collections.abc import Iterable
 
@@ -7,6 +8,8 @@ from timstore.errors import StateError
 from timstore.format.commits import Attempt, Scope
 from timstore.format.log import claim_attempt
 from timstore.format.objects import Objects
+
+_log = logging.getLogger(__name__)
 
 
 class CurrentAttempt:
@@ -30,6 +33,7 @@ class CurrentAttempt:
     def begin(self, from_epoch: int, from_step: int, scope: Scope, ranks: int) -> Attempt:
         """Begin a new one."""
         self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
+        _log.info("%s: attempt %d begins at (%d, %d)", self._path, self._attempt.attempt, from_epoch, from_step)
         return self._attempt
 
     def join(self, number: int, known: Iterable[Attempt]) -> None:
