@@ -1,6 +1,8 @@
 """Recording Lightning's Trainer: each sample is held to autograd, and the sum of all to what was accumulated."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,22 @@ class ByItself(Automatic):
         return out
 
 
-def fitted(module: Any, callbacks: list[Any], folder: Path, *, data: Any = None, ckpt: Any = None, **more: Any) -> Any:
+def fitted(
+    module: Any,
+    callbacks: list[Any],
+    folder: Path,
+    *,
+    data: Any = None,
+    ckpt: Any = None,
+    workers: int = 0,
+    **more: Any,
+) -> Any:
     loader = torch.utils.data.DataLoader(
-        Rows() if data is None else data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1)
+        Rows() if data is None else data,
+        batch_size=3,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(1),
+        num_workers=workers,
     )
     trainer = pl.Trainer(
         **{
@@ -151,6 +166,7 @@ KINDS = {
     "manual": (Manual, {}),
     "by itself": (ByItself, {}),
     "bfloat16": (Automatic, {"precision": "bf16-mixed"}),
+    "by workers": (Automatic, {"workers": 2}),
 }
 
 
@@ -274,6 +290,60 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match="devices=1"):
         TrajectoryCallback(tmp_path / "s", id_column="idx").on_train_start(trainer, Automatic())
     assert not (tmp_path / "s").exists()
+
+
+def test_a_smaller_batch_at_last_and_an_epoch_that_no_accumulation_divides(tmp_path: Path) -> None:
+    module = Automatic()
+    initial = copy.deepcopy(module.state_dict())
+    held = [Rows()[number] for number in range(8)]
+    with timstore.open(tmp_path / "s") as store:
+        callback = TrajectoryCallback(store, id_column="idx")
+        # Batches of 3, 3 and 2, the last of which is a step of its own.
+        fitted(module, [callback], tmp_path, data=held, accumulate_grad_batches=2, val_check_interval=1)
+        steps = store.sql("SELECT epoch, samples FROM steps ORDER BY step").fetchall()
+        assert steps == [(0, 6), (0, 2), (1, 6), (1, 2)]
+        for step, gradients in enumerate(module.accumulated):
+            found = sums(store, step)
+            for name, gradient in gradients.items():
+                np.testing.assert_allclose(found[name], gradient.double(), rtol=1e-5, atol=1e-6)
+        store.rollback(module, list(range(100, 108)))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, initial[name], rtol=0, atol=1e-6)
+
+
+def test_the_same_by_its_older_name(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["lightning"] = None  # as where only pytorch_lightning is installed
+import pytorch_lightning as pl
+import torch
+import timstore
+from timstore.integrations.lightning import TrajectoryCallback
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+data = torch.utils.data.TensorDataset(torch.arange(8), torch.randn(8, 3))
+callback = TrajectoryCallback("s", id_column=0)
+assert isinstance(callback, pl.Callback)
+trainer = pl.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[callback])
+trainer.fit(Module(), torch.utils.data.DataLoader(data, 4))
+with timstore.open("s") as store:
+    assert store.sql("SELECT count(*) FROM records").fetchall() == [(16,)]
+"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_recipes_run(tmp_path: Path) -> None:

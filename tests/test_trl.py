@@ -15,7 +15,7 @@ from coverage_cases import llama
 from pages import run, sections
 from torch import nn
 from trainers import Consumed
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import timstore
 from timstore.errors import CoverageError, InvalidInputError
@@ -122,28 +122,31 @@ def held(record: Any, gradients: Gradients, scale: float) -> None:
         np.testing.assert_allclose(mine, gradient.double(), rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
+def add_up(store: timstore.Store, consumed: Consumed) -> None:
+    """Hold the sum of the records of every step to what the optimizer consumed."""
+    ratios = store.sql("SELECT consumed_ratio FROM steps WHERE group_id = 0 ORDER BY step").fetchall()
+    for step, ((ratio,), gradients) in enumerate(zip(ratios, consumed.steps, strict=True)):
+        records = list(store.read(f"step = {step}"))
+        assert records
+        scale = max(float(one.norm()) for one in gradients.values()) / ratio
+        for name, gradient in gradients.items():
+            parts = [record.dense(name) for record in records if name in record.gradients]
+            total = np.sum(parts, axis=0, dtype=np.float64)
+            np.testing.assert_allclose(total * ratio, gradient.double(), rtol=1e-5, atol=1e-5 * scale)
+
+
 def check(store: timstore.Store, consumed: Consumed, own: dict[int, Callable[[list[int]], Gradients]]) -> None:
     """Hold the records of the first step to autograd, and of all steps the sum to what was consumed.
 
     Args:
         own: of each sample, its gradient, given the samples of the step.
     """
-    steps = store.sql("SELECT consumed_ratio FROM steps WHERE group_id = 0 ORDER BY step").fetchall()
-    ratios = [ratio for (ratio,) in steps]
-    assert len(ratios) == len(consumed.steps)
-    for step, (ratio, gradients) in enumerate(zip(ratios, consumed.steps, strict=True)):
-        records = {record.sample: record for record in store.read(f"step = {step}")}
-        assert records
-        scale = max(float(one.norm()) for one in gradients.values()) / ratio
-        for name, gradient in gradients.items():
-            parts = [record.dense(name) for record in records.values() if name in record.gradients]
-            total = np.sum(parts, axis=0, dtype=np.float64)
-            np.testing.assert_allclose(total * ratio, gradient.double(), rtol=1e-5, atol=1e-5 * scale)
-        if step == 0:
-            for sample, record in records.items():
-                gradients_of = own[sample](list(records))
-                assert gradients_of.keys() == gradients.keys()
-                held(record, gradients_of, scale)
+    add_up(store, consumed)
+    records = {record.sample: record for record in store.read("step = 0")}
+    for sample, record in records.items():
+        gradients = own[sample](list(records))
+        assert gradients.keys() == consumed.steps[0].keys()
+        held(record, gradients, max(float(one.norm()) for one in gradients.values()))
 
 
 # --- SFT ---------------------------------------------------------------------------------------------------------
@@ -342,6 +345,72 @@ def test_each_pair_of_dpo_is_one_sample(known: str, lora: bool, more: dict[str, 
         assert store.sql("SELECT DISTINCT mean_over FROM steps").fetchall() == [("samples",)]
         record = next(iter(store.read("step = 1")))
         assert store.rollback(trainer.model, [record.sample]).records == 1
+
+
+def rewarding(folder: Path, callbacks: list[Any], column: str | None) -> Any:
+    torch.manual_seed(0)
+    scores = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=58,
+            num_labels=1,
+        )
+    )
+    return trl.RewardTrainer(
+        scores,
+        trl.RewardConfig(**options(folder)),
+        train_dataset=datasets.Dataset.from_list(pairs(column)),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def judging(folder: Path, callbacks: list[Any], column: str | None) -> Any:
+    held = [{**row, "completion": row["chosen"], "label": number % 2 == 0} for number, row in enumerate(pairs(column))]
+    data = datasets.Dataset.from_list(held).remove_columns(["chosen", "rejected"])
+    return trl.KTOTrainer(
+        new_model(),
+        ref_model=new_model(),
+        args=trl.KTOConfig(**options(folder)),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("make", [rewarding, judging])
+@pytest.mark.parametrize("column", [None, "idx"])
+def test_what_rewards_and_judgements_do_adds_up(make: Any, column: str | None, tmp_path: Path) -> None:
+    consumed = Consumed()
+    with timstore.open(tmp_path / "s") as store:
+        trainer = make(tmp_path / "t", [TrajectoryCallback(store, id_column=column), consumed], column)
+        with told(make is judging):
+            trainer.train()
+        add_up(store, consumed)
+        assert store.sql("SELECT DISTINCT mean_over FROM steps").fetchall() == [("samples",)]
+        if make is rewarding:
+            ids = content_ids(trainer.train_dataset) if column is None else [100 + number for number in range(8)]
+            assert {record.sample for record in store.read()} <= set(ids)
+
+
+def test_a_trainer_that_leaves_out_the_ids_is_refused(tmp_path: Path) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    callback = TrajectoryCallback(tmp_path / "s")
+    trainer = ORPOTrainer(
+        new_model(),
+        args=ORPOConfig(**options(tmp_path / "t", max_length=32, remove_unused_columns=False)),
+        train_dataset=datasets.Dataset.from_list(pairs()),
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    )
+    with pytest.raises(InvalidInputError, match="lost their ids: ORPOTrainer makes"):
+        trainer.train()
+    callback.close()
 
 
 def test_the_recipes_run(tmp_path: Path) -> None:
