@@ -73,7 +73,7 @@ def trained_by_closure(
     def closure() -> float:
         value = loss(model, {**batches[0], "sample_ids": IDS[0]}, torch.ones(4))
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(closure)
 

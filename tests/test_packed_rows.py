@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -211,15 +212,21 @@ def in_turn(features: list[Row]) -> dict[str, torch.Tensor]:
     return padded([row[part] for row in features for part in ("chosen_ids", "rejected_ids")])
 
 
-class Preferring(transformers.Trainer):
+class ChosenFirst(transformers.Trainer):
     """Has the chosen answer score higher, by the sum of its log-probabilities."""
-
-    turned = False
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         scores = scores_of(model(**inputs).logits, inputs["input_ids"], inputs["attention_mask"])
-        chosen, rejected = scores.reshape(-1, 2).T if self.turned else scores.chunk(2)
+        chosen, rejected = self.halves(scores)
         return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+    def halves(self, scores: torch.Tensor) -> Any:
+        return scores.chunk(2)
+
+
+class InTurn(ChosenFirst):
+    def halves(self, scores: torch.Tensor) -> Any:
+        return scores.reshape(-1, 2).T
 
 
 def scores_of(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -227,18 +234,16 @@ def scores_of(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
     return (each * mask[:, 1:]).sum(1)
 
 
-@pytest.mark.parametrize("collate", [chosen_first, in_turn])
+@pytest.mark.parametrize(("collate", "kind"), [(chosen_first, ChosenFirst), (in_turn, InTurn)])
 @pytest.mark.parametrize("column", [None, "idx"])
 def test_both_rows_of_a_pair_are_one_sample(
-    column: str | None, collate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    column: str | None, collate: Any, kind: type[transformers.Trainer], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(transformers, "Trainer", Preferring)
-    monkeypatch.setattr(Preferring, "turned", collate is in_turn)
     data, consumed = pairs(column), Consumed()
     ids = content_ids(data) if column is None else [row["idx"] for row in data]
     with timstore.open(tmp_path / "s") as store:
         callbacks = [TrajectoryCallback(store, id_column=column), consumed]
-        options = {"remove_unused_columns": False, "num_train_epochs": 1, "max_grad_norm": 0.0}
+        options = {"remove_unused_columns": False, "num_train_epochs": 1, "max_grad_norm": 0.0, "kind": kind}
         trained(new_model(), callbacks, tmp_path / "t", Rows(data), collate=collate, **options)
         records = {record.sample: record for record in store.read("step = 0")}
         assert len(records) == 3
@@ -308,11 +313,7 @@ class MakesItsOwn(transformers.Trainer):
 
 
 @pytest.mark.parametrize("column", [None, "idx"])
-def test_a_trainer_that_leaves_out_the_ids_of_pairs_is_refused(
-    column: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(transformers, "Trainer", MakesItsOwn)
+def test_a_trainer_that_leaves_out_the_ids_of_pairs_is_refused(column: str | None, tmp_path: Path) -> None:
     callback = TrajectoryCallback(tmp_path / "s", id_column=column)
     lost = "pairs of the training set have lost their ids" if column is None else "carry no 'idx', or MakesItsOwn makes"
     with pytest.raises(InvalidInputError, match=lost):
@@ -321,6 +322,7 @@ def test_a_trainer_that_leaves_out_the_ids_of_pairs_is_refused(
             [callback],
             tmp_path / "t",
             datasets.Dataset.from_list(pairs(column)),
+            kind=MakesItsOwn,
             remove_unused_columns=False,
             collate=lambda features: {"both": chosen_first(features)["input_ids"]},
         )
