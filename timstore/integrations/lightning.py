@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from timstore import Store
@@ -55,7 +56,7 @@ class TrajectoryCallback(Callback):  # type: ignore[misc]
         self._session = Session(store, samples, id_column, options)
         self._column = id_column
         self._module = module
-        self._block: Any = None
+        self._block = ExitStack()  # the batch that runs
 
     @property
     def recorder(self) -> Recorder:
@@ -70,20 +71,19 @@ class TrajectoryCallback(Callback):  # type: ignore[misc]
 
     def close(self) -> None:
         """End a recording whose training ended in an error that Lightning told nobody of."""
-        self._session.end(StateError("training did not end"))
+        self._end(StateError("training did not end"))
 
     # --- what Lightning calls ----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.close()
         _check(trainer, pl_module)
-        options: dict[str, Any] = {"scaler": getattr(trainer.precision_plugin, "scaler", None)}
         recorder = self._session.begin(
             pl_module if self._module is None else pl_module.get_submodule(self._module),
             trainer.optimizers[0] if len(trainer.optimizers) == 1 else list(trainer.optimizers),
             epoch=trainer.current_epoch,
             steps=trainer.global_step,
-            **options,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         recorder.epoch = max(recorder.epoch, trainer.current_epoch)
 
@@ -92,25 +92,27 @@ class TrajectoryCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._column is not None:
-            self._block = self.recorder.batch(self._ids(batch))
-            self._block.__enter__()
+            self._block.close()
+            self._block.enter_context(self.recorder.batch(self._ids(batch)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._block is not None:
-            self._block.__exit__(None, None, None)
-            self._block = None
+        self._block.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._session.recorder is not None:
             self._session.recorder.checkpoint()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._session.end()
+        self._end(None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._session.end(exception)
+        self._end(exception)
 
     # --- the way there -----------------------------------------------------------------------------------
+
+    def _end(self, error: BaseException | None) -> None:
+        self._block.close()
+        self._session.end(error)
 
     def _ids(self, batch: Any) -> Any:
         try:
