@@ -74,6 +74,8 @@ OWNERS = {
     "rich": ["timstore.progress", "timstore.cli.sql"],
     "typer": ["timstore.cli"],
     "transformers": ["timstore.checkpoints", "timstore.integrations"],
+    "lightning": ["timstore.integrations.lightning"],
+    "pytorch_lightning": ["timstore.integrations.lightning"],
 }
 
 
