@@ -24,6 +24,7 @@ LAYERS = [
     ["timstore.ledger"],
     ["timstore.writing"],
     ["timstore.states"],
+    ["timstore.identity"],
     ["timstore.attempts"],
     ["timstore.handle"],
     ["timstore.lifetime"],

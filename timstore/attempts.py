@@ -21,15 +21,17 @@ class CurrentAttempt:
         self._path = path
         self._attempt = latest
 
-    def get(self, scope: Scope = None, ranks: int = 1) -> Attempt:
+    def get(self, scope: Scope = None, ranks: int = 1, digest_before: str | None = None) -> Attempt:
         """Return it; the first one is begun, with these, where there is none."""
         if self._attempt is None:
-            self._attempt = claim_attempt(self._objects, 0, 0, scope, ranks, first=True)
+            self._attempt = claim_attempt(self._objects, 0, 0, scope, ranks, first=True, digest_before=digest_before)
         return self._attempt
 
-    def begin(self, from_epoch: int, from_step: int, scope: Scope, ranks: int) -> Attempt:
+    def begin(
+        self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest_before: str | None = None
+    ) -> Attempt:
         """Begin a new one."""
-        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks)
+        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks, digest_before=digest_before)
         return self._attempt
 
     def join(self, number: int, known: Iterable[Attempt]) -> None:
@@ -43,13 +45,13 @@ class CurrentAttempt:
             raise StateError(f"{self._path} has no attempt {number}: the processes do not write into one store")
         self._attempt = found
 
-    def claim(self, scope: Scope, ranks: int) -> None:
-        """Say which samples it records, and in how many processes.
+    def claim(self, scope: Scope, ranks: int, digest_before: str | None = None) -> None:
+        """Say which samples it records, and in how many processes; a first one is begun with this digest.
 
         Raises:
             StateError: it was begun with another scope.
         """
-        attempt = self.get(scope, ranks)
+        attempt = self.get(scope, ranks, digest_before)
         if attempt.scope is not None and attempt.scope != scope:
             raise StateError(
                 f"attempt {attempt.attempt} of {self._path} records {_scope_text(attempt.scope)}, not "

@@ -197,9 +197,8 @@ class Snapshot:
         for attempt in self.view.attempts:
             recorded = None if attempt.scope is None else "all" if attempt.scope == "all" else "selected"
             scope = list(attempt.scope) if isinstance(attempt.scope, tuple) else None
-            rows.append(
-                AttemptRow(attempt.attempt, attempt.from_epoch, attempt.from_step, attempt.ranks, scope, recorded)
-            )
+            start = attempt.from_epoch, attempt.from_step
+            rows.append(AttemptRow(attempt.attempt, *start, attempt.ranks, scope, recorded, attempt.digest_before))
         return rows
 
 

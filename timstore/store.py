@@ -220,12 +220,10 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        kept = (
-            []
-            if before is None
-            else [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
-        )
-        self._put(*rows_items("rollbacks", [row]), *kept)
+        items = rows_items("rollbacks", [row])
+        if before is not None:
+            items.append(state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"]))
+        self._put(*items)
         self.commit()
 
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
@@ -234,10 +232,12 @@ class Store(Handle):
         data = pack_probe(list(batches), loss)
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
-    def begin_attempt(self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1) -> int:
+    def begin_attempt(
+        self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None
+    ) -> int:
         """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
 
-        What was appended before is committed first. Durable when this returns.
+        What was appended before is committed first; durable when this returns. `digest_before` is the model's then.
 
         Returns:
             The attempt's number.
@@ -245,7 +245,7 @@ class Store(Handle):
         known = dict(self._writing().parameters())
         from_epoch, from_step = intake.moment(from_epoch, from_step)
         self._end_writer()
-        attempt = self._attempt.begin(from_epoch, from_step, scope, ranks).attempt
+        attempt = self._attempt.begin(from_epoch, from_step, scope, ranks, digest_before).attempt
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
         self._put(*rows_items("parameters", parameter_rows(known.values(), attempt)), Item(0))
@@ -260,14 +260,14 @@ class Store(Handle):
             self.refresh()
             self._attempt.join(attempt, self._snapshot.view.attempts)
 
-    def claim_scope(self, scope: Scope, *, ranks: int = 1) -> None:
+    def claim_scope(self, scope: Scope, *, ranks: int = 1, digest_before: str | None = None) -> None:
         """Say which samples the current attempt records, `all` or the sorted ids, and in how many processes.
 
         Raises:
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(scope, ranks)
+        self._attempt.claim(scope, ranks, digest_before)
 
     @property
     def attempt(self) -> int:

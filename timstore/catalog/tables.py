@@ -40,6 +40,7 @@ _ATTEMPTS = {
     "ranks": "BIGINT",
     "scope": "BIGINT[]",
     "recorded": "VARCHAR",
+    "digest_before": "VARCHAR",
 }
 
 
@@ -63,6 +64,7 @@ class AttemptRow:
     Attributes:
         scope: the ids of the recorded samples, if only some were to be recorded.
         recorded: "all" or "selected", None when only `append` was used.
+        digest_before: of all parameters before its first step.
     """
 
     attempt: int
@@ -71,6 +73,7 @@ class AttemptRow:
     ranks: int
     scope: list[int] | None
     recorded: str | None
+    digest_before: str | None = None
 
 
 def create_tables(connection: duckdb.DuckDBPyConnection) -> None:

@@ -7,8 +7,8 @@ import torch
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
+from timstore.identity import combined_digest, recognise
 from timstore.records import Parameter
-from timstore.rollbacks.identity import combined_digest, recognise
 from timstore.states import State
 from timstore.store import Store
 
@@ -50,7 +50,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
             f"what rollback {rollback_id} kept is not what the model was before it; nothing was changed",
             kind="other-digest",
         )
-    row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0}
+    row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0, "removed": None}
     row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
     store.append_rollback(row)
     with torch.no_grad():
