@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pickles") / "epoch_0.pkl"
     # What numpy, and Python for the text of protocol 0, import of themselves when it is first needed: before anything
     # is watched.
+    # And what tests before left in cycles: files go away when that is collected, which must not be while one watches.
+    gc.collect()
     for protocol in (0, pickle.DEFAULT_PROTOCOL):
         made.write_bytes(pickle.dumps([np.ones(2, bool), torch.ones(2), np.float32(1), "text"], protocol))
         read_pickle(made)

@@ -28,6 +28,7 @@ from trainers import new_model
 import timstore
 from timstore.errors import CoverageError, InvalidInputError, ModelMismatchError, NotFoundError, StateError
 from timstore.integrations.openunlearning import TIMParameterRollback, TIMRecorder
+from timstore.integrations.openunlearning.keys import spelled
 from timstore.integrations.transformers import content_ids
 
 pytestmark = [
@@ -72,11 +73,10 @@ def tuned(checkout: Checkout, folder: Path, *, args: Any = None, given: Any = No
     trainer = checkout.load_trainer(
         "TIMRecorder",
         folder / "tuned",
-        model=model,
         train_dataset=Texts([*RETAIN, *FORGET]),
         args={**TUNING, **(args or {})},
         method_args={"tim_output_dir": str(folder / "tim"), **method_args},
-        **(given or {}),
+        **{"model": model, **(given or {})},
     )
     trainer.train()
     trainer.save_model(str(folder / "tuned"))
@@ -327,6 +327,39 @@ def test_attention_without_second_derivatives_and_several_processes_are_refused(
         trainer.train()
 
 
+def test_messages_name_the_keys_of_the_configuration(
+    newest: Checkout, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned(newest, tmp_path)
+    half = loaded(tmp_path / "tuned").bfloat16()
+    with pytest.raises(ModelMismatchError, match=r"is bfloat16, .* such as by model\.model_args\.torch_dtype=float32"):
+        unlearning(newest, tmp_path, half).train()
+    model = loaded(tmp_path / "tuned")
+    unlearning(newest, tmp_path, model).train()
+    with caplog.at_level("INFO", "timstore"), pytest.raises(StateError, match=r"trainer\.method_args\.force=true"):
+        unlearning(newest, tmp_path, model).train()
+    # Said before the work begins, which may take hours, and by a logger of ours.
+    assert [one.message for one in caplog.records if one.name.startswith("timstore.")] == [
+        "4 of 4 forget rows are recorded, as 4 samples (known by their tokens); 0 not"
+    ]
+    assert spelled("record with optimizer_history='gradients', or capture='per-sample'; see trainer.args.lr=") == (
+        "record with trainer.method_args.optimizer_history=gradients, or trainer.method_args.capture=per-sample; "
+        "see trainer.args.lr="
+    )
+
+
+def test_a_damaged_model_is_told_with_the_strength_s_own_name(newest: Checkout, tmp_path: Path) -> None:
+    model = new_model("llama")
+    with timstore.open(tmp_path / "tim") as store:  # a change that no linearisation carries
+        pushed = {"model.norm.weight": 100 * torch.randn(32, generator=torch.Generator().manual_seed(0))}
+        store.append(0, 0, 7, pushed, lr=1.0)
+    trainer = unlearning(newest, tmp_path, model, id_map=[7, 7, 7, 7])
+    with pytest.warns(timstore.TimstoreWarning, match=r"damaged.* trainer\.method_args\.rollback_strength="):
+        trainer.train()
+    told = json.loads((tmp_path / "rolled" / "timstore_report.json").read_text())
+    assert "trainer.method_args.rollback_strength=" in told["warnings"][0]
+
+
 # --- recording ---------------------------------------------------------------------------------------------
 
 
@@ -380,8 +413,13 @@ def test_a_recorder_that_goes_on_from_a_checkpoint_goes_on_in_the_store(newest: 
 
 def test_a_second_training_is_not_mixed_into_the_first(newest: Checkout, tmp_path: Path) -> None:
     tuned(newest, tmp_path)
-    with pytest.raises(StateError, match="the model changed since recording stopped"):
-        tuned(newest, tmp_path)
+    where = r"name another folder, trainer.method_args.tim_output_dir=.*\+trainer.args.resume_from_checkpoint=true"
+    for model in (new_model("llama"), loaded(tmp_path / "tuned")):  # from the start, and from where the record ends
+        with pytest.raises(StateError, match=where) as caught:
+            tuned(newest, tmp_path, given={"model": model})
+        assert isinstance(caught.value.__cause__, timstore.TimstoreError)
+    with pytest.raises(StateError, match=where):
+        tuned(newest, tmp_path, samples=ids_of(FORGET))
     with pytest.raises(InvalidInputError, match="precision"):
         tuned(newest, tmp_path, precision="int8")
     assert unlearning(newest, tmp_path, loaded(tmp_path / "tuned")).train().metrics["rollback_records"] == 8

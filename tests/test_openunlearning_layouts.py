@@ -1,8 +1,11 @@
 """TIMParameterRollback on directories of the older layout."""
 
 import copy
+import itertools
 import json
 import pickle
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,18 @@ def gradient(sample: int, epoch: int) -> list[float]:
     return (torch.randn(32, generator=draw) * 1e-3).tolist()
 
 
-def layout(folder: Path, *, rate: float | None = RATE, keys: Any = str, format: str = "json") -> Path:
-    """Write two epochs of four samples, whose ids are places in a training set."""
+def layout(
+    folder: Path,
+    *,
+    rate: float | None = RATE,
+    keys: Any = str,
+    format: str = "json",
+    samples: Sequence[int] = range(4),
+) -> Path:
+    """Write two epochs of some samples, whose ids are places in a training set."""
     folder.mkdir(parents=True, exist_ok=True)
     for epoch in range(2):
-        held = {keys(sample): {NAME: gradient(sample, epoch), f"{NAME}_step": sample} for sample in range(4)}
+        held = {keys(sample): {NAME: gradient(sample, epoch), f"{NAME}_step": sample} for sample in samples}
         if format == "json":
             (folder / f"epoch_{epoch}.json").write_text(json.dumps({"sample_gradients": held}))
         else:
@@ -88,10 +98,60 @@ def test_places_in_the_forget_split_are_never_taken_for_ids(checkout: Checkout, 
     layout(tmp_path / "old")
     model = new_model("llama")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InvalidInputError, match=r"place in the forget split is none of them: pass id_map") as caught:
+    with pytest.raises(
+        InvalidInputError, match=r"none of them: pass trainer.method_args.id_map=.* 4 samples and 2 rows"
+    ) as caught:
         unlearning(checkout, tmp_path, model).train()
     assert caught.value.kind == "no-id-map"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def forget_alone(folder: Path, *, keys: Any = lambda number: str(100 + number), format: str = "json") -> list[int]:
+    """Write the layout of the forget rows and no others, as the original did; returns the numbers of its gradients."""
+    held = [3, 1]
+    layout(folder, samples=held, keys=keys, format=format)
+    return held
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_original_s_command_needs_no_map_where_there_are_as_many_samples_as_rows(
+    checkout: Checkout, share: float, tmp_path: Path
+) -> None:
+    held = forget_alone(tmp_path / "old")
+    model = new_model("llama")
+    before = copy.deepcopy(model)
+    trainer = unlearning(checkout, tmp_path, model, rollback_strength=share)
+    with pytest.warns(timstore.TimstoreWarning, match=r"has 2 of them.*all are taken.*trainer.method_args.id_map="):
+        check(trainer, before, held, share=share)
+    told = json.loads((tmp_path / "rolled" / "timstore_report.json").read_text())
+    assert (told["rows_known_by"], told["samples"], told["missing_rows"]) == ("count", [101, 103], [])
+
+
+@pytest.mark.parametrize("kind", ["pickle", "text", "saved"])
+def test_nor_do_pickles_text_and_the_older_function(checkout: Checkout, kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    if kind == "saved":
+        for sample, epoch in itertools.product([3, 1], range(2)):
+            one = (epoch, sample, sample, NAME, gradient(sample, epoch), {"learning_rate": RATE})
+            with warnings.catch_warnings(action="ignore"):
+                timstore.save_gradient_trajectory(tmp_path / "old", *one)
+    elif kind == "pickle":
+        forget_alone(tmp_path / "old", keys=int, format="pickle")
+        options["allow_pickle"] = True
+    else:
+        forget_alone(tmp_path / "old", keys=lambda number: f"person {number}")
+    model = new_model("llama")
+    trainer, before = unlearning(checkout, tmp_path, model, **options), copy.deepcopy(model)
+    with pytest.warns(timstore.TimstoreWarning, match="all are taken to be those rows"):
+        check(trainer, before, [3, 1])
+
+
+def test_a_count_is_nothing_to_go_by_in_a_store_of_the_user_s_own(checkout: Checkout, tmp_path: Path) -> None:
+    with timstore.open(tmp_path / "own") as store:
+        for sample in range(2):
+            store.append(0, sample, sample, {NAME: torch.tensor(gradient(sample, 0))}, lr=RATE)
+    with pytest.raises(InvalidInputError, match=r"pass trainer.method_args.id_map=, the number of .* sample id$"):
+        unlearning(checkout, tmp_path, new_model("llama"), tim_output_dir=str(tmp_path / "own")).train()
 
 
 def test_samples_that_are_named_by_their_content_are_found(checkout: Checkout, tmp_path: Path) -> None:
@@ -111,7 +171,7 @@ def test_names_in_a_map_are_looked_up(checkout: Checkout, tmp_path: Path) -> Non
 
 def test_a_layout_is_imported_once_and_never_with_other_numbers(checkout: Checkout, tmp_path: Path) -> None:
     folder = layout(tmp_path / "old", rate=None)
-    with pytest.raises(InvalidInputError, match="lr="):
+    with pytest.raises(InvalidInputError, match=r"pass trainer\.method_args\.lr=, the rate"):
         unlearning(checkout, tmp_path, new_model("llama"), id_map=[3, 1]).train()
     model = new_model("llama")
     check(unlearning(checkout, tmp_path, model, id_map=[3, 1], lr=0.5), copy.deepcopy(model), [3, 1], rate=0.5)
@@ -136,7 +196,7 @@ def test_a_probe_works_on_an_older_layout_too(checkout: Checkout, tmp_path: Path
 
 def test_pickles_are_read_only_when_allowed(checkout: Checkout, tmp_path: Path) -> None:
     layout(tmp_path / "old", format="pickle", keys=int)
-    with pytest.raises(InvalidInputError, match="allow_pickle"):
+    with pytest.raises(InvalidInputError, match=r"pass trainer\.method_args\.allow_pickle=true to read"):
         unlearning(checkout, tmp_path, new_model("llama"), id_map=[3, 1]).train()
     model = new_model("llama")
     options = {"id_map": [3, 1], "allow_pickle": True, "trajectory_format": "pickle"}

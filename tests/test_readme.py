@@ -15,7 +15,7 @@ def test_code_is_shown_by_line_twenty() -> None:
     assert "```python" in "\n".join(README.splitlines()[:20])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/openunlearning.md"])
 def test_every_block_runs(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) >= 4

@@ -1,6 +1,7 @@
 """The older function: what it is given is in a store, whatever ends the program."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 import timstore
-from timstore.errors import InvalidInputError, StorageError
-from timstore.interchange import trajectory
+from timstore.errors import InvalidInputError, StateError, StorageError
+from timstore.interchange import export_trajectories, trajectory
 
 INFO = {"num_epoch": 1, "num_steps": 2, "learning_rate": 0.25}
 
@@ -55,7 +56,48 @@ def test_it_says_once_what_to_call_instead(tmp_path: Path, monkeypatch: pytest.M
             timstore.save_gradient_trajectory(str(tmp_path), 0, 0, sample, "w", np.ones(2))
     (one,) = caught
     assert one.category is DeprecationWarning and "store.append(" in str(one.message)
+    assert "has it from trainer.unlearn.tim_rollback writes `from timstore import save_gradient_traj" in str(
+        one.message
+    )
     assert one.filename == __file__
+
+
+def test_other_stores_open_after_the_folder_that_it_was_saved_from_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    timstore.save_gradient_trajectory(tmp_path / "run", 0, 0, 5, "weight", np.ones((2, 2), np.float32), INFO)
+    timstore.save_gradient_trajectory(os.path.relpath(tmp_path / "other"), 0, 0, 5, "weight", np.ones((2, 2)), INFO)
+    (tmp_path / "gone").rmdir()
+    with written(tmp_path / "run") as store:
+        assert store.sql("SELECT count(*) FROM records").fetchall() == [(1,)]
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_was_saved_is_seen_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(step: int) -> None:
+        timstore.save_gradient_trajectory("run", 0, step, 5, "weight", np.full((2, 2), 1.0, np.float32), INFO)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    model = torch.nn.Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    for step, name in enumerate(["run", "link", str(tmp_path / "run")]):
+        save(step)
+        with timstore.open(f"{name}/{trajectory.STORE}", "r") as store:
+            assert store.sql("SELECT count(*) FROM records").fetchall() == [(step + 1,)]
+    save(3)
+    with pytest.warns(timstore.TimstoreWarning, match="first order"):
+        report = timstore.rollback(model, [5], f"run/{trajectory.STORE}")
+    assert report.records == 4
+    torch.testing.assert_close(model.weight.detach(), before + 4 * 0.25, rtol=0, atol=1e-6)
+    save(4)
+    export_trajectories(f"run/{trajectory.STORE}", "out")
+    assert len(json.loads((tmp_path / "out" / "epoch_0.json").read_text(), object_pairs_hook=list)[0][1]) == 5
+    # What nobody opened is not the only open store.
+    with pytest.raises(StateError, match="no store is open"):
+        timstore.rollback(model, [5])
 
 
 @pytest.mark.parametrize("end", ["", "raise RuntimeError('lost')", "sys.exit(3)", "del sys.modules['timstore']"])

@@ -230,6 +230,8 @@ def test_no_space_at_any_operation_is_told_once_and_the_next_commit_holds_everyt
     assert disk.calls - start < at, "the last run met no fault"
     assert at > 20
     assert unknown == 4  # the unlink is forgiven; each of the folders' fsyncs leaves the question open
+    disk.fails = lambda call: False
+    store.close()
 
 
 def test_a_failed_automatic_commit_is_told_at_the_next_call_and_only_once(tmp_path, disk, monkeypatch):

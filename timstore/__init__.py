@@ -19,7 +19,7 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
-from timstore.lifetime import open_stores as _open_stores
+from timstore.lifetime import attended_stores as _attended_stores
 from timstore.records import Factors, Rows
 from timstore.store import Store as _Store
 
@@ -366,7 +366,7 @@ def rollback(
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with open(store) as opened:
             return roll_back(opened, target, ids, **options)
-    found = _open_stores()
+    found = _attended_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")

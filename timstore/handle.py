@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timstore import errors, intake
+from timstore.lifetime import commit_unattended
 from timstore.opening import open_settings
 from timstore.snapshot import Snapshot, StoredRecord
 
@@ -24,6 +25,7 @@ class Handle:
         self.path = Path(path)
         self.mode = mode
         self._objects, self.settings = open_settings(self.path, mode, options)
+        commit_unattended(self.path)
         self._snapshot = Snapshot(self._objects, self.settings)
         self._stale = False
         self._pid = os.getpid()

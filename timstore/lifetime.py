@@ -5,11 +5,14 @@ import ctypes
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 from timstore import errors
 
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# The handles that nobody but us holds, and where each lies, which a relative path says no more once the process moved.
+_unattended: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
 def begun(store: Any) -> None:
@@ -22,9 +25,28 @@ def ended(store: Any) -> None:
     _open.discard(store)
 
 
+def unattended(store: Any) -> None:
+    """Say that no caller holds this `Store`, so that none can commit what it accepted, or mean it."""
+    _unattended[store] = os.path.realpath(store.path)
+
+
+def commit_unattended(path: Path) -> None:
+    """Commit what such handles of this process accepted for the store at a path."""
+    waiting = [store for store in open_stores() if store in _unattended]
+    place = os.path.realpath(path) if waiting else None
+    for store in waiting:
+        if _unattended[store] == place:
+            store.commit()
+
+
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
+
+
+def attended_stores() -> list[Any]:
+    """Return those of them that a caller holds."""
+    return [store for store in open_stores() if store not in _unattended]
 
 
 def _keep_inherited() -> None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from timstore.checkpoints.folder import Checkpoint
 from timstore.errors import ModelMismatchError
 from timstore.records import Parameter
+from timstore.rollbacks.difference import other_adapter
 
 Way = Callable[[str], str]
 # Names that a prefix is looked for with.
@@ -63,9 +64,11 @@ def understood(
     free = sorted(checkpoint.holders.keys() - set(tensors.values()))
     lost = [name for name in absent if not checkpoint.is_adapter or name in trained]
     if lost:
+        why = None if checkpoint.is_adapter else other_adapter(names, checkpoint.holders)
         raise ModelMismatchError(
             f"{where} has no tensor for parameter {lost[0]} ({len(lost)} of {len(names)} recorded ones are missing); "
-            f"it holds {_some(free) or 'nothing'} beside the others. It was saved from another model, or incomplete",
+            f"it holds {_some(free) or 'nothing'} beside the others. "
+            f"{why or 'It was saved from another model, or incomplete'}",
             parameter=lost[0],
         )
     for name, parameter in trained.items():

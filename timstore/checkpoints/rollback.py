@@ -17,9 +17,9 @@ from timstore.checkpoints.writing import LEFT
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
 from timstore.intake import byte_count, flags
 from timstore.records import Parameter
+from timstore.rollbacks.difference import recorded_digests
 from timstore.rollbacks.report import RollbackReport
 from timstore.rollbacks.rollback import rollback as roll_back
-from timstore.snapshot import Snapshot
 from timstore.store import Store
 
 # Read, a header takes several times its length.
@@ -49,7 +49,7 @@ def rollback(
             chosen = Output.choose(checkpoint, None if output is None else Path(output))
         snapshot = store.snapshot()
         trained = snapshot.parameters()
-        moments = _fingerprints(snapshot)
+        moments = recorded_digests(snapshot)
         naming = understood(checkpoint, {*moments, *trained}, trained, is_checked=bool(moments))
         absent = {name: _unchanged(name, moments, checkpoint) for name in naming.absent}
         # Looked for now: when the checkpoint is changed, nothing may fail any more.
@@ -88,14 +88,6 @@ def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: b
             "keep_delta= keeps the parameters of a model in memory for undo; of a checkpoint keep the input, which "
             "output= leaves as it is"
         )
-
-
-def _fingerprints(snapshot: Snapshot) -> dict[str, set[str]]:
-    """Return every digest that each parameter ever had when digests were kept."""
-    found: dict[str, set[str]] = {}
-    for row in snapshot.catalog.rows("SELECT DISTINCT parameter, digest FROM fingerprints").to_pylist():
-        found.setdefault(row["parameter"], set()).add(row["digest"])
-    return found
 
 
 def _unchanged(name: str, moments: Mapping[str, set[str]], checkpoint: Checkpoint) -> str:

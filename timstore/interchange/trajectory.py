@@ -13,14 +13,15 @@ from timstore.errors import InvalidInputError, StorageError
 from timstore.format.layout import SETTINGS
 from timstore.interchange.layout import INFO, finite, sample_of
 from timstore.interchange.visits import narrowed
-from timstore.lifetime import open_stores
+from timstore.lifetime import open_stores, unattended
 from timstore.reporting import reporting
 from timstore.store import Store
 
 STORE = "trajectories.tim"
 
 _MESSAGE = (
-    "save_gradient_trajectory is the older interface. Once per sample and step: "
+    "save_gradient_trajectory is the older interface. A script that has it from trainer.unlearn.tim_rollback writes "
+    "`from timstore import save_gradient_trajectory`, and calls it as before; better, once per sample and step: "
     "store = timstore.open(path); store.append(epoch, step, sample, {name: gradient, ...}, lr=lr); or let "
     "store.record(model, optimizer) take the gradients"
 )
@@ -39,6 +40,7 @@ class _Directory:
             path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self.store = Store(path / STORE)
+        unattended(self.store)
         self.info = ""
         self.names: set[str] = set()
 
@@ -75,8 +77,8 @@ def save_gradient_trajectory(
 ) -> None:
     """Record one sample's gradient of one parameter. The older interface: `Store.append` takes a whole record.
 
-    It goes to the store `trajectories.tim` in the directory, in constant time, and is on disk by itself after 30 s or
-    256 MB, and when the interpreter ends.
+    It goes to the store `trajectories.tim` in the directory, in constant time. It is on disk by itself after 30 s or
+    256 MB, when this process opens that store (to ask, to roll back, to export), and when the interpreter ends.
 
     Args:
         output_dir: made if it is missing.

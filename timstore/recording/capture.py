@@ -110,17 +110,25 @@ class Capture:
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self.is_replaying:
                 given = args[0] if args else next(iter(kwargs.values()), None)
-                self._seen(kind, given, output, (args, kwargs), random.pop() if random else None)
+                self._seen(kind, given, output, (args, kwargs), _drawn(kind, random.pop()) if random else None)
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if kind.needs_random and not self.is_replaying and torch.is_grad_enabled():
-                random[:] = [RandomState(one.device for one in kind.parameters())]
+            batch = self._current()
+            idle = self.watch is not None or self.is_replaying or (batch is not None and batch.empty)
+            random.clear()
+            if not idle and torch.is_grad_enabled():
+                devices = (one.device for one in kind.parameters())
+                random.append(RandomState(devices, beyond_torch=kind.draws_elsewhere is not False))
 
         if kind.needs_arguments:  # nothing else is computed again
             self._handles.append(kind.module.register_forward_pre_hook(before))
         self._handles.append(kind.module.register_forward_hook(forward, with_kwargs=True))
         if isinstance(kind, EmbeddingKind):
-            self._handles.append(kind.module.register_forward_pre_hook(self._expand))
+
+            def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                return self._spread(kind, args)
+
+            self._handles.append(kind.module.register_forward_pre_hook(spread))
 
     def _hook_attention(self, name: str, module: nn.MultiheadAttention) -> None:
         def see(kind: Kind, given: torch.Tensor, output: torch.Tensor, layout: Layout) -> None:
@@ -132,21 +140,24 @@ class Capture:
         self._handles.append(module.register_forward_pre_hook(lambda *_: projections.begin()))
         self._handles.append(module.register_forward_hook(lambda *_: projections.end(), always_call=True))
 
-    def _expand(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give position ids (1, T) the batch's rows, so that each sample has a gradient of its own."""
-        if self.is_replaying or not args:
+    def _spread(self, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give a row of ids, (1, T), the batch's rows, so that each sample has a gradient of its own.
+
+        Where the model was seen to do the same with them, as with positions; not with one row of which it makes
+        something for all samples.
+        """
+        if self.is_replaying or not args or not _is_row_of_ids(args[0]):
             return None
         if self.watch is not None:
-            rows = self.watch.rows
+            rows, proved = self.watch.rows, kind.name in self.watch.spread
+            if rows > 1:
+                self.watch.tables.setdefault(kind.name, [])
         else:
-            batch = self._batch(module)
+            batch = self._batch(kind.module)
             if batch is None or batch.empty or not torch.is_grad_enabled():
                 return None
-            rows = batch.rows_given
-        ids = args[0]
-        if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) == 1 and rows > 1:
-            return (ids.expand(rows, -1), *args[1:])
-        return None
+            rows, proved = batch.rows_given, self.seen is not None and self.seen.tables.get(kind.name, False)
+        return (args[0].expand(rows, -1), *args[1:]) if proved and rows > 1 else None
 
     def _is_trained(self, parameter: Any) -> bool:
         """Whether a backward pass accumulates into it: it may have been frozen on the way."""
@@ -187,6 +198,14 @@ class Capture:
             )
         if batch.empty or not _requires_grad(output):
             return
+        if isinstance(kind, EmbeddingKind) and _is_row_of_ids(given) and batch.rows_given > 1:
+            self._warn_once(
+                kind,
+                "is looked up by one row of ids for all samples, so that its gradient is taken by one more backward "
+                "pass for each recorded sample. To save these, give it a row of ids for each sample, or freeze it",
+            )
+            self._leave_to_passes(kind, batch)
+            return
         try:
             if layout is None:
                 layout = self._place(kind, given, output, batch)
@@ -195,7 +214,7 @@ class Capture:
         except CoverageError:
             if not self._by_sample:
                 raise
-            batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
+            self._leave_to_passes(kind, batch)
             return
         self._check_separable(kind)
         kept = with_each_tensor(arguments, torch.Tensor.detach) if kind.needs_arguments and arguments else None
@@ -215,6 +234,17 @@ class Capture:
         )
         batch.watch(call)
         _hooked(output).register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
+
+    def _leave_to_passes(self, kind: Kind, batch: MicroBatch) -> None:
+        """Have the gradients of a module's parameters taken by a backward pass of each sample."""
+        batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
+
+    def _warn_once(self, kind: Kind, what: str) -> None:
+        """Say something of a module, the first time that it is so."""
+        if kind.name not in self._warned:
+            self._warned.add(kind.name)
+            text = f"module {kind.name} ({type(kind.module).__name__}) {what}"
+            warnings.warn(text, TimstoreWarning, stacklevel=3)
 
     def _place(self, kind: Kind, given: Any, output: Any, batch: MicroBatch) -> Layout:
         """Return where the samples are.
@@ -271,21 +301,18 @@ class Capture:
 
     def _check_separable(self, kind: Kind) -> None:
         """Warn of a module whose output for one sample depends on the others."""
-        module = kind.module
-        if isinstance(kind, BatchNormKind) and kind.mixes and kind.name not in self._warned:
-            if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(kind, BatchNormKind) and kind.mixes:
+            if isinstance(kind.module, nn.SyncBatchNorm):
                 raise CoverageError(
                     f"module {kind.name} (SyncBatchNorm) mixes the samples of several processes; put it in eval mode",
                     module=kind.name,
                 )
-            self._warned.add(kind.name)
-            warnings.warn(
-                f"module {kind.name} ({type(module).__name__}) mixes the samples of a batch in training mode: a record "
-                "holds what came through its sample's row, a part of which other samples' losses caused, and the "
-                "running statistics keep what a rollback removes from the parameters. The records still add up to the "
-                f"gradient. To keep samples apart: {kind.name}.eval(), or GroupNorm or LayerNorm",
-                TimstoreWarning,
-                stacklevel=2,
+            self._warn_once(
+                kind,
+                "mixes the samples of a batch in training mode: a record holds what came through its sample's row, a "
+                "part of which other samples' losses caused, and the running statistics keep what a rollback removes "
+                "from the parameters. The records still add up to the gradient. To keep samples apart: "
+                f"{kind.name}.eval(), or GroupNorm or LayerNorm",
             )
 
     def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
@@ -305,6 +332,18 @@ class Capture:
             batch.arrive(kind.capture(call, scaled, lambda one: self._is_trained(one) and id(one) not in whole))
 
         return arrived
+
+
+def _drawn(kind: Kind, began: RandomState) -> RandomState | None:
+    """Return where the generators were when a module's call began; None where it drew no random numbers."""
+    if kind.draws_elsewhere is None and kind.module.training:
+        kind.draws_elsewhere = began.moved_beyond_torch()
+    return began if began.moved() else None
+
+
+def _is_row_of_ids(given: Any) -> bool:
+    """Say whether a table is given one row of ids, (1, T)."""
+    return isinstance(given, torch.Tensor) and given.ndim == 2 and len(given) == 1
 
 
 def _is_square(tensor: torch.Tensor, rows: int) -> bool:

@@ -23,7 +23,7 @@ from timstore.errors import CoverageError
 from timstore.recording.batches import token_counts
 from timstore.recording.calm import calm, other_numbers
 from timstore.recording.layouts import Axis, Folded, Layout
-from timstore.recording.outputs import outputs_of
+from timstore.recording.outputs import comes_back_to, outputs_of
 from timstore.recording.watching import Place, Sizes, Watch, places_of, unlike
 from timstore.undisturbed import undisturbed
 
@@ -40,11 +40,13 @@ class Look:
     Attributes:
         places: where each module, and each of the model's outputs, has the samples; None where they cannot be seen.
         batched: of the model's arguments, by place or name, whether they have the batch's rows.
+        tables: of those that are looked up by one row of ids for all samples, whether a row for each does the same.
         tied: what the model returns for a sample depends on others, or its loss is not a mean or a sum over samples.
     """
 
     places: dict[str, Place | None]
     batched: dict[int | str, bool]
+    tables: dict[str, bool]
     tied: bool
 
     def layout(self, name: str, shape: torch.Size, rows: int, sizes: Sizes) -> Layout | None:
@@ -79,7 +81,9 @@ class Look:
                 places[name] = None
             elif now is not None and was.tokens and now.layout == Axis(0):
                 places[name] = Place(was.layout, 1, now.sizes)
-        return replace(later, places=places, batched={**later.batched, **self.batched}, tied=self.tied or later.tied)
+        tables = {**self.tables, **{name: one and self.tables.get(name, True) for name, one in later.tables.items()}}
+        batched = {**later.batched, **self.batched}
+        return replace(later, places=places, batched=batched, tables=tables, tied=self.tied or later.tied)
 
 
 def _may_be_one(one: Layout, other: Layout) -> bool:
@@ -145,12 +149,14 @@ class Trial:
         }
         self._sizes = sizes_of(args, kwargs, rows, axis)
         self._order = _order(rows)
+        self._spread: frozenset[str] = frozenset()
 
     def look(self) -> Look:
         """See where the samples are.
 
-        Cost: four forward passes, one of them of one row, two more where tokens may be routed, and as many again where
-        chance has a part in them; the model and the generators of random numbers are left as they were.
+        Cost: four forward passes, one of them of one row; two more where tokens may be routed, two and two backward
+        passes for a table that is looked up by one row of ids, and as many again where chance has a part in them. The
+        model and the generators of random numbers are left as they were.
 
         Raises:
             CoverageError: the model does not take rows in another order.
@@ -173,7 +179,12 @@ class Trial:
         """Return where the samples are in one mode, and the pass of the batch as it is."""
         with undisturbed(self._model, evaluate=evaluate) as rewind, calm():
             whole = self._run(self._rows, _as_it_is)
+            tables = {name: self._takes_rows(name, rewind, whole) for name in whole.watch.tables}
+            self._spread = frozenset(name for name, alike in tables.items() if alike)
             rewind()
+            if self._spread:
+                whole = self._run(self._rows, _as_it_is)
+                rewind()
             try:
                 mixed = self._run(self._rows, _in_order(self._order, _as_it_is))
             except Exception as error:
@@ -196,10 +207,54 @@ class Trial:
                 places |= self._denied(
                     rewind, places, whole.watch, _as_it_is, torch.zeros(2, dtype=torch.int64, device="cpu")
                 )
-        return Look(places, self._batched, tied), whole.watch
+        return Look(places, self._batched, tables, tied), whole.watch
+
+    def _takes_rows(self, name: str, rewind: Callable[[], None], plain: _Run) -> bool:
+        """Say whether a table that is looked up by one row of ids, (1, T), can be by as many as the batch has.
+
+        That takes nothing away from what the model returns, and what comes back from one sample comes to its row: not
+        of a table of which the model then takes the first row.
+        """
+        rewind()
+        watch = Watch(self._rows, {name})
+        try:
+            returned = self._forward(*self._turned(_as_it_is), watch)
+        except Exception:  # what it does with one row, it cannot do with more
+            return False
+        if any(one.startswith(output_name("")) for one in unlike(plain.watch, watch)):
+            return False
+        outputs = [
+            one
+            for one in outputs_of(returned).values()
+            if one.requires_grad and _batch_axis(one, self._rows, self._axis) == self._axis
+        ]
+        tables = [one for one in watch.tables[name] if one.requires_grad]
+        return all(comes_back_to(row, self._axis, outputs, tables) for row in (0, self._rows - 1))
 
     def _run(self, count: int, turn: Turn) -> _Run:
         """Run the model with its arguments changed so that they hold `count` rows."""
+        watch = Watch(count, self._spread)
+        args, kwargs = self._turned(turn)
+        returned = self._forward(args, kwargs, watch)
+        loss = getattr(returned, "loss", None)
+        loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+        tokens = token_counts(self._model, kwargs, count)
+        return _Run(watch, loss, (count, 0 if tokens is None else int(tokens.sum()), 1))
+
+    def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watch) -> Any:
+        """Return what the model returns for these arguments, watched."""
+        self._capture.watch = watch
+        try:
+            returned = self._model(*args, **kwargs)
+        finally:
+            self._capture.watch = None
+        for path, tensor in outputs_of(returned).items():
+            if tensor.ndim:
+                watch.note(output_name(path), tensor)
+        return returned
+
+    def _turned(self, turn: Turn) -> tuple[list[Any], dict[str, Any]]:
+        """Return the model's arguments, changed."""
 
         def turned(key: int | str, value: Any) -> Any:
             # Copies: a model may change what it is given.
@@ -209,19 +264,8 @@ class Trial:
             assert place is not None
             return turn(value, place).clone()
 
-        mine = {name: turned(name, value) for name, value in self._kwargs.items()}
-        self._capture.watch = watch = Watch(count)
-        try:
-            returned = self._model(*(turned(key, value) for key, value in enumerate(self._args)), **mine)
-        finally:
-            self._capture.watch = None
-        for path, tensor in outputs_of(returned).items():
-            if tensor.ndim:
-                watch.note(output_name(path), tensor)
-        loss = getattr(returned, "loss", None)
-        loss = float(loss.detach()) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
-        tokens = token_counts(self._model, mine, count)
-        return _Run(watch, loss, (count, 0 if tokens is None else int(tokens.sum()), 1))
+        positional = [turned(key, value) for key, value in enumerate(self._args)]
+        return positional, {name: turned(name, value) for name, value in self._kwargs.items()}
 
     def _part(self, rewind: Callable[[], None], first: int, count: int) -> _Run | None:
         if self._before is not None:

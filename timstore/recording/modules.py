@@ -32,13 +32,13 @@ class Kind:
 
     Attributes:
         needs_arguments: its call is made again, so all that it was given is kept until then.
-        needs_random: the same, and chance has a part in it.
         keeps_input: whether the input is kept beyond backward, as a factor.
+        draws_elsewhere: it takes random numbers of Python's or numpy's generators; None before it has trained.
     """
 
     needs_arguments = False
-    needs_random = False
     keeps_input = False
+    draws_elsewhere: bool | None = None
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name

@@ -1,9 +1,10 @@
 """The model's output: where a backward pass enters it, and may be run once more for each sample.
 
 A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. With
-`capture="per-sample"` the gradient that arrives at the model's output is sent back once more for each recorded sample,
-with zeros for all others, to those parameters alone. What runs this way is found out: modules say so in the forward
-pass, and in steps that are proofs one backward pass to all parameters shows where the modules' parts do not add up.
+`capture="per-sample"`, and of tables that are looked up by one row of ids without it, the gradient that arrives at the
+model's output is sent back once more for each recorded sample, with zeros for all others, to those parameters alone.
+What else runs this way is found out: modules say so in the forward pass, and in steps that are proofs one backward pass
+to all parameters shows where the modules' parts do not add up.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,7 +70,7 @@ class Passes:
             if not tensor.requires_grad:
                 continue
             number = -1
-            if self._by_sample and not batch.empty and tensor.ndim:
+            if (self._by_sample or batch.whole) and not batch.empty and tensor.ndim:
                 number = len(batch.entries)
                 # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
                 batch.entries.append(Entry(path, get_gradient_edge(tensor), self._layout(path, tensor, batch)))
@@ -151,7 +152,7 @@ class Passes:
         self._run(entry, gradient, batch)
 
     def _run(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
-        if entry.path not in self._looked_at:
+        if self._by_sample and entry.path not in self._looked_at:
             self._looked_at.add(entry.path)
             self._used_directly |= self._look(entry, gradient, batch)
         batch.whole |= self._used_directly

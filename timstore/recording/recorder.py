@@ -100,7 +100,9 @@ class Recorder:
     def epoch(self, number: int) -> None:
         number = whole_number(number, "epoch")
         if number < self._epoch:
-            raise InvalidInputError(f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from")
+            raise InvalidInputError(
+                f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from", kind="earlier-epoch"
+            )
         self._epoch = number
         if self._stepping is not None:
             self._stepping.epoch = number

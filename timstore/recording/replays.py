@@ -20,10 +20,10 @@ from timstore.undisturbed import RandomState
 class ReplayedKind(Kind):
     """A module whose own parameters get a vector-Jacobian product for each sample.
 
-    Norms, layers of one's own, and modules that hold parameters beside their children, such as a class token. Where
-    nothing is left to chance it is computed from one sample's rows; else from all of them, with the random numbers it
-    had, and the gradient at its output masked. A module that was seen to do no more than to scale and to shift by its
-    parameters (norms) is computed once for all samples.
+    Norms, layers of one's own, and modules that hold parameters beside their children, such as a class token. A call
+    that drew no random numbers is computed from one sample's rows; another one from all of them, with the numbers that
+    it drew, and the gradient at its output masked. A module that was seen to do no more than to scale and to shift by
+    its parameters (norms) is computed once for all samples.
 
     Args:
         replaying: a context in which no module's hook of ours does anything.
@@ -43,11 +43,6 @@ class ReplayedKind(Kind):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._held.values())
 
-    @property
-    def needs_random(self) -> bool:  # type: ignore[override]
-        """Whether chance has a part in it: it, or a module in it, drops out."""
-        return any(module.training and _drops_out(module) for module in self.module.modules())
-
     def capture(self, call: Call, gradient: torch.Tensor, wanted: Wanted) -> Captured:
         assert call.arguments is not None
         call.held()  # the same that it was
@@ -56,8 +51,7 @@ class ReplayedKind(Kind):
             return []
         # Other tensors than the input may have as many rows by chance.
         sliced = call.layout == Axis(0) and call.random is None and _tensors_in(call.arguments) == 1
-        # Chance may have a part where nobody says so: the numbers that training will draw stay what they were.
-        with self._replaying(), torch.enable_grad(), call.autocast.again(), _random_numbers(gradient):
+        with self._replaying(), torch.enable_grad(), call.autocast.again(), _numbers_of(call, gradient):
             quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
             if quick is None or self._only_scales is None:
                 compute = self._from_rows if sliced else self._from_all
@@ -114,8 +108,6 @@ class ReplayedKind(Kind):
         assert call.arguments is not None
         args, kwargs = call.arguments
         leaves = _leaves(held)
-        if call.random is not None:
-            call.random.rewind()
         output = self._run(leaves, args, kwargs)
         for rows in call.chosen.rows:
             yield _pull_back(output, leaves, only(gradient, call.layout, call.chosen.batch, rows))
@@ -201,7 +193,13 @@ class LookUpKind(Kind):
             return []
         args, kwargs = call.arguments
         seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
-        with self._replaying(), torch.enable_grad(), call.autocast.again(), _LookUps(weight, seen):
+        with (
+            self._replaying(),
+            torch.enable_grad(),
+            call.autocast.again(),
+            _numbers_of(call, gradient),
+            _LookUps(weight, seen),
+        ):
             output = self.module.forward(*args, **kwargs)
         if len(seen) != 1:
             raise CoverageError(
@@ -247,14 +245,6 @@ class _Unhooked(nn.Module):
         return self.module.forward(*args, **kwargs)
 
 
-def _drops_out(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    # Layers of one's own that call functional.dropout say so by an attribute of this name.
-    probability = getattr(module, "dropout", 0)
-    return isinstance(probability, float) and probability > 0
-
-
 def _leaves(held: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {f"module.{name}": one.detach().requires_grad_() for name, one in held.items()}
 
@@ -268,9 +258,13 @@ def _pull_back(
 
 
 @contextmanager
-def _random_numbers(gradient: torch.Tensor) -> Iterator[None]:
-    """Take the generators back afterwards to where they were."""
+def _numbers_of(call: Call, gradient: torch.Tensor) -> Iterator[None]:
+    """Give a module that is computed again the random numbers that its call drew; training goes on with its own."""
+    if call.random is None:
+        yield
+        return
     state = RandomState([gradient.device])
+    call.random.rewind()
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """What every module is given and returns in a forward pass, and what two passes say of where the samples are."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,21 @@ class Watch:
 
     Attributes:
         rows: of the batch.
-        calls: of each of them, what was seen in each call.
+        spread: names of tables that are given one row of ids, (1, T), and get the batch's rows of it instead.
+        calls: of each module, what was seen in each call.
+        tables: of each table that was given one row of ids, what it returned in each call.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, spread: Container[str] = ()) -> None:
         self.rows = rows
+        self.spread = spread
         self.calls: dict[str, list[Seen]] = {}
+        self.tables: dict[str, list[torch.Tensor]] = {}
 
     def note(self, name: str, *tensors: Any) -> None:
         """Note what a module is given and returns."""
+        if name in self.tables:
+            self.tables[name].append(tensors[-1])
         found: Seen | None = None
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):

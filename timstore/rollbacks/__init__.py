@@ -3,8 +3,12 @@
 import warnings
 from typing import Any
 
+import torch
+from torch import nn
+
 from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.intake import flags
+from timstore.rollbacks.difference import explained
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback as _rollback
 from timstore.rollbacks.targets import ModelInMemory
@@ -30,12 +34,12 @@ def rollback(
     flags(in_place=in_place)
     if output is not None or in_place or model is not None:
         raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
-    report = changed_together(
-        store,
-        target,
-        optimizer,
-        lambda inner, steps: _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options),
-    )
+
+    def change(inner: nn.Module, steps: torch.optim.Optimizer | None) -> RollbackReport:
+        with explained(store, inner):
+            return _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options)
+
+    report = changed_together(store, target, optimizer, change)
     for warning in report.warnings:
         warnings.warn(warning, TimstoreWarning, stacklevel=3)
     return report
@@ -43,4 +47,9 @@ def rollback(
 
 def undo(store: Store, model: Any, rollback_id: str) -> None:
     """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
-    changed_together(store, model, None, lambda inner, _: _undo(store, inner, rollback_id))
+
+    def change(inner: nn.Module, _: Any) -> None:
+        with explained(store, inner):
+            _undo(store, inner, rollback_id)
+
+    changed_together(store, model, None, change)

@@ -270,7 +270,8 @@ def _warnings(probed: ProbeReport | None, is_kept: bool) -> list[str]:
     if probed.loss_before and not probed.loss_after <= probed.loss_before * (1 + _DAMAGE):
         return [
             f"the probe's own loss rose from {probed.loss_before:.4f} to {probed.loss_after:.4f}: the change is larger "
-            "than one linearisation can carry, and the model is damaged; do not use it without a closer look"
+            "than one linearisation can carry, and the model is damaged; do not use it without a closer look. A "
+            "smaller strength= takes less of these samples away, and does less harm"
         ]
     return []
 

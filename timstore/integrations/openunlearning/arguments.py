@@ -35,7 +35,7 @@ class RollbackArguments(_Arguments):
         rollback_strength: between 0 and 1, the share that is removed.
         trajectory_format: `timstore`, `json` or `pickle`; `auto` is whatever is there.
         id_map: the samples' ids by the number of the row in the forget split, as a mapping or a list, or the path of a
-            JSON file with one; where None, rows are known by their tokens.
+            JSON file with one; where None, rows are known by their tokens, or by their count in an older layout.
         missing: `skip` goes on without forget rows that were never recorded.
         probe: how many rows of the retain split are the probe; None for none, which is first order only unless the
             store keeps one.

@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timstore.errors import CoverageError, InvalidInputError, NotFoundError
+import pyarrow as pa
+
+from timstore.errors import CoverageError, InvalidInputError, NotFoundError, TimstoreWarning
 from timstore.intake import whole_number
 from timstore.samples import names_of_samples, sample_named
 from timstore.store import Store
@@ -21,21 +24,30 @@ class ForgetRows:
         samples: ids, in the order of the rows; rows of the same tokens are one.
         rows: how many there are.
         missing: the numbers of those that were never recorded.
+        known_by: `tokens`, `id_map`, or `count`: there are as many samples as rows, and all of them are meant.
     """
 
     samples: tuple[int, ...]
     rows: int
     missing: tuple[int, ...]
+    known_by: str
 
     def __str__(self) -> str:
         found = self.rows - len(self.missing)
         return (
-            f"{found} of {self.rows} forget rows are recorded, as {len(self.samples)} samples; {len(self.missing)} not"
+            f"{found} of {self.rows} forget rows are recorded, as {len(self.samples)} samples (known by their "
+            f"{self.known_by}); {len(self.missing)} not"
         )
 
 
-def find_forget_rows(store: Store, hashes: Sequence[str], id_map: Any, missing: str) -> ForgetRows:
+def find_forget_rows(
+    store: Store, hashes: Sequence[str], id_map: Any, missing: str, *, holds_forget_alone: bool
+) -> ForgetRows:
     """Return the samples that the forget rows are, by their content hashes or by an explicit map.
+
+    Args:
+        holds_forget_alone: whether nothing but forget rows is recorded in a store of this origin, as a rule: if it
+            knows its samples by numbers, and there are as many as rows, all of them are meant, with a warning.
 
     Raises:
         InvalidInputError: the records know their samples by numbers alone, and there is no map; or a map that is none.
@@ -43,40 +55,61 @@ def find_forget_rows(store: Store, hashes: Sequence[str], id_map: Any, missing: 
     """
     known = {row[0] for row in store.sql("SELECT DISTINCT sample FROM records").fetchall()}
     table = store.snapshot().catalog.rows("SELECT * FROM samples")
-    by_row: list[list[int]]
     if id_map is not None:
-        given = _read(id_map, len(hashes), names_of_samples(table, "name"))
+        known_by, given = "id_map", _read(id_map, len(hashes), names_of_samples(table, "name"))
         by_row = [[given[number]] if number in given else [] for number in range(len(hashes))]
     else:
-        # Who recorded by a function of his own may have named samples by their content.
-        columns = [name for name in ("content_hash", "name") if name in table.column_names]
-        by_hash: dict[str, list[int]] = {}
-        for name in columns:
-            for sample, content in zip(table["sample"].to_pylist(), table[name].to_pylist(), strict=True):
-                by_hash.setdefault(str(content), []).append(sample)
-        by_row = [by_hash.get(one, []) for one in hashes]
-        if not any(by_row) and "content_hash" not in columns:
-            raise InvalidInputError(
-                f"{store.path} knows its samples by numbers that whoever recorded them chose, not by their tokens, and "
-                "a row's place in the forget split is none of them: pass id_map, the number of each forget row to its "
-                "sample id",
-                kind="no-id-map",
-            )
+        known_by, by_row = "tokens", _by_tokens(table, hashes)
+        if not any(by_row) and "content_hash" not in table.column_names:
+            known_by, by_row = "count", _by_count(store, known, len(hashes), holds_forget_alone)
     held = [[one for one in ids if one in known] for ids in by_row]
     absent = tuple(number for number, ids in enumerate(held) if not ids)
-    found = ForgetRows(tuple(dict.fromkeys(one for ids in held for one in ids)), len(hashes), absent)
+    found = ForgetRows(tuple(dict.fromkeys(one for ids in held for one in ids)), len(hashes), absent, known_by)
     if not found.samples or (absent and missing == "error"):
-        raise CoverageError(_refusal(store, found, id_map is not None, len(known)), kind="forget-rows", rows=absent)
+        raise CoverageError(_refusal(store, found, len(known)), kind="forget-rows", rows=absent)
     return found
 
 
-def _refusal(store: Store, found: ForgetRows, is_mapped: bool, known: int) -> str:
+def _by_tokens(table: pa.Table, hashes: Sequence[str]) -> list[list[int]]:
+    """Return the samples of each row that the recorder knew by its tokens, or whoever recorded named by them."""
+    by_hash: dict[str, list[int]] = {}
+    for name in ("content_hash", "name"):
+        if name in table.column_names:
+            for sample, content in zip(table["sample"].to_pylist(), table[name].to_pylist(), strict=True):
+                by_hash.setdefault(str(content), []).append(sample)
+    return [by_hash.get(one, []) for one in hashes]
+
+
+def _by_count(store: Store, known: Set[int], rows: int, holds_forget_alone: bool) -> list[list[int]]:
+    """Return one of the samples for each row, all of them together, where there are as many.
+
+    Raises:
+        InvalidInputError: there are not, or others may be among them.
+    """
+    if not holds_forget_alone or len(known) != rows:
+        counts = f". There are {len(known)} samples and {rows} rows: as many would do without one"
+        raise InvalidInputError(
+            f"{store.path} knows its samples by numbers that whoever recorded them chose, not by their tokens, and "
+            "a row's place in the forget split is none of them: pass id_map=, the number of each forget row to its "
+            f"sample id{counts if holds_forget_alone else ''}",
+            kind="no-id-map",
+        )
+    warnings.warn(
+        f"{store.path} knows its samples by numbers, and has {rows} of them, as many as the forget split has rows: all "
+        "are taken to be those rows, as nothing else used to be recorded so. If something else was, pass id_map=",
+        TimstoreWarning,
+        stacklevel=4,
+    )
+    return [[one] for one in sorted(known)]
+
+
+def _refusal(store: Store, found: ForgetRows, known: int) -> str:
     first = ", ".join(map(str, found.missing[:8])) + (", ..." if len(found.missing) > 8 else "")
     some = f"{len(found.missing)} (rows {first})" if found.samples else "none"
     lacking = "were never recorded" if found.samples else "was ever recorded"
     why = (
         "what id_map says is no sample of it"
-        if is_mapped
+        if found.known_by == "id_map"
         else "rows are known by their tokens, so tokenizer, chat template (with its date), maximum length and collator "
         "have to be those of the recording"
     )

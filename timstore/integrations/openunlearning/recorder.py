@@ -9,12 +9,16 @@ from typing import Any
 
 from timstore import open as open_store
 from timstore.content import sample_of
-from timstore.errors import InvalidInputError, StateError
+from timstore.errors import InvalidInputError, StateError, TimstoreError
 from timstore.integrations.openunlearning.arguments import RecorderArguments
+from timstore.integrations.openunlearning.keys import METHOD, errors_spelled
 from timstore.integrations.openunlearning.rows import hashes_of
 from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
 from timstore.integrations.transformers import TrajectoryCallback
 from timstore.interchange.trajectory import STORE
+
+# Kinds of the refusal to record a training into the store of another one.
+_OTHER_TRAININGS = ("model-changed", "unknown-model", "other-scope", "earlier-epoch")
 
 
 class TIMRecorder(OpenUnlearningTrainer):
@@ -53,7 +57,17 @@ class TIMRecorder(OpenUnlearningTrainer):
             callback.attach(self)
             self.add_callback(callback)
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                with errors_spelled():
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
+            except TimstoreError as error:
+                if error.kind not in _OTHER_TRAININGS:
+                    raise
+                raise StateError(
+                    f"{path} holds the record of a training already, and this one does not go on where that ended: "
+                    f"name another folder, {METHOD}tim_output_dir=..., or go on from one of its checkpoints, "
+                    "+trainer.args.resume_from_checkpoint=true",
+                    kind=error.kind,
+                ) from error
             finally:
                 self.remove_callback(callback)
                 callback.close()

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from timstore import rollback
 from timstore.errors import CoverageError, InvalidInputError
 from timstore.integrations.openunlearning.arguments import RollbackArguments
 from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
+from timstore.integrations.openunlearning.keys import errors_spelled, spelled, warnings_spelled
 from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
 from timstore.integrations.openunlearning.rows import hashes_of
 from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
-from timstore.integrations.openunlearning.trajectories import store_of
+from timstore.integrations.openunlearning.trajectories import trajectories_of
 from timstore.reporting import reporting
 from timstore.rollbacks import RollbackReport
 
@@ -65,9 +67,10 @@ class TIMParameterRollback(OpenUnlearningTrainer):
         if not len(forget):
             raise InvalidInputError("the forget split is empty: there is nothing to roll back; name one that has rows")
         retain = getattr(self.train_dataset, "retain", None)
-        rows, probe, report = self._roll_back(forget, retain)
+        with errors_spelled(), warnings_spelled():
+            rows, probe, report = self._roll_back(forget, retain)
         self.rollback_report = report
-        logger.info("%s\n%s", rows, report)
+        logger.info("%s", report)
         metrics = {"rollback_rows": rows.rows, "rollback_rows_missing": len(rows.missing), **_numbers(report)}
         self.log(metrics)
         self._write(rows, probe, report)
@@ -87,8 +90,10 @@ class TIMParameterRollback(OpenUnlearningTrainer):
             self._check_differentiable()
             batch_rows = self.args.per_device_train_batch_size
             probe = probe_of(retain, self.data_collator, asked.probe, frozenset(hashes), batch_rows)
-        with open_store(store_of(asked)) as store:
-            rows = find_forget_rows(store, hashes, asked.id_map, asked.missing)
+        found = trajectories_of(asked)
+        with open_store(found.path) as store:
+            rows = find_forget_rows(store, hashes, asked.id_map, asked.missing, holds_forget_alone=found.as_original)
+            logger.info("%s", rows)
             model: Any = self.model
             report = rollback(
                 model,
@@ -102,9 +107,9 @@ class TIMParameterRollback(OpenUnlearningTrainer):
                 missing=asked.missing,
                 keep_delta=asked.keep_delta,
                 force=asked.force,
-                progress=False if self.args.disable_tqdm else None,
+                progress=not self.args.disable_tqdm,
             )
-        return rows, probe, report
+        return rows, probe, replace(report, warnings=tuple(map(spelled, report.warnings)))
 
     def _train_on(self, retain: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         whole, self.train_dataset = self.train_dataset, retain
@@ -135,6 +140,7 @@ class TIMParameterRollback(OpenUnlearningTrainer):
         told = {
             "tim_output_dir": str(self._asked.tim_output_dir),
             "forget_rows": rows.rows,
+            "rows_known_by": rows.known_by,
             "missing_rows": list(rows.missing),
             "probe_rows": [] if probe is None else probe.rows,
             **report.to_dict(),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from timstore.errors import InvalidInputError, NotFoundError
@@ -20,8 +21,22 @@ _ORIGIN = "imported.json"
 logger = logging.getLogger(__name__)
 
 
-def store_of(asked: RollbackArguments) -> Path:
-    """Return the path of the store; an older layout is imported into one beside its files, once.
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """Where they are.
+
+    Attributes:
+        path: of the store.
+        as_original: whether they came by the original's files or by `save_gradient_trajectory`, whose callers chose
+            whose gradients to save, and saved those of the samples to be forgotten.
+    """
+
+    path: Path
+    as_original: bool
+
+
+def trajectories_of(asked: RollbackArguments) -> Trajectories:
+    """Return where the trajectories are; an older layout is imported into a store beside its files, once.
 
     Raises:
         NotFoundError: there is no directory, or nothing in it that was asked for.
@@ -41,12 +56,12 @@ def store_of(asked: RollbackArguments) -> Path:
         if not stores:
             older = "" if wanted == "timstore" else ", and no epoch_N.json or epoch_N.pkl"
             raise NotFoundError(f"{folder} holds no store {STORE}{older}: nothing was recorded there", path=str(folder))
-        return stores[0]
+        return Trajectories(stores[0], as_original=stores[0] != folder)
     if wanted == "auto" and stores:
         raise InvalidInputError(
             f"{folder} holds a store and files of the older layout: set trajectory_format to timstore, json or pickle"
         )
-    return _imported(folder, asked)
+    return Trajectories(_imported(folder, asked), as_original=True)
 
 
 def _imported(folder: Path, asked: RollbackArguments) -> Path:
