@@ -1,12 +1,15 @@
 """Which attempt a handle writes into: the latest one, one of its own, or the one that its fellow processes write."""
 
 import os
+import re
 from collections.abc import Iterable
 
-from timstore.errors import StateError
+from timstore.errors import InvalidInputError, StateError
 from timstore.format.commits import Attempt, Scope
 from timstore.format.log import claim_attempt
 from timstore.format.objects import Objects
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class CurrentAttempt:
@@ -21,17 +24,22 @@ class CurrentAttempt:
         self._path = path
         self._attempt = latest
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is one."""
+        return self._attempt is not None
+
     def get(self, scope: Scope = None, ranks: int = 1, digest_before: str | None = None) -> Attempt:
         """Return it; the first one is begun, with these, where there is none."""
         if self._attempt is None:
-            self._attempt = claim_attempt(self._objects, 0, 0, scope, ranks, first=True, digest_before=digest_before)
+            self._attempt = self._claim(0, 0, scope, ranks, digest_before, first=True)
         return self._attempt
 
     def begin(
         self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest_before: str | None = None
     ) -> Attempt:
         """Begin a new one."""
-        self._attempt = claim_attempt(self._objects, from_epoch, from_step, scope, ranks, digest_before=digest_before)
+        self._attempt = self._claim(from_epoch, from_step, scope, ranks, digest_before)
         return self._attempt
 
     def join(self, number: int, known: Iterable[Attempt]) -> None:
@@ -58,6 +66,13 @@ class CurrentAttempt:
                 f"{_scope_text(scope)}: keep the samples, or pass resume_from=(epoch, step) to begin a new attempt",
                 kind="other-scope",
             )
+
+    def _claim(
+        self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest: str | None, first: bool = False
+    ) -> Attempt:
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise InvalidInputError(f"digest_before is 64 hexadecimal digits, or None if unknown, not {digest!r}")
+        return claim_attempt(self._objects, from_epoch, from_step, scope, ranks, first, digest)
 
 
 def _scope_text(scope: Scope) -> str:

@@ -5,7 +5,7 @@ back attempt by attempt: each keeps the digest that it began with, which again i
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +70,7 @@ class Identity:
         restarts: where training went on after some of them.
         is_rolled_back: whether the last thing that happened to it was a rollback, not training.
         hidden: attempts that superseded steps which the model that they began with had taken.
-        undecided: rollbacks that it may have gone through, since an attempt does not say what it began with.
-        possible: rollbacks that it went through only if something was done to it beside the store.
+        possible: rollbacks that it may have gone through, since the store does not know what an attempt began with.
     """
 
     place: Place | None
@@ -81,7 +80,6 @@ class Identity:
     restarts: tuple[Restart, ...] = ()
     is_rolled_back: bool = False
     hidden: tuple[int, ...] = ()
-    undecided: tuple[Removal, ...] = ()
     possible: tuple[Removal, ...] = ()
 
     @property
@@ -101,7 +99,7 @@ class Identity:
 
     def taken_for_whole(self) -> "Identity":
         """Return it as if no rollback had been."""
-        return replace(self, removals=(), undecided=(), possible=())
+        return replace(self, removals=(), possible=())
 
     def __str__(self) -> str:
         place = (
@@ -140,7 +138,8 @@ def recognise(snapshot: Snapshot, digests: Mapping[str, str]) -> Identity:
 
 def taken_out(removals: Iterable[Removal]) -> tuple[str, list[Any]]:
     """Return the SQL condition, with its parameters, that a record is one of those that rollbacks took out."""
-    conditions, params = ["false"], []
+    conditions: list[str] = ["false"]
+    params: list[Any] = []
     removals = list(removals)
     exact = sorted({one.rollback_id for one in removals if one.is_exact})
     if exact:
@@ -166,9 +165,8 @@ class History:
 
     Attributes:
         attempts: number n at position n.
-        places: by digest, the moments that it is of.
-        made: by digest, the rows of the rollbacks that left it.
         names: of the parameters that digests of moments are made of; None where there are none.
+        made: by digest, the rows of the rollbacks that left it.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -182,10 +180,12 @@ class History:
         self._live = {(row["attempt"], row["epoch"], row["step"]) for row in live}
         newest = max(self._live or moments, key=_in_time, default=None)
         self.names = None if newest is None else tuple(moments[newest])
-        self.places: dict[str, list[Place]] = {}
+        self._kept: dict[str, list[Place]] = {}
         for place, kept in moments.items():
-            self.places.setdefault(combined_digest(kept), []).append(place)
+            self._kept.setdefault(combined_digest(kept), []).append(place)
         self.made: dict[str, list[dict[str, Any]]] = {}
+        # What a rollback began from, and what an undo gave back.
+        self._whole: set[str] = set()
         self._restored: set[str] = set()
         rollbacks = "SELECT * EXCLUDE (removed), removed IS NOT NULL AS is_exact FROM stored.rollbacks ORDER BY commit"
         for row in ask(rollbacks).to_pylist():
@@ -194,36 +194,42 @@ class History:
             elif row["digest_after"] != row["digest_before"]:
                 row["attempt"] = snapshot.view.commits[row["commit"]].attempt
                 self.made.setdefault(row["digest_after"], []).append(row)
+                self._whole.add(row["digest_before"])
+
+    def digest(self, digests: Mapping[str, str]) -> str:
+        """Return one digest of the parameters that moments are known by; of all of them where the model lacks some."""
+        names = digests if self.names is None or not digests.keys() >= set(self.names) else self.names
+        return combined_digest({name: digests[name] for name in names})
 
     def identity(self, digests: Mapping[str, str]) -> Identity | None:
         """Return where a model stands, None if nowhere."""
-        names = tuple(digests) if self.names is None else self.names
-        if not digests.keys() >= set(names):
-            return None
-        digest = combined_digest({name: digests[name] for name in names})
-        own, origins = self.places.get(digest, []), self.origins(digest)
+        digest = self.digest(digests)
+        own, origins = self._kept.get(digest, []), self._origins(digest)
         live = [one for one in own if one in self._live] or [one for one in origins if one in self._live]
         if not live and (own or origins or self._live):
             return None
         way = _Way(self, digest)
         unknown = way.unknown
-        if not live and digest not in self.made and not any(digest == row["digest_before"] for row in self._rows()):
+        if not live and digest not in self.made and digest not in self._whole:
             unknown = [len(self.attempts)]
         return Identity(
             max(live, key=_in_time, default=None),
-            names,
+            tuple(digests) if self.names is None else self.names,
             digest,
             removals=tuple(way.removals),
             restarts=tuple(way.restarts),
             is_rolled_back=digest in self.made and not own,
             hidden=tuple(way.hidden),
-            undecided=self._beside(way, way.untold),
             possible=self._beside(way, unknown),
         )
 
-    def origins(self, digest: str) -> list[Place]:
-        """Return the moments from which rollbacks led to a digest."""
-        return [place for row in self.rollbacks(digest) for place in self.places.get(row["digest_before"], ())]
+    def kept(self, digest: str) -> list[Place]:
+        """Return the moments that a digest was kept of."""
+        return self._kept.get(digest, [])
+
+    def places(self, digest: str) -> list[Place]:
+        """Return the moments that a digest was kept of, or else those from which rollbacks led to it."""
+        return self.kept(digest) or self._origins(digest)
 
     def rollbacks(self, digest: str) -> list[dict[str, Any]]:
         """Return the rows of the rollbacks that led from some moment to a digest."""
@@ -232,16 +238,15 @@ class History:
             for row in self.made.get(one, ()):
                 rows.append(row)
                 before = row["digest_before"]
-                if before not in self.places and before not in waiting:
+                if before not in self._kept and before not in waiting:
                     waiting.append(before)
         return rows
 
     def removal(self, row: Mapping[str, Any]) -> Removal:
         """Return what a row of the `rollbacks` table says."""
-        before = row["digest_before"]
         return Removal(
             row["digest_after"],
-            max(self.places.get(before) or self.origins(before), default=None),
+            max(self.places(row["digest_before"]), default=None),
             tuple(row["samples"]),
             row["strength"],
             None if row["parameters"] is None else tuple(row["parameters"]),
@@ -255,8 +260,7 @@ class History:
 
     def why_unknown(self, digests: Mapping[str, str]) -> str:
         """Return why a model stands nowhere in the history."""
-        digest = combined_digest({name: digests[name] for name in self.names or digests})
-        places = self.places.get(digest) or self.origins(digest)
+        places = self.places(self.digest(digests))
         if places:
             attempt, epoch, step = max(places)
             return (
@@ -271,14 +275,14 @@ class History:
             "rolled back"
         )
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        return (row for rows in self.made.values() for row in rows)
+    def _origins(self, digest: str) -> list[Place]:
+        return [place for row in self.rollbacks(digest) for place in self.kept(row["digest_before"])]
 
     def _beside(self, way: "_Way", attempts: Sequence[int]) -> tuple[Removal, ...]:
         """Return the rollbacks that are not on the way, and were made before one of these attempts began."""
         held = {removal.rollback_id for removal in way.removals}
-        found = (row for row in self._rows() if row["attempt"] < max(attempts, default=0))
-        return tuple(self.removal(row) for row in found if row["digest_after"] not in held)
+        rows = (row for digest, rows in self.made.items() if digest not in held for row in rows)
+        return tuple(self.removal(row) for row in rows if row["attempt"] < max(attempts, default=0))
 
 
 class _Way:
@@ -288,8 +292,7 @@ class _Way:
 
     Attributes:
         removals, restarts, hidden: as in `Identity`.
-        untold: attempts that do not say what they began with.
-        unknown: attempts that began with a model that the store does not know.
+        unknown: attempts that do not say what they began with, or began with a model that the store does not know.
     """
 
     def __init__(self, history: History, digest: str) -> None:
@@ -299,7 +302,6 @@ class _Way:
         self.removals: list[Removal] = []
         self.restarts: list[Restart] = []
         self.hidden: list[int] = []
-        self.untold: list[int] = []
         self.unknown: list[int] = []
         seen: set[str] = set()
         while self._waiting:
@@ -309,7 +311,7 @@ class _Way:
                 for row in history.made.get(one, ()):
                     self.removals.append(history.removal(row))
                     self._waiting.append(row["digest_before"])
-                for attempt, _, _ in history.places.get(one, ()):
+                for attempt, _, _ in history.kept(one):
                     self._before(attempt)
 
     def _before(self, number: int) -> None:
@@ -322,13 +324,13 @@ class _Way:
             rows = [] if begun is None else history.rollbacks(begun)
             if rows:
                 self.restarts.append(Restart(number, starts[number], tuple(map(history.removal, rows))))
-            if begun is not None and (rows or begun in history.places):
-                places = history.places.get(begun) or history.origins(begun)
+            if begun is not None and (rows or history.kept(begun)):
+                places = history.places(begun)
                 if places and all(place[1:] >= starts[number] for place in places):
                     self.hidden.append(number)
                 self._waiting.append(begun)
                 return
-            (self.untold if begun is None else self.unknown).append(number)
+            self.unknown.append(number)
             number = max((one for one in range(number) if starts[one] < starts[number]), default=number)
 
 

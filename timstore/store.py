@@ -282,7 +282,7 @@ class Store(Handle):
     @property
     def frontier(self) -> tuple[int, int] | None:
         """The last live (epoch, step), committed or appended here; None in an empty store."""
-        return self._writing().frontier
+        return self._writing().frontier if self._attempt.is_begun else None
 
     def commit(self) -> None:
         """Put everything accepted so far on disk, and let this handle see it.

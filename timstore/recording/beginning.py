@@ -10,7 +10,7 @@ from torch import nn
 from timstore.errors import StateError, TimstoreWarning
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.identity import History, Moment, Place, combined_digest
+from timstore.identity import History, Moment, Place
 from timstore.store import Store
 
 _logger = logging.getLogger("timstore")
@@ -31,8 +31,8 @@ class Beginning:
         self._scope = scope
         self._ranks = ranks
         self._digests = digests(model)
-        self._digest = combined_digest(self._digests)
         self._history = History(store.snapshot())
+        self._digest = self._history.digest(self._digests)
 
     def resume(self, moment: Moment) -> Moment:
         """Begin an attempt where the caller said.
@@ -40,7 +40,7 @@ class Beginning:
         Raises:
             StateError: the model has not seen a step before that.
         """
-        places = self._history.places.get(self._digest) or self._history.origins(self._digest)
+        places = self._history.places(self._digest)
         if places and moment != (0, 0):
             self._check(places, moment)
         return self._begin(moment)
@@ -51,19 +51,22 @@ class Beginning:
         Raises:
             StateError: the model is neither.
         """
-        if not self._store.snapshot().view.attempts or self._store.frontier is None:
+        frontier = self._store.frontier
+        if frontier is None:
             self._store.claim_scope(self._scope, ranks=self._ranks, digest_before=self._digest)
             return 0, 0
-        frontier = self._store.frontier
         found = self._history.identity(self._digests)
         place = None if found is None else found.place
-        if place == (self._store.attempt, *frontier):
-            self._store.claim_scope(self._scope, ranks=self._ranks)
-            return frontier[0], frontier[1] + 1
-        if place is None or not (place[1:] == frontier or self._history.was_given(self._digest)):
-            raise self._unknown(frontier, place)
+        if found is None or place is None or set(found.names) != self._digests.keys():
+            raise self._unknown(frontier, None)
         moment = place[1], place[2] + 1
-        model = f"the model is what a rollback made of the one after epoch {place[1]}, step {place[2]}"
+        if place == (self._store.attempt, *frontier) and not found.is_rolled_back:
+            self._store.claim_scope(self._scope, ranks=self._ranks)
+            return moment
+        was_given = self._history.was_given(self._digest)
+        if place[1:] != frontier and not was_given:
+            raise self._unknown(frontier, place)
+        model = f"the model is what a rollback, or its undoing, left of the run at epoch {place[1]}, step {place[2]}"
         if place[1:] < frontier:
             warnings.warn(
                 f"{model}: recording goes on from there, and what was recorded from epoch {moment[0]}, step "
@@ -71,7 +74,7 @@ class Beginning:
                 TimstoreWarning,
                 stacklevel=2,
             )
-        elif self._history.was_given(self._digest):
+        elif was_given:
             _logger.info("%s: recording goes on from there in a new attempt", model)
         return self._begin(moment)
 

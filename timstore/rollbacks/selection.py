@@ -74,7 +74,7 @@ def select(snapshot: Snapshot, request: Request, identity: Identity) -> Selectio
         CoverageError: samples or steps that were never recorded.
         CorruptionError: the same gradient was recorded by two writers.
         InvalidInputError: `where` is no condition on `records`, or nothing is selected.
-        StateError: rollbacks took all of it out before, or may have.
+        StateError: rollbacks took all of it out before.
     """
     asked, params = _asked(request, identity.moment)
     found = snapshot.catalog.fetch(f"SELECT DISTINCT sample FROM records WHERE {asked} ORDER BY sample", params)
@@ -170,32 +170,15 @@ def _condition(request: Request, identity: Identity) -> tuple[str, list[Any]]:
 
 
 def _out_before(snapshot: Snapshot, request: Request, identity: Identity) -> tuple[int, tuple[int, ...]]:
-    """Return how many of the records that were asked for are out of the model, and of which samples.
-
-    Raises:
-        StateError: more of them may be out, and nothing tells.
-    """
-    if not identity.removals and not identity.undecided:
+    """Return how many of the records that were asked for are out of the model, and of which samples."""
+    if not identity.removals:
         return 0, ()
     asked, params = _asked(request, identity.moment)
-    out, gone = taken_out(identity.removals)
-    perhaps, more = taken_out(identity.undecided)
-    found, doubtful = (
-        snapshot.catalog.fetch(
-            f"SELECT sample, count(*) FROM records WHERE {asked} AND {which} GROUP BY sample ORDER BY sample",
-            [*params, *values],
-        )
-        for which, values in ((out, gone), (f"{perhaps} AND NOT {out}", [*more, *gone]))
+    out, more = taken_out(identity.removals)
+    found = snapshot.catalog.fetch(
+        f"SELECT sample, count(*) FROM records WHERE {asked} AND {out} GROUP BY sample ORDER BY sample",
+        [*params, *more],
     )
-    if doubtful:
-        raise StateError(
-            f"whether {len(doubtful)} of these samples were removed from this model before cannot be told (the first "
-            f"is {doubtful[0][0]}): a rollback took them out of a model of this run, and a later attempt does not say "
-            "what it began with (it was begun by an earlier version, or by begin_attempt). Removing them twice is a "
-            "wrong update; force=True does so all the same, where='attempt >= ...' leaves the doubtful records out",
-            kind="removed-before",
-            samples=[row[0] for row in doubtful],
-        )
     return sum(row[1] for row in found), tuple(row[0] for row in found)
 
 
