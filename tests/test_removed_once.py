@@ -81,6 +81,8 @@ class Sequence:
             )[0]
             operation()
             self.check()
+            if self.is_ambiguous:
+                break
 
     def check(self) -> None:
         """Hold the model against what the records that are in it did to it, each on its own."""
@@ -88,6 +90,12 @@ class Sequence:
         for record, share in self.held.shares.items():
             expected -= LR * share * self.gradients[record]
         assert np.abs(self.model.weight.detach().numpy() - expected).max() < 1e-12
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether taking a record out led to the very bits of another model that was met: then it is that model."""
+        made = [(one.key, one.place, one.out) for one in self.met]
+        return len({key for key, _, _ in made}) < len(set(made))
 
     # --- what the records are -------------------------------------------------------------------------------
 

@@ -228,8 +228,8 @@ class History:
         return self._kept.get(digest, [])
 
     def places(self, digest: str) -> list[Place]:
-        """Return the moments that a digest was kept of, or else those from which rollbacks led to it."""
-        return self.kept(digest) or self._origins(digest)
+        """Return the moments that a digest was kept of, and those from which rollbacks led to it."""
+        return self.kept(digest) + self._origins(digest)
 
     def rollbacks(self, digest: str) -> list[dict[str, Any]]:
         """Return the rows of the rollbacks that led from some moment to a digest."""
