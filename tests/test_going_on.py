@@ -228,9 +228,7 @@ def test_what_a_model_was_begun_with_is_a_digest(store: timstore.Store) -> None:
 def test_momentum_that_was_not_rolled_back_is_warned_of(store: timstore.Store) -> None:
     model, optimizer = rolled_back(store, "momentum", optimizer=None)
     with (
-        pytest.warns(
-            timstore.TimstoreWarning, match=r"still holds momentum of the 1 samples.*Roll back with optimizer"
-        ),
+        pytest.warns(timstore.TimstoreWarning, match="still holds momentum of the 1 samples"),
         store.record(model, optimizer),
     ):
         train(model, optimizer, 4, 8)
