@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from timstore.recording import accumulation
 if "TIMSTORE_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TIMSTORE_DEVICE"])
     torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
+
+# A shell gives what it runs behind (`scripts/test &`) no Ctrl-C; tests of it need what a program in front has.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NOBODY = 65534
 

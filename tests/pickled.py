@@ -1,6 +1,7 @@
 """Pickles made by hand, and a watch over what reading them does."""
 
 import builtins
+import gc
 import io
 import os
 import pickle
@@ -37,7 +38,10 @@ sys.addaudithook(note)  # once a process, as this module is imported
 
 @contextmanager
 def watched(allowed: Path | None = None) -> Iterator[list[tuple[str, str]]]:
-    """Collect every audit event, and every call of an importing, executing or opening builtin, but that one file's."""
+    """Collect every audit event, and every call of an importing, executing or opening builtin, but that one file's.
+
+    What other tests left is not collected as garbage meanwhile: that may remove files.
+    """
     global EVENTS
     seen: list[tuple[str, str]] = []
     kept = {
@@ -60,11 +64,13 @@ def watched(allowed: Path | None = None) -> Iterator[list[tuple[str, str]]]:
 
     for (place, name), original in kept.items():
         setattr(place, name, counted(name, original))
+    gc.disable()
     EVENTS = seen
     try:
         yield seen
     finally:
         EVENTS = None
+        gc.enable()
         for (place, name), original in kept.items():
             setattr(place, name, original)
         seen[:] = [one for one in seen if one != ("open", str(allowed))]

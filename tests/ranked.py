@@ -19,6 +19,7 @@ from trainers import Rows, new_model, recorder, rows, trained
 
 import timstore
 from timstore.fingerprints import digests
+from timstore.rollbacks.targets import InModule
 
 STEPS, SAMPLES = 4, 8
 
@@ -73,6 +74,59 @@ def plain(folder: Path) -> None:
         (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 
+def disturbed(folder: Path) -> None:
+    """One of two processes is interrupted, or fails, at several moments of a rollback that both make."""
+    rank = dist.get_rank()
+    inner = network(seed=rank)
+    model = DistributedDataParallel(inner)
+    said: dict[str, Any] = {}
+    plain_write, plain_append = InModule.write, timstore.Store.append_rollback
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    failed: list[bool] = []
+
+    def fail(*_: Any) -> None:
+        failed.append(True)
+        if len(failed) == 3:
+            raise MemoryError
+
+    def met(who: int, act: Any, plain: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            done = plain(*arguments)
+            if rank == who:
+                act()
+            return done
+
+        return call
+
+    with timstore.open(folder / "s") as store:
+        half = SAMPLES // 2
+        loop(model, store, torch.optim.SGD(inner.parameters(), lr=0.1), slice(rank * half, (rank + 1) * half))
+        said["start"] = digests(inner)
+        for name, write, append in (
+            ("first, before", plain_write, met(0, interrupt, plain_append)),
+            ("second fails", met(1, fail, plain_write), plain_append),
+            ("first, writing", met(0, interrupt, plain_write), plain_append),
+            ("second, writing", met(1, interrupt, plain_write), plain_append),
+        ):
+            InModule.write, timstore.Store.append_rollback = write, append  # type: ignore[method-assign]
+            report: Any = None
+            try:
+                report, raised = store.rollback(model, [1, 5], keep_delta=True), ""
+            except BaseException as error:
+                report, raised = getattr(error, "report", None), type(error).__name__
+            InModule.write, timstore.Store.append_rollback = plain_write, plain_append  # type: ignore[method-assign]
+            said[name] = {"raised": raised, "done": report is not None, "model": digests(inner)}
+            if digests(inner) != said["start"]:
+                with timstore.open(folder / "s") as own:
+                    own.undo(inner, report.rollback_id)
+            dist.barrier()
+            store.refresh()
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+
 def changed_by_hand(folder: Path) -> None:
     """A communication hook that does not average is refused at the first step."""
 
@@ -121,6 +175,7 @@ def by_trainer(folder: Path, *, killed_at: int = 0, resume: bool = False) -> Non
 SCENARIOS = {
     "plain": plain,
     "changed-by-hand": changed_by_hand,
+    "disturbed": disturbed,
     "trainer": by_trainer,
     "trainer-killed": lambda folder: by_trainer(folder, killed_at=5),
     "trainer-resumed": lambda folder: by_trainer(folder, resume=True),

@@ -31,6 +31,7 @@ from stepwise import (
     record_or_refuse,
     rows,
     sized,
+    skip_without_bfloat16_lstm,
     weighted,
 )
 from torch import nn
@@ -341,6 +342,9 @@ def test_packed_samples_may_lie_in_several_rows_beside_tokens_of_nobody(tmp_path
 @BOTH
 @pytest.mark.parametrize("switched", [(True, False, True), (False, True, False)], ids=str)
 def test_autocast_may_be_switched_on_and_off(tmp_path: Path, switched: tuple[bool, ...], options: Any) -> None:
+    if options:
+        skip_without_bfloat16_lstm()
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.on):
             out: torch.Tensor = self.out(self.norm(self.layer(x)[0] if options else self.layer(x)))

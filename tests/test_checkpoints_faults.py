@@ -170,11 +170,12 @@ def test_a_kill_between_two_renames_leaves_both_versions_of_each_file(
     killed(recorded, monkeypatch)
     left = [path for path in (recorded / "model").iterdir() if path.name.startswith(".")]
     assert sorted(path.suffix for path in left) == [".new", ".old", ".old"]
-    with pytest.raises(
-        timstore.ModelMismatchError,
-        match=r"lies \.a.safetensors\..*\.old: .* Rename all .old files .* and delete what is left of both kinds",
-    ):
-        timstore.rollback(recorded / "model", [1], recorded / "s", output=recorded / "out")
+    for options in ({"output": recorded / "out"}, {"in_place": True, "dry_run": True}):
+        with pytest.raises(
+            timstore.StateError, match=r"lies \.a.safetensors\..*\.old: .* mixture .* rename all .old"
+        ) as no:
+            timstore.rollback(recorded / "model", [1], recorded / "s", **options)
+        assert no.value.kind == "half-replaced"
     for path in left:
         if path.suffix == f".{kept}":
             path.rename(path.with_name(path.name[1:].rsplit(".", 2)[0]))

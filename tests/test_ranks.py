@@ -97,6 +97,23 @@ def test_a_rollback_gives_both_processes_the_same_bits_and_is_written_once(plain
         assert methods == [("closed form",), ("undo",)]
 
 
+def test_processes_that_are_interrupted_have_the_old_model_or_the_new_one_and_know_which(tmp_path: Path) -> None:
+    torchrun("disturbed", tmp_path)
+    said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    old = said[0]["start"]
+    new = said[0]["second, writing"]["model"]
+    assert new != old == said[1]["start"]
+    # The first one is interrupted before anything is written: so is the other one.
+    for one in said:
+        assert one["first, before"] == {"raised": "KeyboardInterrupt", "done": False, "model": old}
+    # A process that cannot write puts back what it wrote; the first one has the new model by then.
+    assert said[0]["second fails"] == {"raised": "", "done": True, "model": new}
+    assert said[1]["second fails"] == {"raised": "MemoryError", "done": False, "model": old}
+    for rank, name in enumerate(("first, writing", "second, writing")):
+        assert said[rank][name] == {"raised": "KeyboardInterrupt", "done": True, "model": new}
+        assert said[1 - rank][name] == {"raised": "", "done": True, "model": new}
+
+
 def test_gradients_that_are_no_mean_over_the_processes_are_refused(tmp_path: Path) -> None:
     torchrun("changed-by-hand", tmp_path)
     assert [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)] == ["gradient-changed"] * 2

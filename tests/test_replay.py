@@ -244,7 +244,7 @@ def test_where_the_whole_gradient_is_not_known_the_report_says_so(tmp_path: Path
     with timstore.open(tmp_path / "s", durability="os") as store:
         run = Recorded(store, *FAMILY[1][1:], history="final")
         *_, report = rolled_back(store, run)
-        assert "kept as it was in" in report.clipping
+        assert "steps that held a removed sample" in report.clipping
         assert "whole gradient" in report.clipping
         with pytest.raises(timstore.CoverageError, match="optimizer_history='gradients'"):
             store.rollback(run.model, list(FORGET), denominator="renormalised")
@@ -401,7 +401,7 @@ def test_in_blocks_of_rows_the_replay_is_the_same(tmp_path: Path) -> None:
             other = copy.deepcopy(model)
             store.rollback(other, [1], memory_limit=limit, accumulate="float64", force=True)
             ends.append(flat(other))
-    assert torch.equal(*ends)
+    assert off(*ends) < 1e-13
     assert float((ends[0] - flat(model)).norm()) > 0.1
 
 

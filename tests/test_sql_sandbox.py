@@ -27,7 +27,7 @@ from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.errors import InvalidInputError
 from timstore.format.tables import SCHEMAS
 
-REFUSED = (InvalidInputError, duckdb.Error)
+REFUSED = InvalidInputError
 SAMPLES = list(range(5))
 
 
@@ -141,7 +141,7 @@ def test_a_statement_that_is_no_select_is_refused(sandbox, statement):
 @pytest.mark.parametrize("statement", STATEMENTS + UNREACHABLE_STATEMENTS)
 def test_a_statement_through_a_relation_fails(sandbox, statement):
     relation = sandbox.catalog.sql("FROM records")
-    with pytest.raises(duckdb.Error):
+    with pytest.raises(REFUSED):
         relation.query("v", sandbox.fill(statement))
 
 
@@ -154,7 +154,7 @@ def test_what_one_relation_leaves_behind_is_not_seen_by_the_next(sandbox, statem
 @pytest.mark.parametrize("method", METHODS)
 def test_a_relation_has_no_method_that_reads_or_writes_elsewhere(sandbox, method):
     relation = sandbox.catalog.sql("FROM records")
-    with pytest.raises(duckdb.Error):
+    with pytest.raises(REFUSED):
         METHODS[method](sandbox, relation)
 
 

@@ -1,5 +1,6 @@
 """timstore: a storage-efficient database of training trajectories, and rollback of samples from a model."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -19,19 +20,24 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
+from timstore.interrupts import CriticalSection
 from timstore.lifetime import attended_stores as _attended_stores
 from timstore.records import Factors, Rows
+from timstore.reporting import user_path as _user_path
 from timstore.store import Store as _Store
 
 if TYPE_CHECKING:
     import torch
 
     from timstore.interchange import save_gradient_trajectory
-    from timstore.maintenance import Finding, Verification
+    from timstore.maintenance import Finding, Verification, verify
     from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
 
 __version__ = "0.1.0"
+
+# What happens behind, for who listens: silent until a program sets its logging up.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "AlreadyExistsError",
@@ -58,16 +64,14 @@ __all__ = [
 ]
 
 
+_LAZY = {name: "maintenance" for name in ("Finding", "Verification", "verify")}
+_LAZY["save_gradient_trajectory"] = "interchange"
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Finding", "Verification"):
-        from timstore import maintenance
-
-        return getattr(maintenance, name)
-    if name == "save_gradient_trajectory":
-        from timstore.interchange import save_gradient_trajectory
-
-        return save_gradient_trajectory
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"timstore.{_LAZY[name]}"), name)
 
 
 class Store(_Store):
@@ -231,9 +235,10 @@ class Store(_Store):
 
         With a probe (64 examples of any data like the training data, public will do) the removed sum passes once
         through a filter made of the model's own curvature; without one, first order alone damages a fine-tuned
-        transformer, and the report says so. The model changes last: after an error it is what it was. Before it
-        changes, a row is written to the `rollbacks` table. A checkpoint (safetensors) is rolled back block by block,
-        and loaded only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
+        transformer, and the report says so. The model changes last, after a row is in the `rollbacks` table, and with
+        the optimizer wholly or not at all, whatever signal comes: an error raised after that, a late Ctrl-C included,
+        has the report as its attribute `report`. A checkpoint (safetensors) is rolled back block by block, and loaded
+        only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
 
         Args:
             target: the model, or the path of a checkpoint, file or folder.
@@ -257,7 +262,7 @@ class Store(_Store):
             keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
             dry_run: compute and report, change nothing.
             force: also when these samples were removed from this model before.
-            progress: show a bar; by default when a person is looking.
+            progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
             output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
             model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
 
@@ -300,7 +305,7 @@ class Store(_Store):
     def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
         """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
 
-        The model changes last: after an error it is what it was.
+        The model changes last, wholly or not at all, whatever signal comes.
 
         Args:
             model: as the rollback left it.
@@ -322,6 +327,8 @@ class Store(_Store):
         What this handle has accepted and not committed is not looked at.
         """
         self._check_open()
+        from timstore.maintenance import verify
+
         return verify(self.path, progress=progress)
 
 
@@ -362,37 +369,12 @@ def rollback(
     if isinstance(store, _Store):
         return roll_back(store, target, ids, **options)
     if store is not None:
-        if not os.path.exists(store):
+        if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
-        with open(store) as opened:
-            return roll_back(opened, target, ids, **options)
+        with CriticalSection("the rollback had ended") as section, open(store) as opened:
+            return section.finish(roll_back(opened, target, ids, **options))
     found = _attended_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
     return roll_back(found[0], target, ids, **options)
-
-
-def verify(
-    path: str | os.PathLike[str], *, progress: "bool | Callable[[int, int], None] | None" = None
-) -> "Verification":
-    """Find every defect of the store at a path, also of one that cannot be opened. Changes nothing; prints well.
-
-    Every object is held against its size and checksum and decoded, every row against its record, its neighbours and
-    its numbers, every writer's sequence against gaps. The store may be written meanwhile: what is on its way is at
-    most a leftover. `sound` says that there is no damage; leftovers do none.
-
-    Cost: reads the whole store once. Memory: the names of its commits, the row tables of one commit (two row files
-    of each table where a checkpoint has folded them), and one object.
-
-    Args:
-        progress: show a bar; by default when a person is looking. Or who is called with (bytes read, bytes to read).
-
-    Raises:
-        NotFoundError: there is no store, nor what is left of one.
-        InvalidInputError: the path is no folder.
-        FormatError: the store needs a newer version.
-    """
-    from timstore.maintenance import verify as verify_path
-
-    return verify_path(path, progress=progress)

@@ -1,5 +1,6 @@
 """Which attempt a handle writes into: the latest one, one of its own, or the one that its fellow processes write."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from timstore.format.commits import Attempt, Scope
 from timstore.format.log import claim_attempt
 from timstore.format.objects import Objects
 
+_log = logging.getLogger(__name__)
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -40,6 +42,7 @@ class CurrentAttempt:
     ) -> Attempt:
         """Begin a new one."""
         self._attempt = self._claim(from_epoch, from_step, scope, ranks, digest_before)
+        _log.info("%s: attempt %d begins at (%d, %d)", self._path, self._attempt.attempt, from_epoch, from_step)
         return self._attempt
 
     def join(self, number: int, known: Iterable[Attempt]) -> None:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timstore import errors, intake
-from timstore.lifetime import commit_unattended
+from timstore import errors, intake, lifetime
 from timstore.opening import open_settings
+from timstore.reporting import user_path
 from timstore.snapshot import Snapshot, StoredRecord
 
 if TYPE_CHECKING:
@@ -20,12 +19,12 @@ class Handle:
     """What reading needs of a store: its objects, its settings and a snapshot."""
 
     def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+        self.path = user_path(path)
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
-        self.path = Path(path)
         self.mode = mode
         self._objects, self.settings = open_settings(self.path, mode, options)
-        commit_unattended(self.path)
+        lifetime.commit_unattended(self.path)
         self._snapshot = Snapshot(self._objects, self.settings)
         self._stale = False
         self._pid = os.getpid()
@@ -92,6 +91,13 @@ class Handle:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._snapshot.view.commits)} commits"
         return f"<timstore.Store {str(self.path)!r} mode={self.mode!r} {state}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise errors.StateError(
+            f"a store cannot be copied or sent to another process (pickle, deepcopy, workers): give them the path "
+            f"{str(self.path)!r}, and open it there",
+            kind="not-copied",
+        )
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:

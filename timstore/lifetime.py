@@ -44,6 +44,14 @@ def open_stores() -> list[Any]:
     return [store for store in _open if not store._closed and store._pid == os.getpid()]
 
 
+def give_up(path: Path) -> None:
+    """Close the handles on the store at a path, which is about to be removed, without another commit."""
+    place = os.path.realpath(path)
+    for store in open_stores():
+        if os.path.realpath(store.path) == place:
+            store._release()
+
+
 def attended_stores() -> list[Any]:
     """Return those of them that a caller holds."""
     return [store for store in open_stores() if store not in _unattended]

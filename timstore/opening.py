@@ -1,5 +1,6 @@
 """Find or make the store at a path, and hold its options to what it was made with."""
 
+import logging
 import os
 import stat
 import warnings
@@ -18,6 +19,10 @@ from timstore.errors import (
 from timstore.format import layout
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
+from timstore.removal import check_whole, remove_store
+from timstore.reporting import reporting
+
+_log = logging.getLogger(__name__)
 
 _DEFAULTS: dict[str, Any] = {"precision": "exact", "max_rel_error": 0.02, "durability": "commit"}
 _CHOICES = {"precision": PRECISIONS, "durability": ("commit", "os")}
@@ -30,10 +35,18 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         options: precision, max_rel_error, durability; None where the caller has no wish.
     """
     _check(mode, options)
+    with reporting("open", path):
+        return _opened(path, mode, options)
+
+
+def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
+    if mode == "w":
+        remove_store(path)
     exists = (path / layout.SETTINGS).exists()
     if mode == "x" and exists:
         raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
     if not exists:
+        check_whole(path)
         if (path / layout.attempt_path(0)).exists():
             raise CorruptionError(
                 f"{path} has records, but its {layout.SETTINGS} is missing. Restore this file from a copy",
@@ -48,7 +61,9 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
         wanted = {name: _DEFAULTS[name] if value is None else value for name, value in options.items()}
         objects = LocalObjects(path, durable=wanted["durability"] == "commit")
         try:
-            return objects, create_settings(objects, **wanted)
+            made = create_settings(objects, **wanted)
+            _log.info("made a store at %s", path)
+            return objects, made
         except AlreadyExistsError:
             if mode == "x":
                 raise
@@ -77,7 +92,7 @@ def _warn_when_public(path: Path) -> None:
             f"every user of this machine can read {path}, and gradients tell about the data they came from: "
             f"chmod -R go= {path}",
             TimstoreWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -88,8 +103,10 @@ def _is_free(path: Path) -> bool:
 
 
 def _check(mode: str, options: dict[str, Any]) -> None:
-    if mode not in ("r", "a", "x"):
-        raise InvalidInputError(f"mode is 'r' (read), 'a' (open or create) or 'x' (create), not {mode!r}")
+    if mode not in ("r", "a", "x", "w"):
+        raise InvalidInputError(
+            f"mode is 'r' (read), 'a' (open or create), 'x' (create) or 'w' (start over), not {mode!r}"
+        )
     for name, choices in _CHOICES.items():
         if options[name] is not None and options[name] not in choices:
             raise InvalidInputError(f"{name} is one of {', '.join(choices)}, not {options[name]!r}")

@@ -39,7 +39,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 outcome[0] = work()
-            except Exception as error:
+            except BaseException as error:  # interrupts too: the others wait
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, 0), group=self._group)
         if outcome[1] is not None:

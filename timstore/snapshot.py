@@ -109,11 +109,11 @@ class Snapshot:
         return SegmentReader(self.view.commits[number], self.objects, cache)
 
     def parameters(self) -> dict[str, Parameter]:
-        """Return every parameter that was ever declared or recorded, newest declaration first to count."""
-        rows = self.catalog.rows("SELECT parameter, shape, dtype, group_id FROM parameters").to_pylist()
+        """Return every parameter that was ever declared or recorded, in the order of their names, by which sums run."""
+        rows = self.catalog.rows("SELECT parameter, shape, dtype, group_id FROM parameters ORDER BY parameter")
         return {
             row["parameter"]: Parameter(row["parameter"], tuple(row["shape"]), row["dtype"], row["group_id"])
-            for row in rows
+            for row in rows.to_pylist()
         }
 
     def read(self, where: str | None = None) -> Iterator[StoredRecord]:

@@ -31,7 +31,8 @@ class Store(Handle):
 
     Args:
         path: the store's directory.
-        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create.
+        mode: `r` to read (must exist, nothing is written), `a` to open or create, `x` to create, `w` to start over:
+            a store that is there, and nothing else, is removed without asking (docs/design/storage.md).
         precision: `exact` (the default), `bfloat16` or `int8`; kept in the store when it is made.
         max_rel_error: a gradient that a lossy precision would change by more is kept finer; 0.02 by default.
         durability: `commit` (the default: synced to disk at each commit) or `os` (survives the death of the
@@ -220,10 +221,10 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        items = rows_items("rollbacks", [row])
+        kept = []
         if before is not None:
-            items.append(state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"]))
-        self._put(*items)
+            kept = [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
+        self._put(*rows_items("rollbacks", [row]), *kept)
         self.commit()
 
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
@@ -235,12 +236,9 @@ class Store(Handle):
     def begin_attempt(
         self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None
     ) -> int:
-        """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
+        """Begin a new attempt, which supersedes everything recorded from (from_epoch, from_step) on; return its number.
 
         What was appended before is committed first; durable when this returns. `digest_before` is the model's then.
-
-        Returns:
-            The attempt's number.
         """
         known = dict(self._writing().parameters())
         from_epoch, from_step = intake.moment(from_epoch, from_step)
@@ -299,31 +297,31 @@ class Store(Handle):
             self._writer.commit()
             self._stale = True
 
-    def compact(self, progress: Callable[[int, int], None] | None = None) -> RollUp:
+    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> RollUp:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
 
-        Readers and writers, of this process and others, go on meanwhile. A writer does so by itself every 1,000
-        commits. What was accepted before is committed first.
+        Commits first. Readers and writers go on meanwhile. A writer does so by itself every 1,000 commits. Returns what
+        was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
 
         Args:
-            progress: called with (commits folded, commits to fold).
-
-        Returns:
-            What was done; its `checkpoint` is None when there was nothing to do.
+            progress: as `timstore.verify` takes it, in commits.
 
         Raises:
             CorruptionError: a row file is missing or altered. As after any error, the store is what it was, unless:
             StorageError: kind `outcome-unknown`: it may be folded or not, and is sound in both cases.
             ReadOnlyError: the store was opened to read.
         """
+        from timstore.progress import told
+
         self._check_writable()
         self.commit()
-        done = roll_up(self._objects.synced(), self.settings, progress)
-        self.refresh()
+        with told(progress, "folding commits", "pieces") as tell:
+            done = roll_up(self._objects.synced(), self.settings, tell)
+        self._stale = True
         return done
 
     def close(self) -> None:
-        """Commit, and release the handle. Closing twice is harmless.
+        """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
         Raises:
             StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.
@@ -333,7 +331,7 @@ class Store(Handle):
             return
         try:
             self._end_writer()
-        except errors.StateError:
+        except (errors.StateError, errors.TimstoreWarning):
             self._release()
             raise
         self._release()
@@ -391,7 +389,8 @@ class Store(Handle):
     def _end_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            writer.tell()
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()

@@ -1,5 +1,6 @@
 """The background writer: records in at training speed, segments and commits out, nothing lost between."""
 
+import logging
 import threading
 import time
 import warnings
@@ -17,6 +18,8 @@ from timstore.format.log import LogWriter
 from timstore.format.segment import EncodedRecord, build_segment
 from timstore.ledger import check_rows, row_bytes, table
 from timstore.records import Parameter, Record
+
+_log = logging.getLogger(__name__)
 
 # What may be held in memory: accepted, and not yet on disk. Half of it is written while the other half comes in.
 QUEUE_BYTES = 512 * 1024 * 1024
@@ -121,7 +124,7 @@ class BackgroundWriter:
     ) -> None:
         self._roll_up = roll_up
         self._unfolded = unfolded
-        self._unfoldable: Exception | None = None
+        self._untold: list[str] = []
         self.attempt = attempt
         self._log = log
         self._precision = precision
@@ -152,7 +155,7 @@ class BackgroundWriter:
         size_bytes = sum(item.size_bytes for item in items)
         with self._condition:
             self._raise_error()
-            self._tell()
+            self.tell()
             self._wait_for_room(size_bytes)
             self._queue.extend(items)
             self._held_bytes += size_bytes
@@ -174,14 +177,19 @@ class BackgroundWriter:
             while self._answered < ticket and self._error is None:
                 self._condition.wait()
             self._raise_error()
-            self._tell()
+            self.tell()
 
     def close(self) -> None:
-        """Commit, write the closing record, and end the thread."""
+        """Commit, write the closing record, and end the thread; `tell` says afterwards where that record is missing.
+
+        The closing record says only that nothing follows; without it everything is on disk all the same.
+        """
         self.commit()
-        self._log.close()
+        try:
+            self._log.close()
+        except (StorageError, ReadOnlyError) as error:
+            self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
         self.stop()
-        self._tell()
 
     def stop(self) -> None:
         """End the thread without another commit."""
@@ -207,11 +215,10 @@ class BackgroundWriter:
                 self._error = None
             raise error
 
-    def _tell(self) -> None:
-        """Warn in the training thread: where warnings are errors, one would end the writer's."""
-        error, self._unfoldable = self._unfoldable, None
-        if error is not None:
-            warnings.warn(f"the row files of the last commits were not folded: {error}", TimstoreWarning, stacklevel=4)
+    def tell(self) -> None:
+        """Warn of what went wrong without harm, in the training thread: an error there would end the writer's."""
+        while self._untold:
+            warnings.warn(self._untold.pop(0), TimstoreWarning, stacklevel=4)
 
     def _run(self) -> None:
         while True:
@@ -294,6 +301,7 @@ class BackgroundWriter:
                 )
         except (StorageError, ReadOnlyError) as error:
             batch.since = time.monotonic()
+            _log.info("%d records were not committed, and are kept to try again: %s", len(batch.records), error)
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
@@ -317,8 +325,9 @@ class BackgroundWriter:
         try:
             self._roll_up()
         except Exception as error:
+            _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:
-                self._unfoldable = error
+                self._untold.append(f"the row files of the last commits were not folded: {error}")
 
     def _break(self, error: Exception) -> None:
         """Stop for good: a record that was accepted cannot be written, so nothing more may be acknowledged."""

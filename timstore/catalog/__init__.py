@@ -14,7 +14,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from timstore.catalog.sandbox import ask, fetch, open_locked, private_folder, remove_own
+from timstore.catalog.answers import in_our_words, interruptible
+from timstore.catalog.sandbox import ask, in_temporary_space, open_locked, private_folder, remove_own
 from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, load_attempts, load_commits
 from timstore.catalog.views import create_views
 from timstore.errors import StateError
@@ -52,13 +53,15 @@ class Catalog:
         Raises:
             FormatError: rows that this version does not know.
             StateError: if `previous` is closed.
+            StorageError: no room for them.
         """
-        catalog = cls(private_folder())
-        try:
-            catalog._load(commits, attempts, previous, folded)
-        except BaseException:
-            catalog.close()
-            raise
+        with in_temporary_space():
+            catalog = cls(private_folder())
+            try:
+                catalog._load(commits, attempts, previous, folded)
+            except BaseException:
+                catalog.close()
+                raise
         return catalog
 
     def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
@@ -80,11 +83,13 @@ class Catalog:
             InvalidInputError: it is not one SELECT, or DuckDB refuses it, be it on the way.
             StateError: after `close`.
         """
-        return fetch(self._cursor(), query, params)
+        return self.sql(query, params).fetchall()
 
     def rows(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> pa.Table:
         """Return the answer to one of the library's own questions; schema `stored` holds the rows of all attempts."""
-        return self._cursor().sql(query, params=params).to_arrow_table()
+        cursor = self._cursor()
+        with in_our_words():
+            return interruptible(cursor, lambda: cursor.sql(query, params=params).to_arrow_table())
 
     def close(self) -> None:
         """Remove the tables."""

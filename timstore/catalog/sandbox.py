@@ -3,14 +3,17 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
-from timstore.errors import InvalidInputError
+from timstore.catalog.answers import Answer, as_answer, in_our_words
+from timstore.errors import InvalidInputError, StorageError, TimstoreError
 
 VIEWS = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
+_TABLES = f"The tables are {', '.join(VIEWS)}"
 
 # In this order: what is locked cannot be set. GLOBAL, because some of these are otherwise the connection's alone, and
 # every question has a connection of its own.
@@ -21,6 +24,8 @@ _LOCKS = (
     "SET GLOBAL autoinstall_known_extensions = false",
     "SET GLOBAL autoload_known_extensions = false",
     "SET GLOBAL python_enable_replacements = false",
+    # What is stored is in UTC; the machine's own zone would make other answers of one store on another machine.
+    "SET GLOBAL TimeZone = 'UTC'",
     "SET GLOBAL enable_external_access = false",
     # Without external access DuckDB still admits the attached file, its log and the temporary directory, by name:
     # COPY could overwrite the catalogue, ATTACH could make a writable one. What is open stays readable.
@@ -32,6 +37,32 @@ _LOCKS = (
 def private_folder() -> Path:
     """Make a folder of mode 0700 in the system's temporary directory."""
     return Path(tempfile.mkdtemp(prefix="timstore-catalogue-"))
+
+
+@contextmanager
+def in_temporary_space() -> Iterator[None]:
+    """Turn what the system and DuckDB say while tables are made there into errors of ours that name the place.
+
+    Raises:
+        StorageError: there is no room, or no temporary directory that can be written.
+    """
+    try:
+        yield
+    except TimstoreError:
+        raise
+    except (OSError, duckdb.OperationalError) as error:
+        where = tempfile.tempdir or "any temporary directory"
+        raise StorageError(
+            f"SQL's tables cannot be kept in {where}: {error}. Set the environment variable TMPDIR to a directory with "
+            "room (14 bytes per gradient row), and start again; the store itself is as it was",
+            kind="temporary-space",
+            path=str(where),
+        ) from error
+    except RuntimeError as error:
+        # What DuckDB makes of Ctrl-C.
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error
 
 
 def remove_own(folder: Path, pid: int) -> None:
@@ -48,36 +79,23 @@ def open_locked(path: Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> duckdb.DuckDBPyRelation:
+def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> Answer:
     """Return the answer to one SELECT.
 
     Raises:
         InvalidInputError: it is something else, or DuckDB refuses it.
     """
     try:
-        if _is_one_select(cursor.extract_statements(query)):
-            return cursor.sql(query, params=params)
-    # TypeError: the query is no text.
-    except (duckdb.Error, TypeError) as error:
-        raise InvalidInputError(
-            f"DuckDB says: {error}\nThe tables are {', '.join(VIEWS)}; DESCRIBE names a table's columns", kind="sql"
-        ) from error
-    raise InvalidInputError(
-        f"one SELECT at a time, and nothing else; the tables are {', '.join(VIEWS)}", kind="not-a-select"
-    )
-
-
-def fetch(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> list[tuple[Any, ...]]:
-    """Return all rows of the answer to one SELECT.
-
-    Raises:
-        InvalidInputError: as `ask`; or a value that DuckDB meets on the way does not suit the question.
-    """
-    answer = ask(cursor, query, params)
-    try:
-        return answer.fetchall()
-    except duckdb.Error as error:
-        raise InvalidInputError(f"DuckDB says: {error}", kind="sql") from error
+        with in_our_words():
+            if _is_one_select(cursor.extract_statements(query)):
+                answer: Answer = as_answer(cursor.sql(query, params=params), cursor)
+                return answer
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error}\n{_TABLES}; DESCRIBE names a table's columns", kind=error.kind) from error
+    except TypeError as error:
+        what = "params is a list or a mapping" if isinstance(query, str) else f"a question is text, not {query!r:.80}"
+        raise InvalidInputError(f"{what}: {error}", kind="sql") from error
+    raise InvalidInputError(f"one SELECT at a time, and nothing else. {_TABLES}", kind="not-a-select")
 
 
 def _is_one_select(statements: list[duckdb.Statement]) -> bool:

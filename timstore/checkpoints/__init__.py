@@ -7,6 +7,7 @@ from typing import Any
 
 from timstore.checkpoints.rollback import rollback as _rollback
 from timstore.errors import TimstoreWarning
+from timstore.interrupts import CriticalSection
 from timstore.rollbacks.report import RollbackReport
 from timstore.store import Store
 
@@ -15,7 +16,8 @@ __all__ = ["rollback"]
 
 def rollback(store: Store, path: str | os.PathLike[str], ids: Iterable[int] | None, **options: Any) -> RollbackReport:
     """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
-    report = _rollback(store, path, ids, **options)
-    for warning in report.warnings:
-        warnings.warn(warning, TimstoreWarning, stacklevel=3)
+    with CriticalSection("the checkpoint was rolled back and the rollback is on record") as section:
+        report = _rollback(store, path, ids, section=section, **options)
+        for warning in report.warnings:
+            warnings.warn(warning, TimstoreWarning, stacklevel=3)
     return report

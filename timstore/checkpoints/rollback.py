@@ -3,20 +3,21 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from timstore.checkpoints.cut_off import take_back
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
 from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
-from timstore.checkpoints.writing import LEFT
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
 from timstore.intake import byte_count, flags
+from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
+from timstore.reporting import user_path
 from timstore.rollbacks.difference import recorded_digests
 from timstore.rollbacks.report import RollbackReport
 from timstore.rollbacks.rollback import rollback as roll_back
@@ -31,6 +32,7 @@ def rollback(
     path: str | os.PathLike[str],
     ids: Iterable[int] | None,
     *,
+    section: CriticalSection,
     output: str | os.PathLike[str] | None = None,
     in_place: bool = False,
     model: nn.Module | None = None,
@@ -43,20 +45,24 @@ def rollback(
     """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
     _check(path, output, in_place, optimizer, keep_delta, dry_run)
     header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
-    with opened(Path(path), header_bytes) as checkpoint:
+    path = user_path(path)
+    said = take_back(path, in_place=in_place and not dry_run) if os.path.isdir(path) else []
+    with opened(path, header_bytes) as checkpoint:
         chosen = None
         if output is not None or in_place:
-            chosen = Output.choose(checkpoint, None if output is None else Path(output))
+            chosen = Output.choose(checkpoint, None if output is None else user_path(output))
         snapshot = store.snapshot()
         trained = snapshot.parameters()
         moments = recorded_digests(snapshot)
         naming = understood(checkpoint, {*moments, *trained}, trained, is_checked=bool(moments))
         absent = {name: _unchanged(name, moments, checkpoint) for name in naming.absent}
         # Looked for now: when the checkpoint is changed, nothing may fail any more.
-        others = warnings_of(checkpoint)
+        said += warnings_of(checkpoint)
         target = CheckpointTarget(checkpoint, naming, absent, None if dry_run else chosen, model)
         try:
-            report = roll_back(store, target, ids, dry_run=dry_run, memory_limit=memory_limit, **options)
+            report = roll_back(
+                store, target, ids, section=section, dry_run=dry_run, memory_limit=memory_limit, **options
+            )
         except StateError as error:
             left = left_of(checkpoint) if error.kind == "removed-before" else None
             if left is None:
@@ -67,7 +73,9 @@ def rollback(
             if hint is None:
                 raise
             raise ModelMismatchError(f"{error}. {hint}", kind=error.kind, **error.fields) from error
-    return replace(report, warnings=(*report.warnings, *others))
+        said += [f"{one} holds weights from before and could not be deleted: delete it" for one in target.left]
+        report = replace(report, warnings=(*report.warnings, *said))
+        return report if dry_run else section.finish(report)
 
 
 def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: bool, dry_run: bool) -> None:
@@ -103,15 +111,6 @@ def _unchanged(name: str, moments: Mapping[str, set[str]], checkpoint: Checkpoin
 
 def _hint(checkpoint: Checkpoint, naming: Naming, trained: Mapping[str, Parameter]) -> str | None:
     """Return what may have made a checkpoint unlike what was recorded."""
-    folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.absolute().parent
-    matches = map(LEFT.fullmatch, os.listdir(folder))
-    left = sorted(match[0] for match in matches if match is not None and match[2] == "old")
-    if left:
-        return (
-            f"In {folder} lies {left[0]}: a rollback in place was cut off while it renamed files. Rename all .old "
-            "files of its number back to the names in them and delete what is left of both kinds, which undoes it; or "
-            "rename all .new ones and delete the .old ones, which goes on"
-        )
     for name, parameter in sorted(trained.items()):
         dtype = checkpoint.tensor(naming.tensors[name]).dtype
         if TORCH_NAMES.get(dtype, dtype) != parameter.dtype:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +16,9 @@ from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.writing import Writing
 from timstore.errors import FormatError
 from timstore.fingerprints import digest_of_blocks, digests_by
+from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
+from timstore.rollbacks.apply import Writes
 from timstore.rollbacks.targets import Place
 
 # What can be changed; the others are compared, since digests are of a dtype's name too, or only copied.
@@ -46,6 +49,9 @@ class CheckpointTarget:
         absent: digests of parameters that it leaves to the model under it.
         output: where the changed files go; None to compute only.
         model: what is asked with a probe; its parameters are read from the checkpoint.
+
+    Attributes:
+        left: old files that were replaced and could not be deleted.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class CheckpointTarget:
         self._given = model
         self._places: dict[str, InFiles] = {}
         self._writing: Writing | None = None
+        self.left: list[Path] = []
 
     @property
     def is_loaded(self) -> bool:
@@ -95,18 +102,19 @@ class CheckpointTarget:
         self._places = {name: self._place(name) for name in wanted}
         return dict(self._places)
 
-    def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
+    def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
         assert self._output is not None
         spans: dict[TensorFile, list[tuple[int, int]]] = {}
         for place in self._places.values():
             for file, tensor in place.held:
                 spans.setdefault(file, []).append((tensor.start, tensor.stop))
         with self._output.begun(spans) as self._writing:
-            apply()
+            writes.make()
             self._writing.finish()
             self._checkpoint.check_unchanged()
             record()
-            self._writing.publish()
+            section.enter()
+            self.left = self._writing.publish()
 
     @cached_property
     def _model(self) -> nn.Module:

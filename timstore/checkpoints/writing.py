@@ -1,15 +1,15 @@
 """New files on their way: written beside their place under hidden names, on disk as a whole, and then renamed."""
 
 import os
-import re
 import secrets
 import shutil
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from timstore.checkpoints.cut_off import renaming
 from timstore.checkpoints.files import BLOCK_BYTES, PlainFile
 from timstore.checkpoints.header import spans_between
 from timstore.errors import AlreadyExistsError, StorageError
@@ -17,8 +17,6 @@ from timstore.reporting import reporting
 
 # Bytes [start, stop) of a file.
 Span = tuple[int, int]
-# What is left of a file's names when a process was killed: `.<name>.<token>.old` or `.new`.
-LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(old|new)")
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -96,16 +94,33 @@ class Writing:
         for folder in reversed(self._folders):
             _sync_folder(folder)
 
-    def publish(self) -> None:
+    def publish(self) -> list[Path]:
         """Rename everything to where it belongs; after an error it is as it was, unless the error says otherwise.
 
         Files that are replaced keep a second name, `.<name>.<token>.old` beside `.<name>.<token>.new`, until all of
-        them are. A process that is killed in between leaves both.
+        them are. A process that is killed in between leaves both; `cut_off` tells what that means.
+
+        Returns:
+            The old files that could not be deleted.
 
         Raises:
             AlreadyExistsError: something is there now.
             StorageError: a rename failed; kind `half-replaced` if it could not be taken back.
         """
+        with ExitStack() as locks:
+            for folder in sorted({final.absolute().parent for _, final in self._moves}):
+                locks.enter_context(renaming(folder))
+            return self._rename()
+
+    def end(self) -> None:
+        """Delete what was not published."""
+        for new in self.files.values():
+            os.close(new.descriptor)
+        self.files.clear()
+        for temporary, _ in self._moves:
+            _removed(temporary)
+
+    def _rename(self) -> list[Path]:
         kept: list[Path] = []
         try:
             if self._replaces:
@@ -124,16 +139,7 @@ class Writing:
             self._take_back(kept, error)
             raise
         self._moves.clear()
-        for final in kept:
-            _remove(self._named(final, "old"))
-
-    def end(self) -> None:
-        """Delete what was not published."""
-        for new in self.files.values():
-            os.close(new.descriptor)
-        self.files.clear()
-        for temporary, _ in self._moves:
-            _remove(temporary)
+        return [old for final in kept if not _removed(old := self._named(final, "old"))]
 
     def _take_back(self, kept: Sequence[Path], error: BaseException) -> None:
         try:
@@ -149,7 +155,7 @@ class Writing:
             ) from error
         for temporary, final in self._moves:
             if not self._replaces and not os.path.lexists(temporary):
-                _remove(final)
+                _removed(final)
 
     def _finish(self, file: PlainFile) -> None:
         new = self.files.pop(file)
@@ -182,10 +188,11 @@ def _sync_folder(path: Path) -> None:
             os.close(folder)
 
 
-def _remove(path: Path) -> None:
-    """Delete a file or a folder of ours; what cannot be deleted stays."""
+def _removed(path: Path) -> bool:
+    """Delete a file or a folder of ours, and return whether it is gone; what cannot be deleted stays."""
     with suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+    return not os.path.lexists(path)

@@ -29,11 +29,8 @@ def run(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -> No
         else:
             typer.echo(f"would fold {counted(waiting, 'commit')}" if waiting else "nothing to fold")
         return
-    from timstore.progress import shown_if
-
-    with writing(path) as store, shown_if(None) as progress:
-        task = progress.add_task("folding commits", total=None)
-        done = store.compact(lambda folded, total: progress.update(task, completed=folded, total=total))
+    with writing(path) as store:
+        done = store.compact()
     if as_json:
         print_json({"dry_run": False, **asdict(done)})
     elif done.checkpoint is None:
@@ -44,3 +41,5 @@ def run(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -> No
             f"{done.checkpoint}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
             f"{counted(done.deleted, 'file')} deleted"
         )
+        if done.undeleted is not None:
+            typer.echo(f"some files that nothing needs any more are left to a later compact: {done.undeleted}")

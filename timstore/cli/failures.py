@@ -25,7 +25,8 @@ def reported() -> Iterator[None]:
         try:
             yield
             sys.stdout.flush()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            _tell_done(error)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # Who read has seen enough. The interpreter flushes once more when it ends, into nothing.
@@ -35,12 +36,8 @@ def reported() -> Iterator[None]:
             if os.environ.get("TIMSTORE_TRACEBACK", "") not in ("", "0"):
                 raise
             typer.echo(f"error: {_said(error)}", err=True)
+            _tell_done(error)
             raise typer.Exit(exit_code(error)) from None
-        except RuntimeError as error:
-            # What DuckDB makes of Ctrl-C while it works.
-            if str(error) != "Query interrupted":
-                raise
-            raise typer.Exit(INTERRUPTED) from None
 
 
 def exit_code(error: Exception) -> int:
@@ -56,6 +53,13 @@ def _said(error: Exception) -> str:
         # Files are opened by name; without one it is what a verb prints to.
         return f"{error.filename or 'the output could not be written'}: {error.strerror}"
     return spelled(str(error))
+
+
+def _tell_done(error: BaseException) -> None:
+    """Say what was done before an error or an interrupt came, where that is known."""
+    if hasattr(error, "report"):
+        for said in (*error.__notes__, *([] if error.report is None else [str(error.report)])):
+            typer.echo(spelled(said), err=True)
 
 
 _shown_before = warnings.showwarning

@@ -17,6 +17,7 @@ from timstore.cli.probes import probe_options
 from timstore.cli.spelling import spelled
 from timstore.cli.stores import reading
 from timstore.errors import TimstoreWarning
+from timstore.interrupts import CriticalSection
 
 EXAMPLES = """\b
 Examples:
@@ -77,7 +78,7 @@ def run(
     options = {} if probe is None else probe_options(probe, store)
     if skip_missing:
         options["missing"] = "skip"
-    with _said_once() as shown:
+    with CriticalSection("the rollback was made and is on record") as section, _said_once() as shown:
         report = timstore.rollback(
             checkpoint,
             chosen,
@@ -92,11 +93,13 @@ def run(
             force=force,
             **options,
         )
+        if not dry_run:
+            section.finish(report)
         shown += report.warnings
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(spelled(str(report)))
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            typer.echo(spelled(str(report)))
 
 
 def _ids(text: str | None) -> list[int]:

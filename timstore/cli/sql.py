@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import Annotated, Any
 
-import duckdb
 import typer
 
 from timstore.cli.options import AsJson, StorePath
@@ -49,7 +48,7 @@ def run(
             raise InvalidInputError("the question is empty: give one SELECT, as an argument or on standard input")
         answer = store.sql(question)
         names = _told_apart(answer.columns)
-        rows = _rows(answer)
+        rows = answer.iter_rows()
         rows = chain(list(islice(rows, 1)), rows)  # what fails on its way prints nothing
         if as_json:
             for row in rows:
@@ -66,14 +65,6 @@ def _read_query() -> str:
     if sys.stdin.isatty():
         typer.echo("type a query; Ctrl-D ends it", err=True)
     return sys.stdin.read()
-
-
-def _rows(answer: duckdb.DuckDBPyRelation) -> Iterator[tuple[Any, ...]]:
-    """Yield rows one by one: as Python's own objects an answer may be larger than memory."""
-    try:
-        yield from answer.iter_rows()
-    except duckdb.Error as error:
-        raise InvalidInputError(f"DuckDB says: {error}", kind="sql") from error
 
 
 def _told_apart(columns: Sequence[str]) -> list[str]:

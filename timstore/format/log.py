@@ -1,5 +1,6 @@
 """The commit protocol: data first, then one exclusively created record that makes it visible."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from timstore.format import layout
 from timstore.format.commits import Attempt, Commit, Moment, ObjectInfo, Scope, parse_attempt, parse_record
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 Build = Callable[[], Iterator[tuple[str, bytes, str, int, int]]]
 
@@ -91,7 +94,10 @@ class LogWriter:
                     drop(self._objects, folder)
                 raise
             if commit is not None:
+                size = sum(info.bytes for info in infos)
+                _log.debug("committed %d records, %d bytes, as %s/%d", records, size, self._writer, commit.seq)
                 return commit
+            _log.info("writer %s was fenced by maintenance, and goes on as another", self._writer)
             drop(self._objects, folder)
             self._start()
         raise StateError(f"maintenance fenced this writer {_MOST_FENCES} times during one commit; try again later")

@@ -10,15 +10,16 @@ A reader or writer that is at work meanwhile loses nothing:
   is found by the next.
 """
 
+import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
-from timstore.errors import CorruptionError, FormatError, NotFoundError
+from timstore.errors import CorruptionError, FormatError, NotFoundError, TimstoreError
 from timstore.format import layout
 from timstore.format.checkpoint import (
     Checkpoint,
@@ -35,6 +36,9 @@ from timstore.format.objects import Objects
 from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED, numbered, write_rows
 from timstore.format.view import View, read_view
+from timstore.interrupts import CriticalSection
+
+_log = logging.getLogger(__name__)
 
 # A row file with so many rows is left as it is by later roll-ups: each of them then costs what is new and little more.
 FILE_ROWS = 500_000
@@ -50,6 +54,7 @@ class RollUp:
         rows: their rows.
         deleted: files that it made superfluous.
         bytes_before, bytes_after: of the row files of those commits, and of the row files written.
+        undeleted: why not all of those files could be deleted, which a later roll-up does; None where all were.
     """
 
     checkpoint: int | None = None
@@ -58,6 +63,7 @@ class RollUp:
     deleted: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    undeleted: str | None = None
 
 
 def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int], None] | None = None) -> RollUp:
@@ -73,6 +79,13 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
         CorruptionError: a row file is missing or altered. Nothing was changed, as after any error but one:
         StorageError: kind `outcome-unknown` when the checkpoint may or may not last; nothing was deleted.
     """
+    with CriticalSection("the store was folded") as section:
+        return _rolled_up(objects, settings, progress, section)
+
+
+def _rolled_up(
+    objects: Objects, settings: Settings, progress: Callable[[int, int], None] | None, section: CriticalSection
+) -> RollUp:
     view = read_view(objects, settings)
     if not view.since_checkpoint:
         return RollUp()
@@ -88,8 +101,9 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
         checkpoint = Checkpoint(number, now(), len(view.commits), view.newest, files)
         data = seal_checkpoint(checkpoint, settings)
         parse_checkpoint(data, layout.checkpoint_path(number), settings)  # a record that readers refuse never appears
+        section.enter()
         ours = create_settled(objects, layout.checkpoint_path(number), data) == data
-    except Exception as error:
+    except Exception as error:  # after an interrupt the next roll-up deletes it
         if getattr(error, "kind", None) != "outcome-unknown":
             drop(objects, folder)
         if isinstance(error, CorruptionError) and error.kind == "missing" and _newest(objects) >= number:
@@ -98,10 +112,19 @@ def roll_up(objects: Objects, settings: Settings, progress: Callable[[int, int],
     if not ours:
         drop(objects, folder)
         return RollUp()
-    deleted = _vacuum(objects, checkpoint, view)
     sizes = [info.bytes for commit in view.since_checkpoint for info in commit.objects if info.kind in ROLLED]
     written = sum(info.bytes for info in files if info.path.startswith(folder))
-    return RollUp(number, len(view.since_checkpoint), fold.rows, deleted, sum(sizes), written)
+    result = RollUp(number, len(view.since_checkpoint), fold.rows, 0, sum(sizes), written)
+    _log.info("folded %d commits, %d rows, into checkpoint %d", result.commits, result.rows, number)
+    section.finish(result)
+    # Whatever fails from here on, the store is folded.
+    deleted, undeleted = 0, None
+    try:
+        for _ in _vacuum(objects, checkpoint, view):
+            deleted += 1
+    except TimstoreError as error:
+        undeleted = str(error)
+    return section.finish(replace(result, deleted=deleted, undeleted=undeleted))
 
 
 class _Fold:
@@ -161,26 +184,25 @@ class _Fold:
         self._files.append(ObjectInfo(path, len(data), crc32(data), kind, table.nbytes, table.num_rows))
 
 
-def _vacuum(objects: Objects, checkpoint: Checkpoint, view: View) -> int:
-    """Delete what the checkpoint made superfluous, unless it is outdated itself; return how many files."""
+def _vacuum(objects: Objects, checkpoint: Checkpoint, view: View) -> Iterator[str]:
+    """Delete what the checkpoint made superfluous, unless it is outdated itself; yield the path of each file."""
     if _newest(objects) > checkpoint.number:
-        return 0
+        return
     known = {(commit.writer, commit.seq): commit for commit in view.since_checkpoint}
-    deleted = 0
     for path in objects.list(layout.LOG):
         name = layout.parse_record_path(path)
         if name is None or not checkpoint.covers(*name):
             continue
         infos = known[name].objects if name in known else _named(objects, path)
-        deleted += _delete(objects, [info.path for info in infos if info.kind in ROLLED])
+        yield from _delete(objects, [info.path for info in infos if info.kind in ROLLED])
         if name[1] < checkpoint.newest[name[0]].seq:
-            deleted += _delete(objects, [path])
+            yield from _delete(objects, [path])
     kept = {info.path for info in checkpoint.files}
     for path in objects.list(layout.CHECKPOINTS):
         if (layout.parse_checkpoint_path(path) or checkpoint.number) >= checkpoint.number:
             continue
-        deleted += _delete(objects, [info.path for info in _named(objects, path) if info.path not in kept])
-        deleted += _delete(objects, [path])
+        yield from _delete(objects, [info.path for info in _named(objects, path) if info.path not in kept])
+        yield from _delete(objects, [path])
     # Folders of roll-ups that died before their checkpoint. One that is still at work on so low a number will not
     # count any more.
     folders = {path.rpartition("/")[0] for path in kept}
@@ -188,7 +210,6 @@ def _vacuum(objects: Objects, checkpoint: Checkpoint, view: View) -> int:
         number_of = layout.parse_fold_prefix(folder)
         if number_of is not None and number_of <= checkpoint.number and folder not in folders:
             drop(objects, folder)
-    return deleted
 
 
 def _newest(objects: Objects) -> int:
@@ -204,10 +225,8 @@ def _named(objects: Objects, path: str) -> Sequence[ObjectInfo]:
         return []
 
 
-def _delete(objects: Objects, paths: Iterable[str]) -> int:
-    deleted = 0
+def _delete(objects: Objects, paths: Iterable[str]) -> Iterator[str]:
     for path in paths:
         with suppress(NotFoundError):  # another roll-up was here
             objects.delete(path)
-            deleted += 1
-    return deleted
+            yield path

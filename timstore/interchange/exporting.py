@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from timstore.errors import AlreadyExistsError, InvalidInputError
 from timstore.interchange.layout import FORMATS, GRADIENTS, INFO, sample_of
 from timstore.interchange.numbers import json_pieces, pickled
 from timstore.interchange.staging import emptied, place_of, publish, staged
 from timstore.interchange.visits import MARKER
-from timstore.progress import shown_if
+from timstore.progress import shown
 from timstore.reporting import reporting
 from timstore.snapshot import StoredRecord
 from timstore.store import Store
@@ -59,7 +58,7 @@ def export_trajectories(
     Args:
         store: one that is open, or a path.
         where: an SQL condition on the `records` table.
-        progress: show a bar; by default when a person is looking.
+        progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
 
     Raises:
         AlreadyExistsError: the directory exists and is not empty.
@@ -77,10 +76,9 @@ def export_trajectories(
         opened = store if isinstance(store, Store) else stack.enter_context(Store(store, "r"))
         if opened.mode != "r":
             opened.commit()
-        columns = TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        bars = stack.enter_context(shown_if(progress, *columns))
+        bars = stack.enter_context(shown(progress, "pieces"))
         work = _Export(opened, where, format)
-        task = bars.add_task("", total=work.count())
+        task = bars.add_task("exporting", total=work.count())
         held = stack.enter_context(staged(folder, "exporting"))
         emptied(held)
         stack.callback(shutil.rmtree, held, ignore_errors=True)  # nothing is there any more once it was moved

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 from numpy.linalg import norm
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
 from timstore.format.layout import SETTINGS
+from timstore.holding import held
 from timstore.interchange.json_files import read_json
 from timstore.interchange.layout import FORMATS, Trajectories, find, finite, sample_of
 from timstore.interchange.numbering import Numbering, may_have_markers
 from timstore.interchange.pickle_files import read_pickled
-from timstore.interchange.staging import emptied, held, place_of, publish, staged
+from timstore.interchange.staging import emptied, place_of, publish, staged
 from timstore.interchange.visits import Visit
-from timstore.progress import shown_if
+from timstore.progress import shown
 from timstore.records import StepGroup
-from timstore.reporting import reporting
+from timstore.reporting import reporting, user_path
 from timstore.snapshot import StoredRecord
 from timstore.store import Store
 
@@ -98,7 +98,7 @@ def import_trajectories(
         scale: what the gradients are multiplied by, to be a sample's summand of the gradient that the optimizer
             consumed, such as 1 / batch; `scale` of `global_info.json`, or 1, when None.
         allow_pickle: read `.pkl`, by an unpickler that knows plain data, arrays and tensors and runs nothing.
-        progress: show a bar; by default when a person is looking.
+        progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
         dry_run: read and check everything, and write nothing.
 
     Raises:
@@ -108,7 +108,7 @@ def import_trajectories(
         FormatError: a file that is broken off or not of the layout; the store is as it was.
         StorageError: a file cannot be read, or the store not be written.
     """
-    found = find(Path(directory), format)
+    found = find(user_path(directory), format)
     if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in found.files.values()):
         raise InvalidInputError(
             f"{directory} holds pickles: pass allow_pickle=True to read them by an unpickler that runs nothing",
@@ -128,16 +128,7 @@ def import_trajectories(
                 kind="other-records",
             )
         passes = [False] if dry_run else [True] if is_new else [False, True]
-        bars = stack.enter_context(
-            shown_if(
-                progress,
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-        )
+        bars = stack.enter_context(shown(progress, "bytes"))
         task = bars.add_task("importing", total=sizes * len(passes))
 
         def advance(count: int) -> None:

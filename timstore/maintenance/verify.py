@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreError
 from timstore.format import layout
@@ -17,26 +16,41 @@ from timstore.maintenance.folded import check_checkpoint
 from timstore.maintenance.inventory import Inventory
 from timstore.maintenance.leftovers import data_folders, leftovers
 from timstore.maintenance.picture import Picture, look
-from timstore.maintenance.progress import shown
 from timstore.maintenance.records import RecordReader
 from timstore.maintenance.segments import check_commit
+from timstore.progress import told
 from timstore.records import Parameter
+from timstore.reporting import reporting, user_path
 
 # A roll-up meanwhile moves rows into other files: then these are checked too, but not for ever.
 _ROUNDS = 3
 
 
 def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int], None] | None = None) -> Verification:
-    """Return what is wrong with the store at a path; see `timstore.verify`.
+    """Find every defect of the store at a path, also of one that cannot be opened. Changes nothing; prints well.
 
-    What is committed after the beginning is not checked, unless a roll-up folds it meanwhile.
+    Every object is held against its size and checksum and decoded, every row against its record, its neighbours and
+    its numbers, every writer's sequence against gaps. The store may be written meanwhile: what is on its way is at
+    most a leftover, and what is committed after the beginning is checked only where a roll-up folds it. `sound` says
+    that there is no damage; leftovers do none.
+
+    Cost: reads the whole store once. Memory: the names of its commits, the row tables of one commit (two row files
+    of each table where a checkpoint has folded them), and one object.
+
+    Args:
+        progress: as `Store.rollback` takes it; or who is called with (bytes read, bytes to read).
+
+    Raises:
+        NotFoundError: there is no store, nor what is left of one.
+        InvalidInputError: the path is no folder.
+        FormatError: the store needs a newer version.
     """
     began = time.monotonic()
     objects = _objects(path)
     inventory = Inventory(objects.root)
-    with shown(progress, "verifying") as told:
+    with told(progress, "verifying", "bytes") as tell:
         reader = RecordReader(objects, inventory)
-        examiner = Examiner(objects, inventory, told)
+        examiner = Examiner(objects, inventory, tell)
         picture = look(reader)
         commits: dict[tuple[str, int], int] = {}
         for _ in range(_ROUNDS):
@@ -66,14 +80,15 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
 def _objects(path: str | os.PathLike[str]) -> LocalObjects:
     if "://" in str(path):
         raise InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
-    root = Path(path)
-    if not root.exists():
-        raise NotFoundError(f"there is no store at {path}", path=str(path))
-    if not root.is_dir():
-        raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
-    places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
-    if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
-        raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
+    root = user_path(path)
+    with reporting("read", root):
+        if not root.exists():
+            raise NotFoundError(f"there is no store at {path}", path=str(path))
+        if not root.is_dir():
+            raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
+        places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
+        if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
+            raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
     return LocalObjects(root, durable=False)
 
 

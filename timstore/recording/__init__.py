@@ -27,7 +27,7 @@ def record(
     **options: Any,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
-    samples = None if samples is None else list(samples)
+    samples = None if samples is None else _ids(samples)
     limit = None
     if budget is not None:
         if steps is None:
@@ -41,3 +41,12 @@ def record(
         optimizer,
         Options(samples=samples, mean_over=mean_unit(mean_over, "record"), budget=limit, **options),
     )
+
+
+def _ids(samples: Any) -> list[Any]:
+    try:
+        if not isinstance(samples, str | bytes):
+            return list(samples)
+    except TypeError:
+        pass
+    raise InvalidInputError(f"samples is a list of ids, not {samples!r:.80}; one sample is a list of one")

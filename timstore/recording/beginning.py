@@ -13,7 +13,7 @@ from timstore.format.commits import Scope
 from timstore.identity import History, Moment, Place
 from timstore.store import Store
 
-_logger = logging.getLogger("timstore")
+_log = logging.getLogger(__name__)
 
 
 class Beginning:
@@ -75,7 +75,7 @@ class Beginning:
                 stacklevel=2,
             )
         elif was_given:
-            _logger.info("%s: recording goes on from there in a new attempt", model)
+            _log.info("%s: recording goes on from there in a new attempt", model)
         return self._begin(moment)
 
     def _begin(self, moment: Moment) -> Moment:

@@ -104,8 +104,9 @@ def _not_captured(model: nn.Module, name: str) -> CoverageError:
     kind = type(model.get_submodule(owner)).__name__
     return CoverageError(
         f"parameter {name} is trained, and module {owner or 'at the top'} ({kind}) was not seen using it: it is used "
-        "directly, where hooks cannot see. Freeze it, record with capture='per-sample' (one more backward pass for "
-        "each recorded sample), or build that module from Linear layers",
+        "directly, or by what was compiled before (torch.compile), where hooks cannot see. Freeze it, record with "
+        "capture='per-sample' (one more backward pass for each recorded sample), or build that module from Linear "
+        "layers",
         kind="not-captured",
         parameter=name,
         module=owner,

@@ -21,6 +21,7 @@ from timstore.recording.capture import Capture
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
+from timstore.recording.misuse import Unentered, note_compiled, refuse_compiled
 from timstore.recording.optimizer import trained_parameters
 from timstore.recording.passes import Passes
 from timstore.recording.stepping import Stepping
@@ -90,6 +91,7 @@ class Recorder:
         self._kept_at: tuple[int, int] | None = None
         self._handles: list[Any] = []
         self._stepping: Stepping | None = None
+        self._unentered = Unentered(self._model, self._optimizer, _recorded)
 
     @property
     def epoch(self) -> int:
@@ -119,6 +121,7 @@ class Recorder:
 
     def batch(self, ids: Any) -> "_Batch":
         """Name the samples of the next forward pass, or of every one in a `with` block, for models called otherwise."""
+        self._unentered.check()
         self._forwards.begin(ids)
         return _Batch(self._forwards)
 
@@ -126,6 +129,7 @@ class Recorder:
         if self._model in _recorded:
             raise StateError("this model is being recorded already", kind="already-recording")
         _recorded.add(self._model)
+        self._unentered.end()
         try:
             self._hook()
             self._begin_attempt()
@@ -138,6 +142,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         last = self._release()
+        note_compiled(error)
         try:
             if error is None or self._ranks.alone:
                 self._keep(last)
@@ -163,7 +168,15 @@ class Recorder:
         Raises:
             StorageError, ReadOnlyError, StateError: as `Store.commit`.
         """
+        self._unentered.check()
         self._keep(self._stepping.last if self._stepping is not None else None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a recorder cannot be copied or sent to another process (pickle, deepcopy, workers): make one with "
+            "store.record(...) where the training runs",
+            kind="not-copied",
+        )
 
     def _keep(self, last: tuple[int, int] | None) -> None:
         self._store.commit()
@@ -207,6 +220,7 @@ class Recorder:
             arriving=accumulation.settle_later,
         )
         forwards.attach(capture, accumulation, passes, keep)
+        keep(self._model.register_forward_pre_hook(refuse_compiled, prepend=True))
         self._stepping = Stepping(
             self._store,
             self._model,

@@ -1,5 +1,6 @@
 """The step's side: what the optimizer is about to consume is held against the parts, and becomes records."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from timstore.recording.optimizer import check_untrained, is_skipped
 from timstore.recording.steps import Ahead, look_ahead
 from timstore.records import Gradient
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 class Stepping:
@@ -131,6 +134,7 @@ class Stepping:
                 raise CoverageError(f"{error}{more}", kind=error.kind, **error.fields) from error
             self._forwards.proved = True
             self._forwards.proven = self.epoch, self.step
+            _log.debug("proved at epoch %d, step %d: the recorded parts add up to the gradient", self.epoch, self.step)
         elif not any(batch.empty for batch in batches):
             # A module that only an empty batch went through is rightly not among them.
             checks.check_captured(self._model, self._parameters, found, self._accumulation.touched)

@@ -8,6 +8,7 @@ from torch import nn
 
 from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.intake import flags
+from timstore.interrupts import CriticalSection
 from timstore.rollbacks.difference import explained
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.rollback import rollback as _rollback
@@ -34,22 +35,24 @@ def rollback(
     flags(in_place=in_place)
     if output is not None or in_place or model is not None:
         raise InvalidInputError("output=, in_place= and model= are for checkpoints; a model in memory is changed there")
+    with CriticalSection("the model was rolled back and the rollback is on record") as section:
 
-    def change(inner: nn.Module, steps: torch.optim.Optimizer | None) -> RollbackReport:
-        with explained(store, inner):
-            return _rollback(store, ModelInMemory(inner), ids, optimizer=steps, **options)
+        def change(inner: nn.Module, steps: torch.optim.Optimizer | None) -> RollbackReport:
+            with explained(store, inner):
+                return _rollback(store, ModelInMemory(inner), ids, optimizer=steps, section=section, **options)
 
-    report = changed_together(store, target, optimizer, change)
-    for warning in report.warnings:
-        warnings.warn(warning, TimstoreWarning, stacklevel=3)
+        report = changed_together(store, target, optimizer, section, change)
+        for warning in report.warnings:
+            warnings.warn(warning, TimstoreWarning, stacklevel=3)
     return report
 
 
 def undo(store: Store, model: Any, rollback_id: str) -> None:
     """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
+    with CriticalSection("the rollback was undone and that is on record") as section:
 
-    def change(inner: nn.Module, _: Any) -> None:
-        with explained(store, inner):
-            _undo(store, inner, rollback_id)
+        def change(inner: nn.Module, _: Any) -> str:
+            with explained(store, inner):
+                return _undo(store, inner, rollback_id, section)
 
-    changed_together(store, model, None, change)
+        changed_together(store, model, None, section, change)

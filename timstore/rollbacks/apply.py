@@ -1,11 +1,13 @@
-"""The last step: add the deltas to the parameters, once to each, in its own precision."""
+"""The last step: new values of the parameters, each written once in its own precision, and of all or of none."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from timstore.errors import StateError
 from timstore.fingerprints import digest_of_blocks
 from timstore.rollbacks.targets import Place
 from timstore.rollbacks.vectors import Vector, Workspace
@@ -17,7 +19,7 @@ _CACHED_NUMEL = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What applying a delta does to the parameters, known before it is applied.
+    """What adding a delta does to the parameters, known before they are changed.
 
     Attributes:
         norm: of the delta.
@@ -46,7 +48,7 @@ def moved_blocks(
 
 
 def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, workers: int = 1) -> Change:
-    """Return what `apply` will do. Cost: one pass over the delta, memory of a block for each worker."""
+    """Return what adding a delta will do. Cost: one pass over the delta, memory of a block for each worker."""
     found: dict[str, _Foreseen] = {}
 
     def look(name: str, place: Place) -> Iterator[int]:
@@ -55,7 +57,7 @@ def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, wo
         found[name].digest = digest_of_blocks(place.dtype, place.shape, blocks)
         yield 0
 
-    _each(places, look, workers)
+    _side_by_side([partial(look, *one) for one in places.items()], workers)
     ordered = [found[name] for name in places]
     norm, before_norm, lost_norm = torch.stack([one.squares for one in ordered]).sum(0).sqrt().tolist()
     finite = all(one.finite for one in ordered)
@@ -82,17 +84,78 @@ class _Foreseen:
             yield new
 
 
-def apply(places: Mapping[str, Place], delta: Vector, workspace: Workspace, workers: int = 1) -> None:
-    """Add the delta to the parameters, where they are."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Write:
+    """What one place is to hold.
 
-    def add(name: str, place: Place) -> Iterator[int]:
-        place.write(new for _, _, new in moved_blocks(place, delta, name, workspace.block_numel))
-        yield 0
+    Attributes:
+        blocks: yields the new values, flat and in order; each block may be made of the old values of its elements.
+    """
 
-    _each(places, add, workers)
+    place: Place
+    blocks: Callable[[], Iterator[torch.Tensor]]
 
 
-def _each(places: Mapping[str, Place], run: Callable[[str, Place], Iterator[int]], workers: int) -> None:
-    """Run something for every parameter, several at a time."""
-    tasks = [(number, partial(run, *one)) for number, one in enumerate(places.items())]
-    side_by_side(tasks, max(1, min(workers, len(tasks))), lambda _: None)
+def moves(places: Mapping[str, Place], delta: Vector) -> list[Write]:
+    """Return what adds the delta to the parameters, where they are."""
+    return [Write(place, partial(_moved, place, delta, name)) for name, place in places.items()]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Writes:
+    """New values of several places, written all or none."""
+
+    each: Sequence[Write]
+    workspace: Workspace
+    workers: int = 1
+
+    def keep(self) -> "Writes":
+        """Return what writes the values of now back, bit for bit.
+
+        Raises:
+            StorageError: they fit neither into the workspace's limit nor on the disk.
+        """
+        kept = []
+        for one in self.each:
+            place = one.place
+            old = self.workspace.keep(place.blocks(self.workspace.block_numel), math.prod(place.shape), place.dtype)
+            kept.append(Write(place, old.blocks))
+        return Writes(kept, self.workspace, self.workers)
+
+    def make(self) -> None:
+        """Write, several places at a time. Where it fails, some are written; no thread is at it any more."""
+
+        def write(one: Write) -> Iterator[int]:
+            one.place.write(one.blocks())
+            yield 0
+
+        _side_by_side([partial(write, one) for one in self.each], self.workers)
+
+    def make_or_restore(self, old: "Writes") -> None:
+        """Write all; where it fails, write the old values back.
+
+        Raises:
+            BaseException: what failed; every place is as it was.
+            StateError: kind `half-changed`: and the old values cannot be had any more.
+        """
+        try:
+            self.make()
+        except BaseException as error:
+            try:
+                old.make()
+            except BaseException as second:
+                raise StateError(
+                    f"writing the parameters failed ({error!r}), and so did writing the old ones back ({second!r}): "
+                    "they are neither the old nor the new ones; load the model again",
+                    kind="half-changed",
+                ) from error
+            raise
+
+
+def _moved(place: Place, delta: Vector, name: str) -> Iterator[torch.Tensor]:
+    return (new for _, _, new in moved_blocks(place, delta, name, delta.workspace.block_numel))
+
+
+def _side_by_side(runs: Sequence[Callable[[], Iterator[int]]], workers: int) -> None:
+    """Run several things at a time."""
+    side_by_side(enumerate(runs), max(1, min(workers, len(runs))), lambda _: None)

@@ -14,30 +14,28 @@ class Method:
 
     Attributes:
         name: as `rollback(method=...)` takes it.
-        approximates: what it takes for granted, and how far off it was where that was measured.
+        says: what it does with the removed samples' gradients, where `touched` of `steps` steps held one.
     """
 
     name: str
-    approximates: str
+    says: str
 
 
 CLOSED_FORM = Method(
     "closed form",
-    "two runs of the optimizer on the recorded gradients, with and without the samples: to rounding "
-    "(1e-12 in float64, 1e-6 with float32 records)",
+    "what the samples did is taken out of {touched} of {steps} steps, those that held one of them, by the optimizer's "
+    "own formula, to rounding",
 )
 REPLAY = Method(
     "exact replay",
-    "two runs of the optimizer on the recorded gradients, with and without the samples: to rounding "
-    "(1e-12 in float64, 1e-6 with float32 records)",
+    "the optimizer runs again over {steps} steps' recorded gradients, with and without what the samples did in "
+    "{touched} of them, to rounding",
 )
 FINAL_MOMENT = Method(
     "final moment",
-    "what Adam divided by is taken as it was at the end of the run: on the digits of scripts/bench_unlearning.py a "
-    "third to a half of the change off, on its language models with a probe at a fifth of another batch order's KL",
+    "what the samples did is taken out of {touched} of {steps} steps, those that held one of them, divided by the "
+    "second moment that Adam had at the end of the run, not at each of those steps",
 )
-FILTERED = "; the other samples' answer by the model's curvature on the probe at the end of the run"
-UNFILTERED = "; the other samples' gradients as they were recorded"
 METHODS = (CLOSED_FORM, REPLAY, FINAL_MOMENT)
 AUTO = "auto"
 
@@ -54,9 +52,21 @@ def check_method(asked: str) -> str:
     return asked
 
 
-def approximated(method: Method, filtered: bool) -> str:
-    """Return what a rollback takes for granted, in words."""
-    return method.approximates + (FILTERED if filtered else UNFILTERED)
+def approximated(method: Method, touched: int, steps: int, sequences: int | None) -> str:
+    """Return what a rollback did and what it takes for granted, in words.
+
+    Args:
+        touched: steps that held a removed sample, of all `steps` that were recorded.
+        sequences: of the probe, None without one.
+    """
+    others = (
+        "the other samples' gradients stay as they were recorded, though without these samples they would have been "
+        "others"
+        if sequences is None
+        else f"how the other samples would have answered is estimated by the model's curvature at the end of the run, "
+        f"on the probe's {sequences} sequences"
+    )
+    return f"{method.says.format(touched=touched, steps=steps)}; {others}"
 
 
 def choose(asked: str, timelines: dict[int, Timeline], why_no_replay: Callable[[], str | None]) -> Method:

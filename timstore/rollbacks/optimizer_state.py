@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from timstore.errors import InvalidInputError
 from timstore.optimizers import ADAM_FAMILY, class_name
+from timstore.rollbacks.apply import Write, moves
 from timstore.rollbacks.methods import FINAL_MOMENT, Method
 from timstore.rollbacks.replay import Replayed
+from timstore.rollbacks.targets import InModule
 from timstore.rollbacks.timeline import Timeline
 from timstore.rollbacks.vectors import Vector
 
@@ -31,20 +34,35 @@ class Correction:
         """The states that it changes."""
         return sorted({*self.added, *self.replaced, *(key for _, key in self.others)})
 
-    def apply(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Change the optimizer's state, in place."""
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                held = optimizer.state.get(parameter, {})
-                for key, vector in self.added.items():
-                    if isinstance(held.get(key), torch.Tensor):
-                        held[key] += vector.read(name).to(held[key]).view_as(held[key])
-                for key, vector in self.replaced.items():
-                    if isinstance(held.get(key), torch.Tensor):
-                        held[key].copy_(vector.read(name).view_as(held[key]))
-            for (name, key), numbers in self.others.items():
-                if name in parameters:
-                    optimizer.state[parameters[name]][key].copy_(numbers)
+    def writes(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> list[Write]:
+        """Return what changes the optimizer's state, where it is.
+
+        Raises:
+            InvalidInputError: a state has another size than what the records determine.
+        """
+        found = []
+        for name, parameter in parameters.items():
+            state = {key: one for key, one in optimizer.state.get(parameter, {}).items() if torch.is_tensor(one)}
+            for key in sorted(state.keys() & self.added.keys()):
+                _check_size(state[key], self.added[key].workspace.sizes[name], name, key)
+                found += moves({name: InModule(state[key])}, self.added[key])
+            for key in sorted(state.keys() & self.replaced.keys()):
+                _check_size(state[key], self.replaced[key].workspace.sizes[name], name, key)
+                found.append(Write(InModule(state[key]), partial(self.replaced[key].in_blocks, name)))
+            for key in sorted(state.keys() & {key for owner, key in self.others if owner == name}):
+                numbers = self.others[name, key].reshape(-1)
+                _check_size(state[key], numbers.numel(), name, key)
+                found.append(Write(InModule(state[key]), partial(iter, [numbers])))
+        return found
+
+
+def _check_size(held: torch.Tensor, numel: int, name: str, key: str) -> None:
+    if held.numel() != numel:
+        raise InvalidInputError(
+            f"the optimizer's {key} of parameter {name} has {held.numel()} elements, where {numel} were recorded: pass "
+            "the optimizer that trained the model",
+            parameter=name,
+        )
 
 
 def buffer_of(optimizers: set[str]) -> str:

@@ -31,7 +31,7 @@ class RollbackReport:
     Attributes:
         method: how the change was computed: "closed form", "final moment" or "exact replay"; "+ probe" when it was
             filtered, else it is first order: the other samples' gradients are taken as recorded.
-        approximates: what that leaves out, and how far off it was where that was measured.
+        approximates: what that did with these samples' steps, and what it takes for granted.
         denominator: `kept`, or `renormalised`: means are over the samples that stay.
         clipping: what became of the clip factors: none, followed, or kept where the records do not tell.
         model: how the model was recognised.

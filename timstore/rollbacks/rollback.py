@@ -1,5 +1,6 @@
 """Plan, stream, filter, audit, apply: the way of a rollback, in this order and no other."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,17 +13,17 @@ from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
 from timstore.intake import byte_count, flags
-from timstore.rollbacks.apply import apply, foresee
+from timstore.interrupts import CriticalSection
+from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.matching import multiplier
-from timstore.rollbacks.methods import approximated
 from timstore.rollbacks.optimizer_state import Correction, check_optimizer
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
-from timstore.rollbacks.progress import Bar, shown
+from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request
@@ -33,6 +34,8 @@ from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 from timstore.states import State
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
@@ -47,6 +50,7 @@ def rollback(
     target: Target,
     ids: Iterable[int] | None = None,
     *,
+    section: CriticalSection,
     where: str | None = None,
     strength: float = 1.0,
     epochs: Iterable[int] | None = None,
@@ -100,26 +104,24 @@ def rollback(
         check_optimizer(optimizer, live, run.timelines)
     # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
     steps = 8 if len(plan.lengths) > 1 else 16
-    products = len(plan.lengths) * (steps + 1) - 1 + 4 * _MATCHING_STEPS if asked else 0
+    halves, wholes = (4 * _MATCHING_STEPS, len(plan.lengths) * (steps + 1) - 1) if asked else (0, 0)
     device = next(iter(changed.values())).device
-    with (
-        Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace,
-        shown(progress, run.work(plan), products) as bar,
-    ):
-        increments = [workspace.new() for _ in plan.lengths]
-        replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
-        if replayed is not None and not identity.is_rolled_back:
-            _check_replayed(replayed, changed)
-        correction, optimizer_text = run.correction(optimizer, replayed, workspace)
-        moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
-        coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
-        largest = dict.fromkeys(sizes, 1.0)
-        if coordinates is not None and run.divides:
-            largest = into_steps(increments, coordinates)
-        decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
-        delta, probed = _filtered(
-            target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
-        )
+    with Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace:
+        with rollback_shown(progress, run.work(plan), halves, wholes) as bar:
+            increments = [workspace.new() for _ in plan.lengths]
+            replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
+            if replayed is not None and not identity.is_rolled_back:
+                _check_replayed(replayed, changed)
+            correction, optimizer_text = run.correction(optimizer, replayed, workspace)
+            moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
+            coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
+            largest = dict.fromkeys(sizes, 1.0)
+            if coordinates is not None and run.divides:
+                largest = into_steps(increments, coordinates)
+            decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
+            delta, probed = _filtered(
+                target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
+            )
         change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
             raise StateError(
@@ -134,7 +136,7 @@ def rollback(
             left_out=selection.before[0],
             parameters=sum(sizes.values()),
             method=run.method.name + " + probe" * bool(probed),
-            approximates=approximated(run.method, probed is not None),
+            approximates=run.approximates(None if probed is None else probed.sequences),
             denominator=denominator,
             clipping=run.clipping,
             strength=request.strength,
@@ -162,16 +164,23 @@ def rollback(
                 ]
             ),
         )
-        if not dry_run:
-            gone = None if optimizer is None else correction
-            row = _row(report, identity.digest, selection.removed, request.parameters, gone)
-            target.change(
-                apply=lambda: apply(changed, delta, workspace, budget.workers),
-                record=lambda: store.append_rollback(row, live if keep_delta else None),
-            )
-            if optimizer is not None:
-                correction.apply(optimizer, live)
-    return replace(report, seconds=time.perf_counter() - started)
+        if dry_run:
+            return replace(report, seconds=time.perf_counter() - started)
+        for one in (*increments, coordinates):
+            if one is not None and one is not delta:
+                one.free()
+        writes = [*moves(changed, delta), *([] if optimizer is None else correction.writes(optimizer, live))]
+        gone = None if optimizer is None else correction
+        row = _row(report, identity.digest, selection.removed, request.parameters, gone)
+        target.change(
+            Writes(writes, workspace, budget.workers),
+            record=lambda: store.append_rollback(row, live if keep_delta else None),
+            section=section,
+        )
+        _log.info(
+            "%s: %d samples removed, %s, change %.4g", store.path, len(report.samples), report.method, change.norm
+        )
+        return section.finish(replace(report, seconds=time.perf_counter() - started))
 
 
 def _probe(
@@ -226,6 +235,7 @@ def _filtered(
             decayed(increments[0], coordinates, plan)
         return increments[0], None
     model, response = target.model(), run.response(len(increments))
+    bar.curved(probe.sequences)
     found = probe_filter(
         model,
         increments,

@@ -13,7 +13,7 @@ from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.changes import changes_of, sources_of
 from timstore.rollbacks.consumed import Change
 from timstore.rollbacks.engine import Budget, Readers, stream
-from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, choose
+from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, approximated, choose
 from timstore.rollbacks.optimizer_state import Correction, buffer_of, described
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
 from timstore.rollbacks.replay import Replay, Replayed
@@ -110,7 +110,12 @@ class Run:
         unknown = int(change.unknown.sum())
         if not unknown:
             return "followed"
-        return f"kept as it was in {unknown} of {touched} steps, whose whole gradient is not known"
+        return f"kept in {unknown} of the {touched} steps that held a removed sample: their whole gradient is not known"
+
+    def approximates(self, sequences: int | None) -> str:
+        """Return what the change takes for granted, in words; `sequences` are the probe's, None without one."""
+        steps = max(len(timeline.keys) for timeline in self.timelines.values())
+        return approximated(self.method, len(self.selection.leaving.keys), steps, sequences)
 
     def plan(self, bins: int) -> Plan:
         """Return what changes, and for a sum what is read with which weights."""

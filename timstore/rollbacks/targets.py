@@ -1,13 +1,17 @@
 """What a rollback changes, and where each parameter of it lives: here in a module, elsewhere in a file."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from timstore.errors import ModelMismatchError
 from timstore.fingerprints import digests
+from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
+
+if TYPE_CHECKING:
+    from timstore.rollbacks.apply import Writes
 
 
 class Place(Protocol):
@@ -59,11 +63,12 @@ class Target(Protocol):
             ModelMismatchError: one is missing or has another shape.
         """
 
-    def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
-        """Change the places that were handed out, as `apply` writes to them, and have `record` write that down.
+    def change(self, writes: "Writes", record: Callable[[], None], section: CriticalSection) -> None:
+        """Change the places that were handed out, and have `record` write that down.
 
         Digests decide what a model is, so that a record whose change never came is harmless; a change without a record
-        is not. So the record comes before anything of the change can be seen.
+        is not. So the record comes before anything of the change can be seen, and the section is entered after it:
+        what comes then is done as a whole.
         """
 
 
@@ -94,13 +99,15 @@ class ModelInMemory:
                 )
         return {name: InModule(held[name]) for name in wanted}
 
-    def change(self, apply: Callable[[], None], record: Callable[[], None]) -> None:
+    def change(self, writes: "Writes", record: Callable[[], None], section: CriticalSection) -> None:
+        old = writes.keep()
         record()
-        apply()
+        section.enter()
+        writes.make_or_restore(old)
 
 
 class InModule:
-    """A module's parameter or buffer."""
+    """A module's parameter or buffer, or an optimizer's state."""
 
     def __init__(self, parameter: torch.Tensor) -> None:
         self._parameter = parameter

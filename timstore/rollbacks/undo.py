@@ -1,6 +1,9 @@
 """Take a rollback back: the parameters as they were, to the last bit."""
 
+import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
@@ -8,15 +11,21 @@ from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadO
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
+from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
+from timstore.rollbacks.apply import Write, Writes
+from timstore.rollbacks.targets import InModule, ModelInMemory
+from timstore.rollbacks.vectors import KEPT_BYTES, Workspace
 from timstore.states import State
 from timstore.store import Store
+
+_log = logging.getLogger(__name__)
 
 _CACHE_BYTES = 64 * 1024 * 1024
 
 
-def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
-    """Give a model back what `rollback(keep_delta=True)` changed; see `timstore.Store.undo`."""
+def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: CriticalSection) -> str:
+    """Give a model back what `rollback(keep_delta=True)` changed, and return its id; see `timstore.Store.undo`."""
     if store.mode == "r":
         raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
     snapshot = store.snapshot()
@@ -52,10 +61,15 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str) -> None:
         )
     row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0, "removed": None}
     row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
-    store.append_rollback(row)
-    with torch.no_grad():
-        for name in kept.places:
-            held[name].copy_(_parameter(kept, name, held[name]))
+    writes = [Write(InModule(held[name]), partial(_blocks, kept, name, held[name])) for name in kept.places]
+    with Workspace({}, memory_limit_bytes=KEPT_BYTES) as workspace:
+        ModelInMemory(model).change(Writes(writes, workspace), lambda: store.append_rollback(row), section)
+        _log.info("%s: rollback %s was undone", store.path, rollback_id)
+        return section.finish(rollback_id)
+
+
+def _blocks(kept: State, name: str, like: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield _parameter(kept, name, like).reshape(-1)
 
 
 def _parameter(kept: State, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from timstore.errors import StorageError
 
 # Small enough that what the allocator keeps of freed blocks stays far below any memory_limit.
 _LARGEST_BLOCK_BYTES = 1024 * 1024
+# What is kept in memory of parameters that are written over, where the caller gave no limit.
+KEPT_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,27 @@ class Workspace:
             for start in range(0, size, self.block_numel):
                 yield Block(name, start, min(size, start + self.block_numel))
 
+    def keep(self, blocks: Iterable[torch.Tensor], numel: int, dtype: torch.dtype) -> "Kept":
+        """Return a copy of a tensor that is given flat, in blocks, bit for bit in its own precision."""
+        size_bytes = numel * dtype.itemsize
+        if self._used_bytes + size_bytes <= self._limit_bytes:
+            self._used_bytes += size_bytes
+            found = list(blocks)
+            return Kept(self, torch.cat(found) if found else torch.empty(0, dtype=dtype), 0, numel, dtype)
+        place, self._file_bytes = self._file_bytes, self._file_bytes + size_bytes
+        done = 0
+        for block in blocks:
+            data = block.cpu().contiguous().view(torch.uint8).numpy().data
+            self._write(place + done, data)
+            done += len(data)
+        return Kept(self, None, place, numel, dtype)
+
     def close(self) -> None:
         """Give the spill file's space back."""
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):  # nothing of it is needed any more
+                os.close(file)
 
     def _place(self) -> int:
         if self._free:
@@ -113,7 +132,10 @@ class Workspace:
         data = bytearray(size)
         done = 0
         while done < size:
-            got = os.preadv(self._file, [memoryview(data)[done:]], place + done)
+            try:
+                got = os.preadv(self._file, [memoryview(data)[done:]], place + done)
+            except OSError as error:
+                raise StorageError(f"the spill file cannot be read back: {error.strerror}") from error
             if got == 0:
                 raise StorageError(f"the spill file ended {size - done} bytes early")
             done += got
@@ -153,6 +175,11 @@ class Vector:
             return torch.zeros(0, dtype=self.workspace.dtype, device=self.workspace.device)
         data = self.workspace._read(self._place + first * itemsize, (stop - start) * itemsize)
         return torch.frombuffer(data, dtype=self.workspace.dtype).to(self.workspace.device)
+
+    def in_blocks(self, parameter: str) -> Iterator[torch.Tensor]:
+        """Yield the elements of one parameter in order, a bounded number at a time."""
+        size, most = self.workspace.sizes[parameter], self.workspace.block_numel
+        return (self.read(parameter, start, min(size, start + most)) for start in range(0, size, most))
 
     def write(self, parameter: str, start: int, numbers: torch.Tensor) -> None:
         """Set elements from `start` on; numbers is 1-D."""
@@ -198,3 +225,25 @@ class Vector:
         elif self._place is not None:
             self.workspace._free.append(self._place)
             self._place = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Kept:
+    """A tensor as it was; made by `Workspace.keep`."""
+
+    workspace: Workspace
+    numbers: torch.Tensor | None
+    place: int
+    numel: int
+    dtype: torch.dtype
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield its numbers in order, flat."""
+        if self.numbers is not None:
+            yield self.numbers
+            return
+        size = self.dtype.itemsize
+        for start in range(0, self.numel, self.workspace.block_numel):
+            stop = min(self.numel, start + self.workspace.block_numel)
+            data = self.workspace._read(self.place + start * size, (stop - start) * size)
+            yield torch.frombuffer(data, dtype=torch.uint8).view(self.dtype)

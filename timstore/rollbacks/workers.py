@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from timstore.interrupts import Held
+
 # What one task is asked to do: it yields how many gradients it has added, now and then.
 Task = tuple[int, Callable[[], Iterator[int]]]
 
@@ -39,9 +41,10 @@ def side_by_side(tasks: Iterable[Task], workers: int, advance: Callable[[int], N
             threading.Thread(target=crew.work, args=(each,), name=f"timstore-rollback-{number}", daemon=True)
             for number in range(workers)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            with Held():
+                for thread in threads:
+                    thread.start()
             working = workers
             while working:
                 said = crew.said.get()
@@ -52,9 +55,12 @@ def side_by_side(tasks: Iterable[Task], workers: int, advance: Callable[[int], N
                 else:
                     advance(said)
         finally:
-            crew.stop.set()
-            for thread in threads:
-                thread.join()
+            # However often the caller is interrupted: what they write to is closed afterwards.
+            with Held():
+                crew.stop.set()
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
 
 
 class _Crew:
