@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +121,23 @@ def test_beside_another_sample_what_was_removed_is_left_out(store: timstore.Stor
     assert_same(model, retrained(kind, 1, 2))
 
 
-def test_a_model_from_before_the_rollback_holds_everything(store: timstore.Store) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_checkpoint_from_before_the_rollback_holds_everything(store: timstore.Store, kind: str) -> None:
     model = linear()
-    optimizer = made("sgd", model)
-    with store.record(model, optimizer) as recorder:
+    optimizer = made(kind, model)
+    with store.record(model, optimizer, **history(kind)) as recorder:
         train(model, optimizer, 0, 2)
         recorder.checkpoint()
-        saved = copied(model)
+        saved, state = copied(model), deepcopy(optimizer.state_dict())
         train(model, optimizer, 2, 4)
     store.rollback(model, [1])
     model.load_state_dict(saved)
-    with store.record(model, optimizer, resume_from=(0, 2)):
+    optimizer.load_state_dict(state)
+    with store.record(model, optimizer, resume_from=(0, 2), **history(kind)):
         train(model, optimizer, 2, 8)
     report = store.rollback(model, [1], accumulate="float64")
     assert (report.records, report.left_out) == (5, 0)
-    assert_same(model, retrained("sgd", 1))
+    assert_same(model, retrained(kind, 1))
 
 
 def test_what_is_undone_is_removed_again(store: timstore.Store) -> None:
