@@ -33,6 +33,7 @@ LAYERS = [
     ["timstore.doubles"],
     ["timstore.writing"],
     ["timstore.states"],
+    ["timstore.identity"],
     ["timstore.attempts"],
     ["timstore.handle"],
     ["timstore.store"],

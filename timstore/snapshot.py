@@ -205,9 +205,8 @@ class Snapshot:
             # Earlier versions took ids of any size; no sample has one that is beyond 63 bits.
             chosen = attempt.scope if isinstance(attempt.scope, tuple) else None
             scope = None if chosen is None else [sample for sample in chosen if -(2**63) <= sample < 2**63]
-            rows.append(
-                AttemptRow(attempt.attempt, attempt.from_epoch, attempt.from_step, attempt.ranks, scope, recorded)
-            )
+            start = attempt.from_epoch, attempt.from_step
+            rows.append(AttemptRow(attempt.attempt, *start, attempt.ranks, scope, recorded, attempt.digest_before))
         return rows
 
 

@@ -230,19 +230,18 @@ class Store(Handle):
         data = pack_probe(intake.listed(batches, "batches"), intake.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
-    def begin_attempt(self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1) -> int:
-        """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
+    def begin_attempt(
+        self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None
+    ) -> int:
+        """Begin a new attempt, which supersedes everything recorded from (from_epoch, from_step) on; return its number.
 
-        What was appended before is committed first. Durable when this returns.
-
-        Returns:
-            The attempt's number.
+        What was appended before is committed first; durable when this returns. `digest_before` is the model's then.
         """
         known = dict(self._writing().parameters())
         self._check_same()
         start, taken, count = intake.moment(from_epoch, from_step), intake.scope(scope), intake.rank_count(ranks)
         self._end_writer()
-        attempt = self._attempt.begin(*start, taken, count).attempt
+        attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
         self._put(*rows_items("parameters", parameter_rows(known.values(), attempt)), Item(0))
@@ -258,14 +257,14 @@ class Store(Handle):
             self.refresh()
             self._attempt.join(attempt, self._snapshot.view.attempts)
 
-    def claim_scope(self, scope: Scope, *, ranks: int = 1) -> None:
+    def claim_scope(self, scope: Scope, *, ranks: int = 1, digest_before: str | None = None) -> None:
         """Say which samples the current attempt records, `all` or the sorted ids, and in how many processes.
 
         Raises:
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(intake.scope(scope), intake.rank_count(ranks))
+        self._attempt.claim(intake.scope(scope), intake.rank_count(ranks), digest_before)
 
     @property
     def attempt(self) -> int:
@@ -280,7 +279,7 @@ class Store(Handle):
     @property
     def frontier(self) -> tuple[int, int] | None:
         """The last live (epoch, step), committed or appended here; None in an empty store."""
-        return self._writing().frontier
+        return self._writing().frontier if self._attempt.is_begun else None
 
     def commit(self) -> None:
         """Put everything accepted so far on disk, and let this handle see it.

@@ -42,6 +42,7 @@ _ATTEMPTS = {
     "ranks": "BIGINT",
     "scope": "BIGINT[]",
     "recorded": "VARCHAR",
+    "digest_before": "VARCHAR",
 }
 
 
@@ -65,6 +66,7 @@ class AttemptRow:
     Attributes:
         scope: the ids of the recorded samples, if only some were to be recorded.
         recorded: "all" or "selected", None when only `append` was used.
+        digest_before: of all parameters before its first step.
     """
 
     attempt: int
@@ -73,6 +75,7 @@ class AttemptRow:
     ranks: int
     scope: list[int] | None
     recorded: str | None
+    digest_before: str | None = None
 
 
 def create_tables(connection: duckdb.DuckDBPyConnection) -> None:

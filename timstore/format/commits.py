@@ -75,6 +75,7 @@ class Attempt:
     Attributes:
         scope: the sample ids recorded, "all", or None when unknown.
         ranks: how many processes train together.
+        digest_before: of all parameters before its first step; None when unknown.
     """
 
     attempt: int
@@ -83,6 +84,7 @@ class Attempt:
     scope: Scope
     ranks: int
     at: str
+    digest_before: str | None = None
 
 
 def parse_record(
@@ -146,6 +148,7 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         scope=scope,
         ranks=take(fields, "ranks", int, path),
         at=take_time(fields, path),
+        digest_before=None if fields.get("digest_before") is None else take(fields, "digest_before", str, path),
     )
 
 

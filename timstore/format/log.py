@@ -242,7 +242,13 @@ class LogWriter:
 
 
 def claim_attempt(
-    objects: Objects, from_epoch: int, from_step: int, scope: Scope, ranks: int, first: bool = False
+    objects: Objects,
+    from_epoch: int,
+    from_step: int,
+    scope: Scope,
+    ranks: int,
+    first: bool = False,
+    digest_before: str | None = None,
 ) -> Attempt:
     """Begin an attempt, durable and visible at return; of several callers at once each gets its own number.
 
@@ -251,6 +257,7 @@ def claim_attempt(
         scope: the sample ids that are recorded, "all", or None when unknown.
         ranks: how many processes train together.
         first: make attempt 0, or return it as it is when it exists.
+        digest_before: of all parameters before its first step; None when unknown.
 
     Raises:
         StorageError, ReadOnlyError: nothing became visible, unless its kind is `outcome-unknown`.
@@ -267,6 +274,7 @@ def claim_attempt(
             "from": {"epoch": from_epoch, "step": from_step},
             "scope": scope,
             "ranks": ranks,
+            "digest_before": digest_before,
             "at": now(),
             "claim": secrets.token_hex(8),  # tells our file from that of a caller who asks for the same
         }

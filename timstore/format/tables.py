@@ -112,6 +112,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("delta_norm", _FLOAT),
             ("digest_before", _TEXT),
             ("digest_after", _TEXT),
+            # [attempt, epoch, step, rank, sample] of each record that was taken out.
+            ("removed", pa.list_(pa.list_(_INT))),
+            ("parameters", pa.list_(_TEXT)),
+            ("optimizer_states", pa.list_(_TEXT)),
         ]
     ),
 }
@@ -124,6 +128,7 @@ ADDED = {
         "options",
     ),
     "states": ("name",),
+    "rollbacks": ("removed", "parameters", "optimizer_states"),
 }
 
 # What roll-up folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.

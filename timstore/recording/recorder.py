@@ -16,6 +16,7 @@ from timstore.intake import listed, moment, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import on_host
+from timstore.recording.beginning import Beginning
 from timstore.recording.capture import Capture
 from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
@@ -272,12 +273,8 @@ class Recorder:
     def _claim(self) -> tuple[int, int, int]:
         """Begin the attempt, or go on with it; returns its number and where it goes on."""
         scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
-        if self._resume_from is not None:
-            self._store.begin_attempt(*self._resume_from, scope=scope, ranks=self._ranks.count)
-            moment = self._resume_from
-        else:
-            self._store.claim_scope(scope, ranks=self._ranks.count)
-            moment = self._continue()
+        beginning = Beginning(self._store, self._model, self._optimizer, scope, self._ranks.count)
+        moment = beginning.go_on() if self._resume_from is None else beginning.resume(self._resume_from)
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
@@ -289,27 +286,6 @@ class Recorder:
         if not self._ranks.alone:
             self._store.commit()
         return self._store.attempt, *moment
-
-    def _continue(self) -> tuple[int, int]:
-        """Return where the store's history ends, if the model is still the one it ended with."""
-        frontier = self._store.frontier
-        if frontier is None:
-            return 0, 0
-        known = self._store.latest_fingerprints()
-        where = f"epoch {frontier[0]}, step {frontier[1]}"
-        resume = (
-            "pass resume_from=(epoch, step) of the first step that the model has not seen; it supersedes what was "
-            "recorded from there on, and (0, 0) starts over"
-        )
-        if known is None or known[:2] < frontier:
-            raise StateError(
-                f"the store's history ends at {where} without the fingerprint of a model, so recording was cut off "
-                f"there, or done by append: {resume}",
-                kind="unknown-model",
-            )
-        if known[2] != digests(self._model):
-            raise StateError(f"the model changed since recording stopped at {where}: {resume}", kind="model-changed")
-        return frontier[0], frontier[1] + 1
 
     def _release(self) -> tuple[int, int] | None:
         """Take all hooks off; returns the latest step."""
