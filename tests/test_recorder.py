@@ -25,7 +25,8 @@ def test_every_step_is_written_and_only_the_chosen_samples_are_recorded(store: t
     optimizer = sgd(model)
     with store.record(model, optimizer, samples=[2, 9]) as recorder:
         train(model, optimizer, [1, 2], [3, 4])
-        recorder.epoch = 1
+        with pytest.warns(timstore.TimstoreWarning, match="epoch 0 is over.*: 9"):
+            recorder.epoch = 1
         train(model, optimizer, [9, 2])
         assert recorder.step == 3
     assert moments(store) == [(0, 0, 2), (1, 2, 2), (1, 2, 9)]

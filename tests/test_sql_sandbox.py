@@ -7,6 +7,7 @@ for the wrong reason) and has to fail, without any effect, on the catalogue's.
 import hashlib
 import shutil
 import tempfile
+from pathlib import Path
 
 import duckdb
 import pandas as pd
@@ -42,8 +43,9 @@ class Sandbox(World):
         ]
         commit = CommitRows(0, "w", 0, "now", 5, 40, {"records": pa.Table.from_pylist(rows, SCHEMAS["records"])})
         self.catalog = Catalog.build([commit], [AttemptRow(0, 0, 0, 1, None, "all")])
-        (private,) = (root / "temp").iterdir()
-        super().__init__(root, private / "catalogue.duckdb")
+        assert list((root / "temp").iterdir()) == []
+        # The tables' file has no other name any more.
+        super().__init__(root, Path(f"/proc/self/fd/{self.catalog._descriptor}"))
         self.before = self.state()
 
     def state(self):

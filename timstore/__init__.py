@@ -111,7 +111,7 @@ class Store(_Store):
             optimizer: the one that trains the model, or a list of all that do; each `step` of each is a step here.
             samples: ids to record; all when None. The others cost nothing.
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
-                everything recorded from there on.
+                everything recorded from there on. Not needed where recording stopped, nor after a rollback.
             probe: batches of any data like the training data, kept in the store for `rollback`.
             optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
                 parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
@@ -130,8 +130,7 @@ class Store(_Store):
             id_column: of `samples`, by which ids that are text are looked up.
             by_content: know the rows of a batch without `sample_ids` by their tokens: the id is the first 63 bits of
                 their hash, column `content_hash` of `samples`.
-            process_group: of processes that average their gradients, where the model is not given as its
-                DistributedDataParallel. Each process writes its own samples into the one store.
+            process_group: of processes that average their gradients, unless the model is DistributedDataParallel.
 
         Raises:
             CoverageError: a trained parameter's gradient cannot be seen per sample, or no recorded optimizer holds it.
@@ -263,7 +262,7 @@ class Store(_Store):
             missing: `error`, or `skip` to go on without samples that were never recorded.
             keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
             dry_run: compute and report, change nothing.
-            force: also when these samples were removed from this model before.
+            force: subtract also the records that were removed from this model before; else they are left out.
             progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
             output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
             model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
@@ -273,7 +272,7 @@ class Store(_Store):
             CoverageError: samples, steps or learning rates that were never recorded; a method or denominator that the
                 records do not allow, with what would have had to be recorded.
             ModelMismatchError: another model, or one that was trained on without recording.
-            StateError: these samples were removed before.
+            StateError: all of these records were removed before.
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
             FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
         """
@@ -341,9 +340,12 @@ def open(
     precision: str | None = None,
     max_rel_error: float | None = None,
     durability: str | None = None,
+    sql_memory: int | str = "1GB",
 ) -> Store:
     """Open or create the store at a path; see `Store` for the arguments and errors."""
-    return Store(path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability)
+    return Store(
+        path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability, sql_memory=sql_memory
+    )
 
 
 def _way(target: Any) -> "Callable[..., RollbackReport]":

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from timstore import intake
+from timstore.batch import Item, rows_items
 from timstore.ledger import Ledger, Moment, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
-from timstore.writing import Item, rows_items
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timstore import errors, intake, lifetime
+from timstore.catalog import remove_leftovers
+from timstore.format.place import Place
 from timstore.opening import open_settings
 from timstore.reporting import user_path
 from timstore.snapshot import Snapshot, StoredRecord
@@ -14,34 +16,42 @@ from timstore.snapshot import Snapshot, StoredRecord
 if TYPE_CHECKING:
     import duckdb
 
+_LEAST_SQL_MEMORY = 32 * 10**6  # below, DuckDB cannot count the rows of each group
+
 
 class Handle:
     """What reading needs of a store: its objects, its settings and a snapshot."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any], sql_memory: int | str) -> None:
         self.path = user_path(path)
         if "://" in str(path):
             raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.mode = mode
+        self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
+        self._place = Place(self._objects, self.settings)
         lifetime.commit_unattended(self.path)
-        self._snapshot = Snapshot(self._objects, self.settings)
+        remove_leftovers()
+        self._snapshot = Snapshot(self._objects, self.settings, self._sql_memory)
         self._stale = False
+        self._restored = False
         self._pid = os.getpid()
         self._closed = False
 
     def refresh(self) -> None:
         """See what others have committed since. Questions asked before keep their answers."""
-        self._check_open()
-        newer = Snapshot(self._objects, self.settings, self._snapshot)
+        self._check_same()
+        # A copy of the store may hold less than what was seen.
+        before = None if self._restored else self._snapshot
+        newer = Snapshot(self._objects, self.settings, self._sql_memory, before)
         if newer.view != self._snapshot.view:
             self._snapshot = newer
-        self._stale = False
+        self._stale = self._restored = False
 
     def snapshot(self) -> Snapshot:
         """Return what this handle sees now; everything committed through it is in."""
-        self._check_open()
-        if self._stale:
+        self._check_same()
+        if self._stale or self._restored:
             self.refresh()
         return self._snapshot
 
@@ -73,7 +83,7 @@ class Handle:
             NotFoundError: if it was not recorded.
         """
         epoch, step = intake.moment(epoch, step)
-        sample, rank = intake.whole_number(sample, "sample"), intake.whole_number(rank, "rank")
+        sample, rank = intake.sample_id(sample), intake.rank_number(rank)
         for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
             return record.dense(parameter)
         raise errors.NotFoundError(
@@ -106,3 +116,16 @@ class Handle:
             )
         if self._closed:
             raise errors.StateError(f"{self.path} is closed; open it again", kind="closed")
+        self._place.require()
+
+    def _check_same(self) -> None:
+        """Refuse a store that another one took the place of; a copy of it is read from the start."""
+        self._check_open()
+        self._restored |= not self._place.check()
+
+
+def _sql_memory(size: Any) -> int:
+    taken = intake.byte_count(size, "sql_memory")
+    if taken < _LEAST_SQL_MEMORY:
+        raise errors.InvalidInputError(f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {size!r}')
+    return min(taken, 2**62)  # more than DuckDB can count is no limit

@@ -1,8 +1,14 @@
 """Row tables in DuckDB, and SQL over them that can read these tables and nothing else.
 
 The tables live in a private catalogue file. It is loaded by one connection, closed, opened again read-only, and
-then every door is shut and locked.
+then every door is shut and locked. The file then loses its name: what is open can be read until it is closed, and
+whatever ends the process, nothing is left of it.
+
+In this room annotations are text: as types they would keep DuckDB's alive in whatever is not freed when the interpreter
+ends (a hook that torch holds, say), and DuckDB prints pages about that.
 """
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -15,36 +21,45 @@ import duckdb
 import pyarrow as pa
 
 from timstore.catalog.answers import in_our_words, interruptible
-from timstore.catalog.sandbox import ask, in_temporary_space, open_locked, private_folder, remove_own
+from timstore.catalog.folders import private_folder, remove_leftovers
+from timstore.catalog.sandbox import ask, in_temporary_space, open_locked
 from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, load_attempts, load_commits
 from timstore.catalog.views import create_views
 from timstore.errors import StateError
 
-__all__ = ["AttemptRow", "Catalog", "CommitRows"]
+__all__ = ["AttemptRow", "Catalog", "CommitRows", "remove_leftovers"]
 
-_LOADING = {"memory_limit": "256MB", "threads": "2", "preserve_insertion_order": "false"}
+_COPY_BYTES = 16 * 1024 * 1024
+_LOADING = {
+    "memory_limit": "256MB",
+    "max_temp_directory_size": "10GB",
+    "threads": "2",
+    "preserve_insertion_order": "false",
+}
 
 
 class Catalog:
     """The tables of one snapshot. Made by `build`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "catalogue.duckdb"
-        self._connection: duckdb.DuckDBPyConnection | None = None
-        # Also at the interpreter's exit; a relation that is still held keeps reading the deleted file.
-        self._remove = weakref.finalize(self, remove_own, folder, os.getpid())
+    def __init__(self, connection: duckdb.DuckDBPyConnection, descriptor: int) -> None:
+        self._connection: duckdb.DuckDBPyConnection | None = connection
+        # The next catalogue begins as a copy of this file, which has no name.
+        self._descriptor = descriptor
+        self._close_file = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def build(
         cls,
         commits: Iterable[CommitRows],
         attempts: Sequence[AttemptRow],
-        previous: "Catalog | None" = None,
+        previous: Catalog | None = None,
         folded: Iterable[tuple[str, pa.Table]] = (),
-    ) -> "Catalog":
+        memory: int = 10**9,
+    ) -> Catalog:
         """Load commits into tables; with `previous`, only what is new, beside a copy of its tables.
 
-        `folded` are the (kind, rows) of a checkpoint that covers the commits before them.
+        `folded` are the (kind, rows) of a checkpoint that covers the commits before them; `memory` is in bytes, for
+        all questions together.
 
         The previous catalogue, and relations made from it, stay as they are.
 
@@ -55,14 +70,17 @@ class Catalog:
             StateError: if `previous` is closed.
             StorageError: no room for them.
         """
-        with in_temporary_space():
-            catalog = cls(private_folder())
-            try:
-                catalog._load(commits, attempts, previous, folded)
-            except BaseException:
-                catalog.close()
-                raise
-        return catalog
+        with in_temporary_space(), private_folder() as folder:
+            path = folder / "catalogue.duckdb"
+            if previous is not None:
+                previous._copy_to(path)
+            with duckdb.connect(path, config={**_LOADING, "temp_directory": str(folder / "spill")}) as connection:
+                if previous is None:
+                    create_tables(connection)
+                load_commits(connection, commits, folded)
+                load_attempts(connection, attempts)
+                create_views(connection, attempts)
+            return cls(open_locked(path, memory), os.open(path, os.O_RDONLY))
 
     def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
         """Ask one question; the relation can be read as long as it is held.
@@ -96,28 +114,15 @@ class Catalog:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self._remove()
+        self._close_file()
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
             raise StateError("the store was closed; open it again", kind="closed")
         return self._connection.cursor()
 
-    def _load(
-        self,
-        commits: Iterable[CommitRows],
-        attempts: Sequence[AttemptRow],
-        previous: "Catalog | None",
-        folded: Iterable[tuple[str, pa.Table]],
-    ) -> None:
-        spill = str(self._path.parent / "spill")
-        if previous is not None:
-            previous._cursor().close()
-            shutil.copyfile(previous._path, self._path)
-        with duckdb.connect(self._path, config={**_LOADING, "temp_directory": spill}) as connection:
-            if previous is None:
-                create_tables(connection)
-            load_commits(connection, commits, folded)
-            load_attempts(connection, attempts)
-            create_views(connection, attempts)
-        self._connection = open_locked(self._path)
+    def _copy_to(self, path: Path) -> None:
+        self._cursor().close()
+        with open(self._descriptor, "rb", closefd=False) as tables, open(path, "xb") as copy:
+            tables.seek(0)
+            shutil.copyfileobj(tables, copy, _COPY_BYTES)

@@ -1,5 +1,7 @@
 """What SQL answers with: DuckDB's relation, whose errors are ours and which Ctrl-C ends."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +17,7 @@ from timstore.errors import InvalidInputError, StateError
 
 T = TypeVar("T")
 _Relation = duckdb.DuckDBPyRelation
-_cursors: "WeakKeyDictionary[_Relation, duckdb.DuckDBPyConnection]" = WeakKeyDictionary()
+_cursors: WeakKeyDictionary[_Relation, duckdb.DuckDBPyConnection] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def in_our_words() -> Iterator[None]:
         ) from error
     except duckdb.OutOfMemoryException as error:
         raise InvalidInputError(
-            f"the answer takes more memory than SQL has here: ask for fewer rows or columns. DuckDB says: {error}",
+            "the answer takes more memory than SQL has here: ask for fewer rows or columns, or open the store with "
+            f"more, timstore.open(path, sql_memory='4GB'). DuckDB says: {error}",
             kind="sql-memory",
         ) from error
     except duckdb.Error as error:

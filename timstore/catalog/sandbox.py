@@ -1,7 +1,7 @@
-"""A connection that can read one catalogue file and do nothing else, and a folder that nobody else may enter."""
+"""A connection that can read one catalogue file and do nothing else, within a limit of memory."""
 
-import os
-import shutil
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +34,6 @@ _LOCKS = (
 )
 
 
-def private_folder() -> Path:
-    """Make a folder of mode 0700 in the system's temporary directory."""
-    return Path(tempfile.mkdtemp(prefix="timstore-catalogue-"))
-
-
 @contextmanager
 def in_temporary_space() -> Iterator[None]:
     """Turn what the system and DuckDB say while tables are made there into errors of ours that name the place.
@@ -65,15 +60,13 @@ def in_temporary_space() -> Iterator[None]:
         raise KeyboardInterrupt from error
 
 
-def remove_own(folder: Path, pid: int) -> None:
-    """Remove a folder if this is the process that made it: a forked child must leave its parent's alone."""
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)
+def open_locked(path: Path, memory: int) -> duckdb.DuckDBPyConnection:
+    """Open a catalogue file read-only, shut every door (files, network, extensions, Python variables) and lock.
 
-
-def open_locked(path: Path) -> duckdb.DuckDBPyConnection:
-    """Open a catalogue file read-only, shut every door (files, network, extensions, Python variables) and lock."""
-    connection = duckdb.connect(path, read_only=True, config={"threads": "2"})
+    Args:
+        memory: in bytes, what all questions together may take.
+    """
+    connection = duckdb.connect(path, read_only=True, config={"threads": "2", "memory_limit": f"{memory}B"})
     for lock in _LOCKS:
         connection.execute(lock)
     return connection

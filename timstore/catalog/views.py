@@ -1,5 +1,7 @@
 """What SQL shows: live rows, under the names of the data model."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import duckdb

@@ -1,5 +1,7 @@
 """Times with a time zone among the rows of an answer, as Python's own: DuckDB itself makes them with pytz only."""
 
+from __future__ import annotations
+
 from datetime import UTC
 from typing import Any
 

@@ -39,7 +39,8 @@ def trained_parameters(
         mine = {
             name: (parameter, groups[id(parameter)])
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) in groups
+            # One with an empty axis has no gradient to record.
+            if parameter.requires_grad and id(parameter) in groups and parameter.numel()
         }
         if not mine:
             what = "the optimizer" if len(optimizers) == 1 else f"optimizer {len(found)} of the list"

@@ -12,10 +12,12 @@ from torch import nn
 from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import whole_number
+from timstore.intake import listed, moment, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
+from timstore.recording.beginning import Beginning
 from timstore.recording.capture import Capture
+from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
@@ -103,9 +105,12 @@ class Recorder:
             raise InvalidInputError(
                 f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from", kind="earlier-epoch"
             )
-        self._epoch = number
+        before, self._epoch = self._epoch, number
         if self._stepping is not None:
             self._stepping.epoch = number
+            # What the other processes have drawn is known to all at the end alone.
+            if number > before and self._ranks.alone:
+                self._drawn.epoch_over(before)
 
     @property
     def step(self) -> int:
@@ -156,11 +161,19 @@ class Recorder:
             # The error of the training loop is the one to see.
             if getattr(error, "kind", None) != getattr(failure, "kind", ""):
                 error.add_note(f"timstore: the end of the recording could not be kept: {failure}")
+        if error is None:
+            self._warn()
 
     def stop(self) -> None:
         """End recording, and commit; the parameters are not taken for those that the last step left."""
         self._release()
         self._store.commit()
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what never came; of several processes the first one knows, once all have committed."""
+        if self._ranks.rank == 0:
+            self._drawn.end(refresh=not self._ranks.alone)
 
     def checkpoint(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
@@ -223,15 +236,25 @@ class Recorder:
         )
         self._stills = [one.still for one in trained if one.still is not None]
         forwards.attach(capture, [one.pending for one in trained], passes, self._stills, keep)
+        self._drawn = Drawn(
+            self._store,
+            self._model,
+            self._optimizers,
+            self._parameters.values(),
+            self._samples,
+            by_content=options.by_content,
+        )
+        keep(self._drawn)
         keep(self._model.register_forward_pre_hook(refuse_compiled, prepend=True))
         self._stepping = Stepping(
             self._store,
             self._model,
             trained,
-            {name: one for name, one in self._model.named_parameters() if name not in self._parameters},
+            {name: one for name, one in self._model.named_parameters() if name not in self._parameters and one.numel()},
             forwards=forwards,
             history=self._history,
             ranks=self._ranks,
+            drawn=self._drawn,
             samples=self._samples,
             scaler=self._scaler,
             mean_over=options.mean_over,
@@ -270,12 +293,8 @@ class Recorder:
     def _claim(self) -> tuple[int, int, int]:
         """Begin the attempt, or go on with it; returns its number and where it goes on."""
         scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
-        if self._resume_from is not None:
-            self._store.begin_attempt(*self._resume_from, scope=scope, ranks=self._ranks.count)
-            moment = self._resume_from
-        else:
-            self._store.claim_scope(scope, ranks=self._ranks.count)
-            moment = self._continue()
+        beginning = Beginning(self._store, self._model, self._optimizers, scope, self._ranks.count)
+        moment = beginning.go_on() if self._resume_from is None else beginning.resume(self._resume_from)
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
@@ -288,27 +307,6 @@ class Recorder:
         if not self._ranks.alone:
             self._store.commit()
         return self._store.attempt, *moment
-
-    def _continue(self) -> tuple[int, int]:
-        """Return where the store's history ends, if the model is still the one it ended with."""
-        frontier = self._store.frontier
-        if frontier is None:
-            return 0, 0
-        known = self._store.latest_fingerprints()
-        where = f"epoch {frontier[0]}, step {frontier[1]}"
-        resume = (
-            "pass resume_from=(epoch, step) of the first step that the model has not seen; it supersedes what was "
-            "recorded from there on, and (0, 0) starts over"
-        )
-        if known is None or known[:2] < frontier:
-            raise StateError(
-                f"the store's history ends at {where} without the fingerprint of a model, so recording was cut off "
-                f"there, or done by append: {resume}",
-                kind="unknown-model",
-            )
-        if known[2] != digests(self._model):
-            raise StateError(f"the model changed since recording stopped at {where}: {resume}", kind="model-changed")
-        return frontier[0], frontier[1] + 1
 
     def _release(self) -> tuple[int, int] | None:
         """Take all hooks off; returns the latest step."""
@@ -341,7 +339,7 @@ class _Batch:
 def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if samples is None:
         return None
-    chosen = frozenset(whole_number(one, "sample id") for one in samples)
+    chosen = frozenset(sample_id(one, "sample id") for one in listed(samples, "samples"))
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
@@ -368,4 +366,4 @@ def _moment(given: Any) -> tuple[int, int]:
         epoch, step = given
     except (TypeError, ValueError):
         raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
-    return whole_number(epoch, "epoch"), whole_number(step, "step")
+    return moment(epoch, step)

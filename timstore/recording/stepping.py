@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from timstore.entries import Entry
-from timstore.errors import CoverageError, InvalidInputError, StateError
+from timstore.errors import CoverageError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.batches import by_parameter
+from timstore.recording.closures import Arguments, run_closure
+from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
@@ -80,6 +82,7 @@ class Stepping:
         forwards: Forwards,
         history: History,
         ranks: Ranks,
+        drawn: Drawn,
         samples: frozenset[int] | None,
         scaler: Any,
         mean_over: str | None,
@@ -96,6 +99,7 @@ class Stepping:
         self._forwards = forwards
         self._history = history
         self._ranks = ranks
+        self._drawn = drawn
         self._samples = samples
         self._scaler = scaler
         self._mean_over = mean_over
@@ -107,6 +111,7 @@ class Stepping:
         self.step = 0
         self.last: tuple[int, int] | None = None
         self._entries: list[Entry] | None = None
+        self._ids: Sequence[int] = ()
         self._consumed: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
         for one in trained:
@@ -121,9 +126,14 @@ class Stepping:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(one is not None for one in (*args[1:], *kwargs.values())):
-            raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        instead = run_closure(optimizer, args, kwargs, self._parameters.values())
+        self._look_ahead(optimizer)
+        return instead
+
+    def _look_ahead(self, optimizer: torch.optim.Optimizer) -> None:
         mine = self._trained[id(optimizer)]
         self._check_trained(mine)
         self._entries = None
@@ -157,7 +167,7 @@ class Stepping:
         self._history.before_step(self.epoch, self.step, self._parameters)
         # Copied before the step, which may write into them.
         self._consumed = self._history.copied(optimizer, gradients)
-        self._entries = entries
+        self._entries, self._ids = entries, ahead.scalars["sample_ids"]
 
     def _check_trained(self, mine: Trained) -> None:
         """Refuse what is trained and not recorded."""
@@ -250,6 +260,7 @@ class Stepping:
         if proves:
             mine.pending.prove()
             self._forwards.look_again()
+        self._drawn.took(self._ids)
         self._store.accept(*entries)
         self._history.after_step(*moment, self._consumed)
 

@@ -30,6 +30,12 @@ class Correction:
     replaced: Mapping[str, Vector] = field(default_factory=dict)
     others: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def states(self) -> list[str]:
+        """The states that it changes."""
+        added = () if self.added is None else self.buffers.values()
+        return sorted({*added, *self.replaced, *(key for _, key in self.others)})
+
     def writes(
         self, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]
     ) -> list[Write]:

@@ -46,6 +46,8 @@ class Request:
         checked = None if ids is None else _integers(ids, "ids")
         if checked is not None and not checked:
             raise InvalidInputError("ids is empty: nothing to remove")
+        if checked is not None and min(checked) < 0:
+            raise InvalidInputError(f"sample ids start at 0; got {min(checked)}", kind="wrong-ids")
         if not (isinstance(strength, float | int) and 0 <= strength <= 1):
             raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
         if missing not in ("error", "skip"):
