@@ -73,9 +73,20 @@ def trained_by_closure(
     def closure() -> float:
         value = loss(model, {**batches[0], "sample_ids": IDS[0]}, torch.ones(4))
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(closure)
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
 
 
 @dataclass(frozen=True)
@@ -197,13 +208,13 @@ REFUSED = [
     Refused("DataParallel", "", lambda: nn.DataParallel(mlp()), vectors(9), "DistributedDataParallel", BEGIN),
     Refused(
         "Optimizer",
-        "`step(closure)`",
+        "`step(closure)` that evaluates it twice",
         mlp,
         vectors(9),
-        "closure",
+        "Twice evaluates its closure more than once",
         STEP,
         run=trained_by_closure,
-        error=timstore.InvalidInputError,
+        make_optimizer=Twice,
     ),
     Refused(
         "Optimizer",

@@ -99,13 +99,13 @@ def naming(root, name):
 
 def replace_object(root, name, data, rows=None):
     """Put other bytes into an object, and let every record agree: size, checksum, and the chain of its writer."""
+    record = naming(root, name)
     (root / name).write_bytes(data)
 
     def changed(info):
         new = {"bytes": len(data), "crc32": zlib.crc32(data), "rows": info["rows"] if rows is None else rows}
         return info | new if info["path"] == name else info
 
-    record = naming(root, name)
     if record.suffix == ".json":
         reseal(root, record, objects=[changed(info) for info in body(record)["objects"]])
         return

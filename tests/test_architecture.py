@@ -22,14 +22,18 @@ LAYERS = [
     ["timstore.encoding"],
     ["timstore.format"],
     ["timstore.catalog"],
+    ["timstore.parts"],
     ["timstore.intake"],
     ["timstore.samples"],
     ["timstore.snapshot"],
     ["timstore.removal"],
     ["timstore.opening"],
     ["timstore.ledger"],
+    ["timstore.batch"],
+    ["timstore.doubles"],
     ["timstore.writing"],
     ["timstore.states"],
+    ["timstore.identity"],
     ["timstore.attempts"],
     ["timstore.handle"],
     ["timstore.store"],
@@ -71,6 +75,8 @@ OWNERS = {
     "rich": ["timstore.progress", "timstore.cli.sql"],
     "typer": ["timstore.cli"],
     "transformers": ["timstore.checkpoints", "timstore.integrations"],
+    "lightning": ["timstore.integrations.lightning"],
+    "pytorch_lightning": ["timstore.integrations.lightning"],
 }
 
 

@@ -25,13 +25,14 @@ COLUMNS = {
     ],
     "parameters": ["parameter", "shape", "dtype", "numel", "group_id"],
     "samples": ["sample"],
-    "attempts": ["attempt", "from_epoch", "from_step", "ranks", "scope", "recorded"],
+    "attempts": ["attempt", "from_epoch", "from_step", "ranks", "scope", "recorded", "digest_before"],
     "fingerprints": ["attempt", "epoch", "step", "parameter", "digest"],
     "states": [
         *("attempt", "epoch", "step", "role", "name", "parameter", "precision", "rel_error", "bytes", "rollback_id"),
     ],
     "rollbacks": [
         *("at", "samples", "strength", "method", "records", "delta_norm", "digest_before", "digest_after"),
+        *("removed", "parameters", "optimizer_states"),
     ],
     "commits": ["writer", "seq", "at", "records", "bytes"],
 }

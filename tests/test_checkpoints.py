@@ -126,7 +126,9 @@ def test_tensors_of_any_dtype_are_copied_and_refused_only_when_they_must_change(
     save_file({**held, "bias": held["bias"].to(torch.float8_e5m2)}, path)
     with pytest.raises(timstore.FormatError, match=r"tensor bias of .* has dtype F8_E5M2; F64, F32, F16, BF16 can be"):
         timstore.rollback(path, [1], store=tmp_path / "s", output=output, force=True)
-    timstore.rollback(path, [1], store=tmp_path / "s", output=output, parameters=["weight"])
+    # The store holds no fingerprints, and this file is not the one that was rolled back.
+    with pytest.warns(timstore.TimstoreWarning, match="cannot be told"):
+        timstore.rollback(path, [1], store=tmp_path / "s", output=output, parameters=["weight"])
     assert [name for name in held if made.places_in(path)[1][name] != made.places_in(output)[1][name]] == ["weight"]
 
 
@@ -255,12 +257,13 @@ def test_the_same_samples_are_refused_twice_on_disk_and_in_memory(
     model, store, path = sharded
     first = timstore.rollback(path, [3], store=store, output=tmp_path / "out")
     with pytest.raises(timstore.StateError, match="removed from this model before"):
-        timstore.rollback(tmp_path / "out", [3, 4], store=store, output=tmp_path / "again")
+        timstore.rollback(tmp_path / "out", [3], store=store, output=tmp_path / "again")
     assert not (tmp_path / "again").exists()
     model.load_state_dict(made.tensors_in(tmp_path / "out"))
     with pytest.raises(timstore.StateError, match="removed from this model before"):
         timstore.rollback(model, [3], store=store)
-    second = timstore.rollback(tmp_path / "out", [4], store=store, output=tmp_path / "again")
+    second = timstore.rollback(tmp_path / "out", [3, 4], store=store, output=tmp_path / "again")
+    assert (second.samples, second.left_out) == ((4,), first.records)
     assert "1 samples removed before" in second.model
     with timstore.open(store, "r") as opened:
         rows = opened.sql('SELECT samples, digest_before, digest_after FROM rollbacks ORDER BY "at"').fetchall()

@@ -219,9 +219,10 @@ def test_a_model_is_known_by_its_bits(tmp_path: Path) -> None:
         report = store.rollback(model, [1])
         assert "by its fingerprint" in report.model
         with pytest.raises(timstore.StateError, match="removed from this model before"):
-            store.rollback(model, [1, 2])
+            store.rollback(model, [1])
         with pytest.warns(timstore.TimstoreWarning, match="undo the earlier one"):
-            second = store.rollback(model, [2])
+            second = store.rollback(model, [1, 2])
+        assert (second.samples, second.left_out) == ((2,), report.records)
         assert "1 samples removed before" in second.model
         rows = store.sql('SELECT samples, digest_before, digest_after FROM rollbacks ORDER BY "at"').fetchall()
         assert [row[0] for row in rows] == [[1], [2]]

@@ -45,7 +45,7 @@ def test_a_later_view_keeps_what_it_knows_in_place_and_reads_only_what_is_new(ob
     later = [commit(second, b"c"), commit(second, b"d"), commit(first, b"e")]
     read = []
     plain = objects.read
-    monkeypatch.setattr(objects, "read", lambda path: (read.append(path), plain(path))[1])
+    monkeypatch.setattr(objects, "read", lambda path, **most: (read.append(path), plain(path, **most))[1])
     view = read_view(objects, settings, before)
     assert before.commits == tuple(known)
     assert view.commits == tuple(known + later)
@@ -147,11 +147,11 @@ def test_a_record_that_vanishes_between_listing_and_reading_is_looked_for_again(
     plain = objects.read
     refusals = []
 
-    def vanished(path):
+    def vanished(path, **options):
         if len(refusals) < most:
             refusals.append(path)
             raise NotFoundError(path)
-        return plain(path)
+        return plain(path, **options)
 
     monkeypatch.setattr(objects, "read", vanished)
     most = 1

@@ -93,10 +93,11 @@ def trained(
     resume: Any = None,
     evaluated: Any = None,
     collate: Any = None,
+    kind: type[transformers.Trainer] = transformers.Trainer,
     **options: Any,
 ) -> transformers.Trainer:
-    """Train a model by a Trainer and return that."""
-    trainer = transformers.Trainer(
+    """Train a model by a Trainer, of this kind, and return that."""
+    trainer = kind(
         model=model,
         args=arguments(folder, **options),
         train_dataset=Rows(rows()) if dataset is None else dataset,

@@ -110,7 +110,7 @@ class Store(_Store):
         Args:
             samples: ids to record; all when None. The others cost nothing.
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
-                everything recorded from there on.
+                everything recorded from there on. Not needed where recording stopped, nor after a rollback.
             probe: batches of any data like the training data, kept in the store for `rollback`.
             optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
                 parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
@@ -260,7 +260,7 @@ class Store(_Store):
             missing: `error`, or `skip` to go on without samples that were never recorded.
             keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
             dry_run: compute and report, change nothing.
-            force: also when these samples were removed from this model before.
+            force: subtract also the records that were removed from this model before; else they are left out.
             progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
             output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
             model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
@@ -270,7 +270,7 @@ class Store(_Store):
             CoverageError: samples, steps or learning rates that were never recorded; a method or denominator that the
                 records do not allow, with what would have had to be recorded.
             ModelMismatchError: another model, or one that was trained on without recording.
-            StateError: these samples were removed before.
+            StateError: all of these records were removed before.
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
             FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
         """

@@ -83,5 +83,17 @@ class StorageError(TimstoreError, OSError):
     kind = "storage"
 
 
+LOST = ("gone", "replaced")
+"""Kinds of `StorageError` after which a handle has no store any more."""
+
+
 class TimstoreWarning(UserWarning):
     """Something the user should know before trusting a result."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Return the beginning of what Python shows of a value, for a message: whatever the value is, this fails never."""
+    try:
+        return f"{value!r:.{most}}"
+    except Exception:  # a number of thousands of digits, lists within lists, an object that cannot be shown
+        return f"a {type(value).__name__}"

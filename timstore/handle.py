@@ -8,6 +8,7 @@ import numpy as np
 
 from timstore import errors, intake, lifetime
 from timstore.catalog import remove_leftovers
+from timstore.format.place import Place
 from timstore.opening import open_settings
 from timstore.reporting import user_path
 from timstore.snapshot import Snapshot, StoredRecord
@@ -28,25 +29,29 @@ class Handle:
         self.mode = mode
         self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
+        self._place = Place(self._objects, self.settings)
         lifetime.commit_unattended(self.path)
         remove_leftovers()
         self._snapshot = Snapshot(self._objects, self.settings, self._sql_memory)
         self._stale = False
+        self._restored = False
         self._pid = os.getpid()
         self._closed = False
 
     def refresh(self) -> None:
         """See what others have committed since. Questions asked before keep their answers."""
-        self._check_open()
-        newer = Snapshot(self._objects, self.settings, self._sql_memory, self._snapshot)
+        self._check_same()
+        # A copy of the store may hold less than what was seen.
+        before = None if self._restored else self._snapshot
+        newer = Snapshot(self._objects, self.settings, self._sql_memory, before)
         if newer.view != self._snapshot.view:
             self._snapshot = newer
-        self._stale = False
+        self._stale = self._restored = False
 
     def snapshot(self) -> Snapshot:
         """Return what this handle sees now; everything committed through it is in."""
-        self._check_open()
-        if self._stale:
+        self._check_same()
+        if self._stale or self._restored:
             self.refresh()
         return self._snapshot
 
@@ -78,7 +83,7 @@ class Handle:
             NotFoundError: if it was not recorded.
         """
         epoch, step = intake.moment(epoch, step)
-        sample, rank = intake.whole_number(sample, "sample"), intake.whole_number(rank, "rank")
+        sample, rank = intake.sample_id(sample), intake.rank_number(rank)
         for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
             return record.dense(parameter)
         raise errors.NotFoundError(
@@ -111,6 +116,12 @@ class Handle:
             )
         if self._closed:
             raise errors.StateError(f"{self.path} is closed; open it again", kind="closed")
+        self._place.require()
+
+    def _check_same(self) -> None:
+        """Refuse a store that another one took the place of; a copy of it is read from the start."""
+        self._check_open()
+        self._restored |= not self._place.check()
 
 
 def _sql_memory(size: Any) -> int:

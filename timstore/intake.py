@@ -1,18 +1,21 @@
-"""Check what a user appends, and take it over: copied, so that the caller's buffers may be reused at once."""
+"""Check what a user hands to a store, all of it here, before any of it is accepted."""
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from timstore.errors import InvalidInputError
-from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup, as_array, dtype_name, widen
+from timstore.errors import InvalidInputError, shown
+from timstore.format.commits import Scope
+from timstore.parts import OwnedParts, is_finite, is_zero, parameter_of
+from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
+_NAME_BYTES = 4096
+_TEXT_BYTES = 16 * 1024 * 1024
 
 _SCALARS = frozenset(field.name for field in fields(Step)) - {"epoch", "step", "groups", "rank"}
 
@@ -25,17 +28,31 @@ def whole_number(value: Any, what: str) -> int:
     """
     if type(value) is int and -(2**63) <= value < 2**63:
         return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, bool):
-        raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value)
     try:
+        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+            value = value.item()
         number = operator.index(value)
-    except TypeError:
-        raise InvalidInputError(f"{what} must be an integer, not {value!r}", value=value) from None
+        is_integer = not isinstance(value, bool)
+    except Exception:  # whatever such an object raises
+        is_integer = False
+    if not is_integer:
+        raise InvalidInputError(f"{what} must be an integer, not {shown(value)}", value=value)
     if not -(2**63) <= number < 2**63:
-        raise InvalidInputError(f"{what} must fit into 64 bits; got {number}", value=number)
+        raise InvalidInputError(f"{what} must fit into 64 bits; got {shown(number)}", value=number)
     return number
+
+
+def counting_number(value: Any, what: str) -> int:
+    """Return an integer from 0 on, of 63 bits: an epoch, a rank, a sample's id."""
+    checked = whole_number(value, what)
+    if checked < 0:
+        raise InvalidInputError(f"{what} starts at 0; got {checked}", value=checked)
+    return checked
+
+
+def sample_id(value: Any, what: str = "sample") -> int:
+    """Return a sample's id: an integer from 0 on, of 63 bits."""
+    return counting_number(value, what)
 
 
 def number(value: Any, what: str) -> float:
@@ -46,8 +63,52 @@ def number(value: Any, what: str) -> float:
     """
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInputError(f"{what} must be a number, not {value!r:.80}") from None
+    except Exception:  # whatever such an object raises
+        raise InvalidInputError(f"{what} must be a number, not {shown(value)}") from None
+
+
+def text(value: Any, what: str, most: int = _TEXT_BYTES) -> str:
+    """Return text that a file can hold.
+
+    Raises:
+        InvalidInputError: it is none, is too long, or holds half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{what} is text, not {shown(value)}")
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidInputError(
+            f"{what} holds half of a surrogate pair, which is no character: {shown(value)}"
+        ) from None
+    if size > most:
+        raise InvalidInputError(f"{what} has {size:,} bytes, more than {most:,}: {shown(value)}")
+    return str(value)
+
+
+def plain_name(value: Any, what: str) -> str:
+    """Return a name: text, not empty, without NUL, of at most 4,096 bytes."""
+    checked = text(value, what, _NAME_BYTES)
+    if not checked or "\0" in checked:
+        raise InvalidInputError(f"{what} is text that is not empty and holds no NUL, not {shown(value)}")
+    return checked
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Return what can be iterated as a list; text is no list of characters."""
+    try:
+        if not isinstance(values, str | bytes):
+            return list(values)
+    except Exception:  # whatever such an object raises
+        pass
+    raise InvalidInputError(f"{what} is a sequence, not {shown(values)}")
+
+
+def mapped(values: Any, what: str) -> dict[Any, Any]:
+    """Return a mapping as a dictionary."""
+    if not isinstance(values, Mapping):
+        raise InvalidInputError(f"{what}, not {shown(values)}")
+    return dict(values)
 
 
 def byte_count(size: Any, what: str) -> int:
@@ -56,12 +117,13 @@ def byte_count(size: Any, what: str) -> int:
     Raises:
         InvalidInputError: if it is neither, or not positive.
     """
+    given = size
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
         if match and match[2] in _UNITS:
             size = int(float(match[1]) * _UNITS[match[2]])
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise InvalidInputError(f'{what} is a number of bytes or text like "512MB", not {size!r}')
+        raise InvalidInputError(f'{what} is a number of bytes or text like "512MB", not {shown(given)}')
     return size
 
 
@@ -73,7 +135,7 @@ def flags(**given: Any) -> None:
     """
     for name, value in given.items():
         if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is True or False, not {value!r:.80}")
+            raise InvalidInputError(f"{name} is True or False, not {shown(value)}")
 
 
 def moment(epoch: Any, step: Any) -> tuple[int, int]:
@@ -86,35 +148,108 @@ def moment(epoch: Any, step: Any) -> tuple[int, int]:
 
 def rank_number(rank: Any) -> int:
     """Return a process's rank as a non-negative integer."""
-    checked = whole_number(rank, "rank")
-    if checked < 0:
-        raise InvalidInputError(f"rank starts at 0; got {checked}")
+    return counting_number(rank, "rank")
+
+
+def scope(given: Any) -> Scope:
+    """Return which samples an attempt records: `all`, their ids in order, or None when unknown."""
+    if given is None:
+        return None
+    if isinstance(given, str) and given == "all":
+        return "all"
+    return tuple(sorted({sample_id(one) for one in listed(given, "scope is 'all', None or sample ids; it")}))
+
+
+def rank_count(ranks: Any) -> int:
+    """Return how many processes train together."""
+    checked = whole_number(ranks, "ranks")
+    if checked < 1:
+        raise InvalidInputError(f"ranks is how many processes train together, at least 1; got {checked}")
     return checked
+
+
+def parameter(given: Any) -> Parameter:
+    """Return a parameter as `declare` takes it; one with an empty axis may be declared, and has nothing to record."""
+    if not isinstance(given, Parameter):
+        raise InvalidInputError(f"a parameter is declared as records.Parameter, not {shown(given)}")
+    called = plain_name(given.name, "a parameter's name")
+    shape = tuple(counting_number(axis, f"an axis of {called}") for axis in listed(given.shape, f"shape of {called}"))
+    checked = Parameter(
+        called,
+        shape,
+        plain_name(given.dtype, f"dtype of {called}"),
+        counting_number(given.group_id, f"group_id of {called}"),
+    )
+    counting_number(checked.numel, f"the size of {called}")
+    return checked
+
+
+def digests(given: Any) -> dict[str, str]:
+    """Return parameter names to digests, as `append_fingerprints` takes them."""
+    pairs = mapped(given, "digests maps parameter names to text").items()
+    return {plain_name(one, "a parameter's name"): plain_name(digest, f"digest of {one}") for one, digest in pairs}
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidInputError(f"{what} is True or False, not {shown(value)}")
+    return bool(value)
+
+
+def _names(values: Any, what: str) -> tuple[str, ...]:
+    return tuple(plain_name(one, what) for one in listed(values, what))
+
+
+_OF_TYPE: dict[type, Callable[[Any, str], Any]] = {
+    int: whole_number,
+    float: number,
+    bool: _flag,
+    str: text,
+    tuple: _names,
+}
+_GROUP_TYPES = {
+    **{field.name: float for field in fields(StepGroup)},
+    **dict.fromkeys(("group_id", "counter"), int),
+    **dict.fromkeys(("nesterov", "decoupled", "maximize", "amsgrad"), bool),
+    **dict.fromkeys(("optimizer", "options"), str),
+    **dict.fromkeys(("idle", "fresh"), tuple),
+}
+_NULLABLE = frozenset(field.name for field in fields(StepGroup) if "None" in str(field.type))
 
 
 def step_group(group: Any, where: str) -> StepGroup:
     """Return one optimizer group's scalars from a mapping of them.
 
     Raises:
-        InvalidInputError: for a field that does not exist.
+        InvalidInputError: for a field that does not exist, or one that holds something else.
     """
+    taken: StepGroup
     if isinstance(group, StepGroup):
-        return group
-    try:
-        return StepGroup(**group)
-    except TypeError:
-        known = ", ".join(field.name for field in fields(StepGroup))
-        raise InvalidInputError(f"{where}: a group has the fields {known}; got {group}") from None
+        taken = group
+    else:
+        try:
+            taken = StepGroup(**group)
+        except Exception:  # whatever such an object raises
+            known = ", ".join(field.name for field in fields(StepGroup))
+            raise InvalidInputError(f"{where}: a group has the fields {known}; got {shown(group)}") from None
+    changed: dict[str, Any] = {}
+    for field, kind in _GROUP_TYPES.items():
+        value = getattr(taken, field)
+        if not (value is None and field in _NULLABLE):
+            checked = _OF_TYPE[kind](value, f"{where}: {field}")
+            if checked is not value:
+                changed[field] = checked
+    return replace(taken, **changed) if changed else taken
 
 
 def mean_unit(value: Any, where: str) -> str | None:
     """Return what a loss's mean divides by: `samples`, `tokens`, or None where that is not known."""
-    if value not in (None, "samples", "tokens"):
-        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {value!r}")
-    return value  # type: ignore[no-any-return]
+    if not (value is None or (isinstance(value, str) and value in ("samples", "tokens"))):
+        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {shown(value)}")
+    return value
 
 
-def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Mapping[str, Any]) -> Step:
+def step(epoch: Any, number_: Any, groups: Any, rank: Any, scalars: Mapping[str, Any]) -> Step:
     """Return one optimizer step from what `append_step` was given.
 
     Raises:
@@ -124,18 +259,23 @@ def step(epoch: Any, number_: Any, groups: Sequence[Any], rank: Any, scalars: Ma
     where = f"epoch {at[0]}, step {at[1]}"
     unknown = sorted(scalars.keys() - _SCALARS)
     if unknown:
-        raise InvalidInputError(f"{where}: a step has the fields {', '.join(sorted(_SCALARS))}; got {unknown[0]}")
+        raise InvalidInputError(
+            f"{where}: a step has the fields {', '.join(sorted(_SCALARS))}; got {shown(unknown[0])}"
+        )
     mean_unit(scalars.get("mean_over"), where)
     checked: dict[str, Any] = {}
     for name, value in scalars.items():
-        if name in ("sample_ids", "micro_batches"):
+        if value is None or name == "mean_over":
+            checked[name] = value
+        elif name in ("sample_ids", "micro_batches"):
             what = "sample id" if name == "sample_ids" else name
-            checked[name] = None if value is None else tuple(whole_number(one, what) for one in value)
+            checked[name] = tuple(counting_number(one, what) for one in listed(value, f"{where}: {name}"))
         elif name in ("tokens", "skipped"):
-            checked[name] = None if value is None else whole_number(value, name)
+            checked[name] = whole_number(value, f"{where}: {name}")
         else:
-            checked[name] = value if value is None or name == "mean_over" else number(value, name)
-    return Step(*at, tuple(step_group(group, where) for group in groups), rank_number(rank), **checked)
+            checked[name] = number(value, f"{where}: {name}")
+    named = tuple(step_group(group, where) for group in listed(groups, f"{where}: groups"))
+    return Step(*at, named, rank_number(rank), **checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +322,8 @@ def take_in(
     Raises:
         InvalidInputError: naming the step, the sample and the parameter.
     """
-    single = not isinstance(sample, list | tuple) and np.ndim(sample) == 0
-    samples = [whole_number(one, "sample") for one in ([sample] if single else sample)]
+    single = not isinstance(sample, list | tuple) and getattr(sample, "ndim", 0) == 0
+    samples = [sample_id(one) for one in ([sample] if single else listed(sample, "sample"))]
     if not samples:
         raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
     where = f"epoch {epoch}, step {step}, sample {samples[0]}" + ("" if single else f" and {len(samples) - 1} more")
@@ -194,14 +334,16 @@ def take_in(
         return Taken([record], [True], {name: known[name] for name in gradients}, [])
     if not isinstance(gradients, Mapping) or not gradients:
         raise InvalidInputError(f"{where}: gradients maps parameter names to gradients, and is not empty")
-    intake = _Intake(where, copy=copy)
-    columns = {name: intake.parts(name, value, None if single else len(samples)) for name, value in gradients.items()}
-    parameters = {}
-    for name, rows in columns.items():
+    owned = OwnedParts(where, copy=copy)
+    columns, parameters = {}, {}
+    for given, value in gradients.items():
+        # Of a known parameter the name was checked when it came.
+        called = given if given.__class__ is str and given in known else plain_name(given, f"{where}: parameter names")
+        columns[called] = rows = owned.of(called, value, None if single else len(samples))
         try:
-            parameters[name] = parameter_of(name, rows[0], known.get(name))
+            parameters[called] = parameter_of(called, rows[0], known.get(called))
         except InvalidInputError as error:
-            raise InvalidInputError(f"{where}, parameter {name}: {error}", parameter=name) from None
+            raise InvalidInputError(f"{where}, parameter {called}: {error}", parameter=called) from None
     losses = _per_sample(loss, len(samples), single, "loss")
     counts = _per_sample(tokens, len(samples), single, "tokens")
     dots = _per_sample(dot, len(samples), single, "dot")
@@ -234,126 +376,11 @@ def _all_zero(where: str, sample: int) -> InvalidInputError:
 def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
     if value is None:
         return [None] * count
-    values = [value] if single else list(value) if np.iterable(value) else []
+    values = [value] if single else listed(value, what)
     if len(values) != count:
         raise InvalidInputError(f"{what} has {len(values)} values for {count} samples")
     check = whole_number if what == "tokens" else number
     return [check(one, what) for one in values]
-
-
-class _Intake:
-    """Turns one call's gradients into parts with owned arrays.
-
-    Arrays that several parameters share are taken over once, so that sharing survives the copy.
-
-    Args:
-        where: "epoch 0, step 3, sample 7", for messages.
-        copy: False when the caller hands the arrays over and never changes them again.
-    """
-
-    def __init__(self, where: str, *, copy: bool) -> None:
-        self._where = where
-        self._copy = copy
-        self._taken: dict[int, tuple[Any, np.ndarray]] = {}
-        self._rows: dict[tuple[int, int], np.ndarray] = {}
-
-    def parts(self, name: str, value: Any, batch: int | None) -> list[tuple[Gradient, ...]]:
-        """Return, for each sample of the batch (one when None), the parts of one parameter's gradient."""
-        given = value if isinstance(value, list | tuple) else [value]
-        if not isinstance(name, str) or not name or not given:
-            raise InvalidInputError(f"{self._where}: gradients maps parameter names to gradients, not {name!r}")
-        numbers: Sequence[int | None] = [None] if batch is None else range(batch)
-        return [tuple(self._part(name, part, batch, number) for part in given) for number in numbers]
-
-    def _part(self, name: str, part: Any, batch: int | None, number: int | None) -> Gradient:
-        if isinstance(part, Factors):
-            inputs = self._array(name, part.inputs, batch, number)
-            outputs = self._array(name, part.output_gradients, batch, number)
-            if inputs.ndim != 2 or outputs.ndim != 2 or len(inputs) != len(outputs):
-                raise InvalidInputError(
-                    f"{self._where}, parameter {name}: factors are inputs (T, d_in) and output_gradients (T, d_out) "
-                    f"of the same T, not {inputs.shape} and {outputs.shape}",
-                    parameter=name,
-                )
-            return Factors(inputs, outputs)
-        if isinstance(part, Rows):
-            return self._rows_part(name, part, batch, number)
-        return self._array(name, part, batch, number)
-
-    def _rows_part(self, name: str, part: Rows, batch: int | None, number: int | None) -> Rows:
-        indices = part.indices.detach().cpu().numpy() if hasattr(part.indices, "detach") else np.asarray(part.indices)
-        if indices.dtype.kind not in "iu":
-            raise InvalidInputError(f"{self._where}, parameter {name}: row indices are integers, not {indices.dtype}")
-        indices = self._one(name, indices, batch, number).astype(np.int64)
-        values = self._array(name, part.values, batch, number)
-        shape = tuple(part.shape)
-        if len(shape) != 2 or indices.ndim != 1 or values.shape != (len(indices), shape[-1]):
-            raise InvalidInputError(
-                f"{self._where}, parameter {name}: rows are indices (n,) and values (n, d) of a (rows, d) shape, "
-                f"not {indices.shape}, {values.shape} and {shape}",
-                parameter=name,
-            )
-        if len(indices) and (indices.min() < 0 or indices.max() >= shape[0]):
-            raise InvalidInputError(f"{self._where}, parameter {name}: row indices must lie in 0-{shape[0] - 1}")
-        return Rows(indices, values, shape)
-
-    def _array(self, name: str, value: Any, batch: int | None, number: int | None) -> np.ndarray:
-        if id(value) not in self._taken:
-            try:
-                array = as_array(value)
-            except InvalidInputError as error:
-                raise InvalidInputError(f"{self._where}, parameter {name}: {error}", parameter=name) from None
-            # The value is kept beside its copy: its id stays its own for as long as this call lasts.
-            self._taken[id(value)] = value, np.array(array, order="C") if self._copy else array
-        array = self._taken[id(value)][1]
-        if number is None:
-            return array
-        key = id(value), number
-        if key not in self._rows:
-            self._rows[key] = self._one(name, array, batch, number)
-        return self._rows[key]
-
-    def _one(self, name: str, array: np.ndarray, batch: int | None, number: int | None) -> np.ndarray:
-        if number is None:
-            return array
-        if array.ndim == 0 or len(array) != batch:
-            raise InvalidInputError(
-                f"{self._where}, parameter {name}: with {batch} samples every array has a leading axis of {batch}, "
-                f"not shape {array.shape}",
-                parameter=name,
-            )
-        row: np.ndarray = array[number]
-        return row
-
-
-def gradient_shape(parts: Sequence[Gradient], known: Parameter | None) -> tuple[int, ...]:
-    """Return the parameter's shape that these parts say, or the known one if they fit it."""
-    shapes = []
-    for part in parts:
-        if isinstance(part, Factors):
-            shape: tuple[int, ...] = (part.output_gradients.shape[1], part.inputs.shape[1])
-        else:
-            shape = part.shape
-        if isinstance(part, Factors) and known is not None and known.matrix_shape == shape:
-            shape = known.shape  # a convolution's factors: the trailing axes are one
-        shapes.append(shape)
-    wrong = [shape for shape in shapes if shape != (known.shape if known else shapes[0])]
-    if wrong:
-        expected = known.shape if known else shapes[0]
-        raise InvalidInputError(f"its shape is {expected}, not {wrong[0]}", expected=expected, got=wrong[0])
-    return shapes[0]
-
-
-def parameter_of(name: str, parts: Sequence[Gradient], known: Parameter | None) -> Parameter:
-    """Return what is known of the parameter, or what these parts of a new one say."""
-    shape = gradient_shape(parts, known)
-    if known is not None:
-        return known
-    first = parts[0]
-    values = (
-        first.output_gradients if isinstance(first, Factors) else first.values if isinstance(first, Rows) else first
-    )
-    return Parameter(name, shape, dtype_name(values.dtype))
 
 
 def arrays_of(gradients: Mapping[str, Sequence[Gradient]]) -> list[np.ndarray]:
@@ -367,22 +394,3 @@ def arrays_of(gradients: Mapping[str, Sequence[Gradient]]) -> list[np.ndarray]:
                 arrays = [part.values if isinstance(part, Rows) else part]
             found.update((id(array), array) for array in arrays)
     return list(found.values())
-
-
-def is_finite(arrays: Sequence[np.ndarray]) -> bool:
-    """Say whether no number is NaN or infinite."""
-    return all(bool(np.isfinite(widen(array)).all()) for array in arrays)
-
-
-def is_zero(gradients: Mapping[str, Sequence[Gradient]]) -> bool:
-    """Say whether every gradient of the record is zero."""
-    return not any(_any(part) for parts in gradients.values() for part in parts)
-
-
-def _any(part: Gradient) -> bool:
-    if isinstance(part, Factors):
-        outputs, inputs = widen(part.output_gradients), widen(part.inputs)
-        if len(outputs) and outputs[0].any() and inputs[0].any():
-            return True
-        return bool((outputs.any(axis=1) & inputs.any(axis=1)).any())
-    return bool(widen(part.values if isinstance(part, Rows) else part).any())

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from timstore.errors import InvalidInputError
 from timstore.format.tables import SCHEMAS
+from timstore.intake import parameter
 from timstore.records import Parameter, Step, StepGroup
 from timstore.snapshot import Snapshot
 
@@ -55,6 +56,25 @@ class Ledger:
             }
         return self._parameters
 
+    def new_parameters(self, given: Iterable[Any]) -> list[Parameter]:
+        """Return those of some parameters that are not known as they are.
+
+        Raises:
+            InvalidInputError: one is known with another shape.
+        """
+        new: dict[str, Parameter] = {}
+        for one in map(parameter, given):
+            before = new.get(one.name) or self.parameters().get(one.name)
+            if before is not None and before.shape != one.shape:
+                raise InvalidInputError(
+                    f"parameter {one.name} has shape {before.shape} in this store, not {one.shape}; "
+                    "record another model into a store of its own",
+                    parameter=one.name,
+                )
+            if before != one:
+                new[one.name] = one
+        return list(new.values())
+
     def check_new(self, moment: Moment, rank: int, samples: Sequence[int], names: frozenset[str]) -> None:
         """Refuse gradients that this attempt holds already.
 
@@ -90,7 +110,7 @@ class Ledger:
                 new.append(row)
                 continue
             for name in row:
-                if before[name] != row[name]:
+                if not same(before[name], row[name]):
                     raise InvalidInputError(
                         f"epoch {step.epoch}, step {step.step}, group {row['group_id']}: recorded before with "
                         f"{name} {before[name]}, now {row[name]}",
@@ -218,7 +238,7 @@ def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     for column in SCHEMAS[kind]:
         try:
             columns.append(pa.array([row.get(column.name) for row in rows], column.type))
-        except (pa.ArrowException, TypeError, OverflowError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
 
@@ -254,8 +274,15 @@ def _plain_test(arrow: pa.DataType) -> Callable[[Any], bool]:
     if pa.types.is_integer(arrow):
         limit = 2 ** (arrow.bit_width - 1)
         return lambda value: type(value) is int and -limit <= value < limit
-    plain = float if pa.types.is_floating(arrow) else bool if pa.types.is_boolean(arrow) else str
+    if pa.types.is_string(arrow):
+        return lambda value: type(value) is str and value.isascii()
+    plain = float if pa.types.is_floating(arrow) else bool
     return lambda value: type(value) is plain
+
+
+def same(one: Any, other: Any) -> bool:
+    """Say whether two values of a row are one: NaN is what NaN is."""
+    return bool(one == other or (one != one and other != other))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -35,8 +35,14 @@ def commit_unattended(path: Path) -> None:
     waiting = [store for store in open_stores() if store in _unattended]
     place = os.path.realpath(path) if waiting else None
     for store in waiting:
-        if _unattended[store] == place:
+        if _unattended[store] != place:
+            continue
+        try:
             store.commit()
+        except errors.StorageError as error:
+            if error.kind not in errors.LOST:
+                raise
+            _close(store, "what it had not committed was lost")
 
 
 def open_stores() -> list[Any]:
@@ -71,7 +77,12 @@ os.register_at_fork(after_in_child=_keep_inherited)
 def _close_all() -> None:
     """Commit what an interpreter that ends without `close()` still holds."""
     for store in open_stores():
-        try:
-            store.close()
-        except errors.TimstoreError as error:
-            warnings.warn(f"{store.path}: records were lost at exit: {error}", errors.TimstoreWarning, stacklevel=1)
+        _close(store, "records were lost at exit")
+
+
+def _close(store: Any, outcome: str) -> None:
+    """Close a store, and warn of the outcome where that fails."""
+    try:
+        store.close()
+    except errors.TimstoreError as error:
+        warnings.warn(f"{store.path}: {outcome}: {error}", errors.TimstoreWarning, stacklevel=1)

@@ -59,18 +59,24 @@ def as_array(value: Any) -> np.ndarray:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        if value.is_sparse:
-            value = value.to_dense()
-        value = (
-            value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
-            if value.dtype == torch.bfloat16
-            else value.numpy()
-        )
-    if not isinstance(value, np.ndarray):
+        try:
+            value = _numbers_of(value.detach().cpu(), torch)
+        except Exception as error:  # meta, nested, quantized tensors, dtypes that numpy lacks: each says so its own way
+            raise InvalidInputError(
+                f"a tensor of {value.dtype} on {value.device} has no numbers to be had: {error}"
+            ) from error
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise InvalidInputError(f"a gradient is a numpy array or a torch tensor, not {type(value).__name__}")
     dtype_name(value.dtype)
-    return value
+    return np.asarray(value)
+
+
+def _numbers_of(tensor: Any, torch: Any) -> np.ndarray:
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from timstore.catalog.tables import quoted
 from timstore.errors import InvalidInputError
 from timstore.format.columns import fit, joined, plain
+from timstore.intake import mapped, plain_name, sample_id
 
 
 class Samples:
@@ -43,7 +45,7 @@ def as_rows(rows: Any) -> pa.Table:
     table = _as_table(rows)
     if "sample" not in table.column_names:
         raise InvalidInputError(f"samples need an integer column `sample`; got {table.column_names}")
-    spelled = [name.lower() for name in table.column_names]
+    spelled = [plain_name(name, "a samples column").lower() for name in table.column_names]
     twice = sorted(name for name in table.column_names if spelled.count(name.lower()) > 1)
     if twice:
         raise InvalidInputError(f"SQL does not tell the columns {', '.join(twice)} apart: keep one of them")
@@ -54,7 +56,17 @@ def as_rows(rows: Any) -> pa.Table:
         ids = ids.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise InvalidInputError(f"the column `sample` holds integers of 63 bits: {error}") from error
+    if len(ids) and (least := pc.min(ids).as_py()) < 0:
+        raise InvalidInputError(f"a sample id starts at 0; got {least}", value=least)
     return table.set_column(table.column_names.index("sample"), "sample", ids)
+
+
+def hash_rows(hashes: Any) -> pa.Table:
+    """Return sample ids and hashes of what samples consist of as rows of `samples`."""
+    pairs = mapped(hashes, "hashes maps sample ids to text")
+    ids = [sample_id(one) for one in pairs]
+    digests = [plain_name(digest, "a sample's hash") for digest in pairs.values()]
+    return pa.table({"sample": pa.array(ids, pa.int64()), "content_hash": pa.array(digests, pa.string())})
 
 
 def check_columns(table: pa.Table, ask: Callable[[str], pa.Table], earlier: Sequence[pa.Table] = ()) -> None:

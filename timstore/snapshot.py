@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.encoding import densify
-from timstore.errors import CorruptionError, NotFoundError
+from timstore.errors import CorruptionError, InvalidInputError, NotFoundError, shown
 from timstore.format.cache import ByteCache
 from timstore.format.checkpoint import read_rows
 from timstore.format.commits import Commit
@@ -23,6 +23,7 @@ from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED
 from timstore.format.verified import read_verified
 from timstore.format.view import View, read_view
+from timstore.intake import listed, plain_name
 from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024
@@ -179,6 +180,8 @@ class Snapshot:
         # In the order that they lie in, so that each chunk is decoded once for all records.
         for (commit, name, encoding), run in groupby(zip(*columns, strict=True), key=itemgetter(1, 3, 4)):
             numbers, _, owners, _, _ = zip(*run, strict=True)
+            if name not in parameters:
+                raise CorruptionError(f"commit {commit} has gradients of {name!r}, which no commit declares")
             if commit not in readers:
                 readers[commit] = self.reader(commit, cache)
             parts = readers[commit].parts(owners, encoding, parameters[name].matrix_shape)
@@ -199,10 +202,11 @@ class Snapshot:
         rows = []
         for attempt in self.view.attempts:
             recorded = None if attempt.scope is None else "all" if attempt.scope == "all" else "selected"
-            scope = list(attempt.scope) if isinstance(attempt.scope, tuple) else None
-            rows.append(
-                AttemptRow(attempt.attempt, attempt.from_epoch, attempt.from_step, attempt.ranks, scope, recorded)
-            )
+            # Earlier versions took ids of any size; no sample has one that is beyond 63 bits.
+            chosen = attempt.scope if isinstance(attempt.scope, tuple) else None
+            scope = None if chosen is None else [sample for sample in chosen if -(2**63) <= sample < 2**63]
+            start = attempt.from_epoch, attempt.from_step
+            rows.append(AttemptRow(attempt.attempt, *start, attempt.ranks, scope, recorded, attempt.digest_before))
         return rows
 
 
@@ -224,20 +228,43 @@ def pack_probe(batches: list[Any], loss: str) -> bytes:
     layout = []
     for number, batch in enumerate(batches):
         kind = "mapping" if isinstance(batch, Mapping) else "array" if isinstance(batch, np.ndarray) else "sequence"
-        named = batch.items() if kind == "mapping" else enumerate([batch] if kind == "array" else batch)
-        names: list[str] = []
-        for name, array in named:
-            arrays[f"{number}.{len(names)}"] = np.asarray(array)
-            names.append(str(name))
-        layout.append({"kind": kind, "names": names})
+        if kind == "mapping":
+            named = [(plain_name(name, "a name in a batch"), value) for name, value in batch.items()]
+        else:
+            values = [batch] if kind == "array" else listed(batch, "a batch")
+            named = [(str(place), value) for place, value in enumerate(values)]
+        for place, (_, value) in enumerate(named):
+            arrays[f"{number}.{place}"] = _of_probe(value)
+        layout.append({"kind": kind, "names": [name for name, _ in named]})
     header = json.dumps({"loss": loss, "batches": layout})
     sink = BytesIO()
     np.savez_compressed(sink, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     return sink.getvalue()
 
 
+def _of_probe(value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever such an object raises
+        raise InvalidInputError(f"a probe holds arrays of numbers, not {shown(value)}: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise InvalidInputError(f"a probe holds arrays of numbers, not of {array.dtype}: {shown(value)}")
+    return array
+
+
 def unpack_probe(data: bytes) -> tuple[list[Any], str]:
-    """Return what `pack_probe` was given."""
+    """Return what `pack_probe` was given.
+
+    Raises:
+        CorruptionError: these are not the bytes that it returned.
+    """
+    try:
+        return _unpacked(data)
+    except Exception as error:  # a zip file in a zip file's many ways of being none
+        raise CorruptionError(f"the probe that is kept is none: {type(error).__name__}: {error}") from error
+
+
+def _unpacked(data: bytes) -> tuple[list[Any], str]:
     with np.load(BytesIO(data), allow_pickle=False) as arrays:
         header = json.loads(arrays["header"].tobytes())
         batches: list[Any] = []

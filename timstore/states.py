@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from timstore.batch import Item
 from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
-from timstore.errors import CorruptionError
+from timstore.errors import CorruptionError, InvalidInputError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
+from timstore.intake import mapped, plain_name
 from timstore.ledger import table
 from timstore.records import BFLOAT16, Parameter, as_array, narrow, widen
 from timstore.snapshot import Snapshot
-from timstore.writing import Item
 
 _BLOCK_NUMBERS = 1 << 16
 
@@ -40,16 +41,23 @@ def state_item(
     *,
     name: str | None = None,
     rollback_id: str | None = None,
+    known: Mapping[str, Parameter] | None = None,
 ) -> Item:
     """Return what the writer is given for one role: a row and a matrix per parameter.
 
     Args:
         numbers: parameter name to an array or tensor of its shape; not copied.
         name: of the optimizer's state, for role `start_state`.
+        known: the parameters of the store so far.
+
+    Raises:
+        InvalidInputError: naming the parameter whose numbers cannot be kept.
     """
     rows, matrices = [], []
-    for parameter, value in numbers.items():
-        array = as_array(value)
+    state = None if name is None else plain_name(name, "name")
+    for given, value in mapped(numbers, f"{role} maps parameter names to arrays").items():
+        parameter = plain_name(given, f"{role}: a parameter's name")
+        array = _numbers(role, parameter, value, (known or {}).get(parameter))
         wide = array.reshape(Parameter(parameter, array.shape, "").matrix_shape)
         stored, error = _stored(wide, precision)
         rows.append(
@@ -58,7 +66,7 @@ def state_item(
                 "epoch": moment[0],
                 "step": moment[1],
                 "role": role,
-                "name": name,
+                "name": state,
                 "parameter": parameter,
                 "precision": precision,
                 "rel_error": error,
@@ -69,6 +77,23 @@ def state_item(
         matrices.append((role, Matrix(stored)))
     size_bytes = sum(matrix.values.nbytes for _, matrix in matrices)
     return Item(size_bytes, tables={"states": table("states", rows)}, moment=moment, states=matrices)
+
+
+def _numbers(role: str, name: str, value: Any, known: Parameter | None) -> np.ndarray:
+    try:
+        array = as_array(value)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{role} of {name}: {error}", parameter=name) from error
+    if not array.size:
+        raise InvalidInputError(
+            f"{role} of {name}: its shape {array.shape} has an empty axis, leave it out", parameter=name
+        )
+    counter = role == "start_state" and array.size == 1
+    if known is not None and array.shape != known.shape and not counter:
+        raise InvalidInputError(
+            f"{role} of {name}: its shape is {array.shape}, and the parameter's {known.shape}", parameter=name
+        )
+    return array
 
 
 def _stored(numbers: np.ndarray, precision: str) -> tuple[np.ndarray, float]:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,16 +9,16 @@ import pyarrow as pa
 
 from timstore import errors, intake, lifetime
 from timstore.attempts import CurrentAttempt
+from timstore.batch import Item, rows_items
 from timstore.format.commits import Scope
-from timstore.format.log import LogWriter
 from timstore.format.rollup import RollUp, roll_up
 from timstore.handle import Handle
 from timstore.ledger import Ledger, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
-from timstore.samples import Samples, check_columns
+from timstore.samples import Samples, check_columns, hash_rows
 from timstore.snapshot import pack_probe
 from timstore.states import state_item, state_precision
-from timstore.writing import BackgroundWriter, Item, rows_items
+from timstore.writing import BackgroundWriter
 
 
 class Store(Handle):
@@ -59,6 +58,7 @@ class Store(Handle):
         self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
+        self._known = self._snapshot.view
         lifetime.begun(self)
 
     def append(
@@ -168,25 +168,17 @@ class Store(Handle):
         Raises:
             InvalidInputError: if one is known with another shape.
         """
-        ledger = self._writing()
-        known = ledger.parameters()
-        for parameter in parameters:
-            before = known.get(parameter.name, parameter)
-            if before.shape != parameter.shape:
-                raise errors.InvalidInputError(
-                    f"parameter {parameter.name} has shape {before.shape} in {self.path}, not {parameter.shape}; "
-                    "record another model into a store of its own",
-                    parameter=parameter.name,
-                )
-        changed = [parameter for parameter in parameters if known.get(parameter.name) != parameter]
-        self._put(*rows_items("parameters", parameter_rows(changed, ledger.attempt)))
-        ledger.know(changed)
+        ledger, given = self._writing(), intake.listed(parameters, "parameters")
+        new = ledger.new_parameters(given)
+        self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
+        ledger.know(new)
 
     def append_fingerprints(self, epoch: int, step: int, digests: Mapping[str, str]) -> None:
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
-        shared = {"attempt": self._writing().attempt, "epoch": epoch, "step": step}
-        rows = [{**shared, "parameter": name, "digest": digest} for name, digest in digests.items()]
-        self._put(*rows_items("fingerprints", rows, (epoch, step)))
+        moment, attempt = intake.moment(epoch, step), self._writing().attempt
+        shared = {"attempt": attempt, "epoch": moment[0], "step": moment[1]}
+        rows = [{**shared, "parameter": name, "digest": one} for name, one in intake.digests(digests).items()]
+        self._put(*rows_items("fingerprints", rows, moment))
 
     def append_states(
         self, epoch: int, step: int, role: str, numbers: Mapping[str, Any], *, name: str | None = None
@@ -203,16 +195,18 @@ class Store(Handle):
                 for a counter).
             name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
-        attempt = self._writing().attempt
-        if role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
-            raise errors.InvalidInputError(f"role is exp_avg_sq, gradient, start_theta or start_state, not {role!r}")
+        ledger = self._writing()
+        if not isinstance(role, str) or role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
+            message = f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
+            raise errors.InvalidInputError(message)
+        moment = intake.moment(epoch, step)
         precision = state_precision(role, self.settings.precision)
-        self._put(state_item(intake.moment(epoch, step), attempt, role, numbers, precision, name=name))
+        self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
 
     def append_hashes(self, hashes: Mapping[int, str]) -> None:
         """Keep a hash of what samples consist of, in column `content_hash` of `samples`; durability as `append`."""
         self._writing()
-        rows = pa.table({"sample": pa.array(list(hashes), pa.int64()), "content_hash": list(hashes.values())})
+        rows = hash_rows(hashes)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
 
     def append_rollback(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
@@ -222,30 +216,32 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        kept = []
+        row = intake.mapped(row, "a row of `rollbacks` is a mapping")
+        items = rows_items("rollbacks", [row])
         if before is not None:
-            kept = [state_item(moment, attempt, "theta", before, "exact", rollback_id=row["digest_after"])]
-        self._put(*rows_items("rollbacks", [row]), *kept)
+            rollback_id = intake.plain_name(row.get("digest_after"), "digest_after")
+            items.append(state_item(moment, attempt, "theta", before, "exact", rollback_id=rollback_id))
+        self._put(*items)
         self.commit()
 
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
         """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
         self._writing()
-        data = pack_probe(list(batches), loss)
+        data = pack_probe(intake.listed(batches, "batches"), intake.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
-    def begin_attempt(self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1) -> int:
-        """Begin a new attempt, which supersedes everything recorded at or after (from_epoch, from_step).
+    def begin_attempt(
+        self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None
+    ) -> int:
+        """Begin a new attempt, which supersedes everything recorded from (from_epoch, from_step) on; return its number.
 
-        What was appended before is committed first. Durable when this returns.
-
-        Returns:
-            The attempt's number.
+        What was appended before is committed first; durable when this returns. `digest_before` is the model's then.
         """
         known = dict(self._writing().parameters())
-        from_epoch, from_step = intake.moment(from_epoch, from_step)
+        self._check_same()
+        start, taken, count = intake.moment(from_epoch, from_step), intake.scope(scope), intake.rank_count(ranks)
         self._end_writer()
-        attempt = self._attempt.begin(from_epoch, from_step, scope, ranks).attempt
+        attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
         self._stale = True
         # The attempt is named by a commit of its own at once: losing its file can then never pass unseen.
         self._put(*rows_items("parameters", parameter_rows(known.values(), attempt)), Item(0))
@@ -255,19 +251,20 @@ class Store(Handle):
     def join_attempt(self, attempt: int) -> None:
         """Go on in an attempt that another process began; what was appended before is committed first."""
         self._check_writable()
+        attempt = intake.counting_number(attempt, "attempt")
         if self._attempt.get().attempt != attempt or self._ledger is None:
             self._end_writer()
             self.refresh()
             self._attempt.join(attempt, self._snapshot.view.attempts)
 
-    def claim_scope(self, scope: Scope, *, ranks: int = 1) -> None:
+    def claim_scope(self, scope: Scope, *, ranks: int = 1, digest_before: str | None = None) -> None:
         """Say which samples the current attempt records, `all` or the sorted ids, and in how many processes.
 
         Raises:
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(scope, ranks)
+        self._attempt.claim(intake.scope(scope), intake.rank_count(ranks), digest_before)
 
     @property
     def attempt(self) -> int:
@@ -282,7 +279,7 @@ class Store(Handle):
     @property
     def frontier(self) -> tuple[int, int] | None:
         """The last live (epoch, step), committed or appended here; None in an empty store."""
-        return self._writing().frontier
+        return self._writing().frontier if self._attempt.is_begun else None
 
     def commit(self) -> None:
         """Put everything accepted so far on disk, and let this handle see it.
@@ -292,12 +289,13 @@ class Store(Handle):
         Raises:
             StorageError, ReadOnlyError: nothing became visible, everything is kept in memory; call again after
                 making room. Only with kind `outcome-unknown` may it be visible: open the store again to see.
-            StateError: the writer stopped for good.
+            InvalidInputError: kind `duplicate`: another handle committed some of it first; all else is on disk.
+            StateError: the writer stopped for good, or kind `left-out`: all but what the error names is on disk.
         """
-        self._check_open()
+        self._check_same()
         if self._writer is not None:
+            self._stale = True  # also of a commit that left something out all else is there
             self._writer.commit()
-            self._stale = True
 
     def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> RollUp:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
@@ -325,25 +323,19 @@ class Store(Handle):
         """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
         Raises:
-            StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again.
-            StateError: the writer stopped for good; the handle is closed all the same.
+            StorageError, ReadOnlyError: as `commit`; the store then stays open, and may be closed again, unless its
+                folder is gone or another store's (kinds `gone`, `replaced`): the error says what is lost.
+            StateError, InvalidInputError: as `commit`; the handle is closed all the same.
         """
         if self._closed or os.getpid() != self._pid:
             return
         try:
             self._end_writer()
-        except (errors.StateError, errors.TimstoreWarning):
-            self._release()
-            raise
-        self._release()
-
-    def _release(self) -> None:
-        if self._writer is not None:
-            self._writer.stop()
-            self._writer = None
-        self._closed = True
-        lifetime.ended(self)
-        self._snapshot.close()
+        finally:
+            if self._writer is None:
+                self._closed = True
+                lifetime.ended(self)
+                self._snapshot.close()
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -368,29 +360,28 @@ class Store(Handle):
     def _writing(self) -> Ledger:
         """Return the ledger of the current attempt, begun if there is none."""
         self._check_writable()
-        attempt = self._attempt.get().attempt
-        if self._ledger is None or self._ledger.attempt != attempt:
-            self._ledger = Ledger(attempt, self.snapshot, self.commit)
+        if self._ledger is None or self._ledger.attempt != self._attempt.get().attempt:
+            self._known = self.snapshot().view
+            self._ledger = Ledger(self._attempt.get().attempt, self.snapshot, self.commit)
         return self._ledger
 
     def _put(self, *items: Item) -> None:
         if not items:
             return
         if self._writer is None:
-            self._writer = BackgroundWriter(
-                LogWriter(self._objects, self.settings),
-                attempt=self._attempt.get().attempt,
-                precision=self.settings.precision,
-                max_rel_error=self.settings.max_rel_error,
-                roll_up=partial(roll_up, self._objects.synced(), self.settings),
-                unfolded=len(self._snapshot.view.since_checkpoint),
-            )
+            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_checkpoint)
+            self._writer = BackgroundWriter.begin(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
     def _end_writer(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            writer, self._writer = self._writer, None
+            writer = self._writer
+            try:
+                writer.close()
+            finally:
+                self._stale = True
+                if writer.is_stopped:
+                    self._writer = None
             writer.tell()
 
     def _write_samples(self, rows: pa.Table) -> None:

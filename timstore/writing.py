@@ -5,19 +5,30 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 
-from timstore.encoding import Matrix, encode
-from timstore.errors import ReadOnlyError, StateError, StorageError, TimstoreWarning
-from timstore.format.columns import joined
-from timstore.format.log import LogWriter
-from timstore.format.segment import EncodedRecord, build_segment
-from timstore.ledger import check_rows, row_bytes, table
-from timstore.records import Parameter, Record
+from timstore.batch import Batch, EncodedItem, Item
+from timstore.doubles import Doubles
+from timstore.encoding import encode
+from timstore.errors import (
+    LOST,
+    CorruptionError,
+    ReadOnlyError,
+    StateError,
+    StorageError,
+    TimstoreError,
+    TimstoreWarning,
+)
+from timstore.format.log import LogWriter, Overtaken
+from timstore.format.objects import LocalObjects
+from timstore.format.rollup import roll_up
+from timstore.format.segment import EncodedRecord
+from timstore.format.settings import Settings
+from timstore.format.view import View
 
 _log = logging.getLogger(__name__)
 
@@ -28,88 +39,17 @@ COMMIT_SECONDS = 30.0
 ROLL_UP_COMMITS = 1000
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Item:
-    """One thing to be written: a record, rows of a table, or a blob.
-
-    Attributes:
-        parameters: shapes of the record's parameters.
-        finite: whether every number of the record is; if not, no row of it is left out.
-        rows: rows of tables by kind, to be made a table of when they are written.
-        states: (role, numbers) of each row of its `states` table.
-    """
-
-    size_bytes: int
-    record: Record | None = None
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    finite: bool = True
-    tables: Mapping[str, pa.Table] = field(default_factory=dict)
-    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    blobs: Mapping[str, bytes] = field(default_factory=dict)
-    moment: tuple[int, int] | None = None
-    states: Sequence[tuple[str, Matrix]] = ()
-
-
-def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
-    """Return the item that writes these rows of one table; none for no rows.
-
-    Raises:
-        InvalidInputError: naming the column that cannot hold what it was given.
-    """
-    if not rows:
-        return []
-    check_rows(kind, rows)
-    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit.
-    return [Item(sum(map(row_bytes, rows)), rows={kind: rows}, moment=moment)]
-
-
-class _Batch:
-    """What the next commit will hold."""
-
-    def __init__(self) -> None:
-        self.records: list[EncodedRecord] = []
-        self.tables: dict[str, list[pa.Table]] = {}
-        self.rows: dict[str, list[Mapping[str, Any]]] = {}
-        self.blobs: dict[str, bytes] = {}
-        self.states: list[tuple[str, Matrix]] = []
-        self.moments: list[tuple[int, int]] = []
-        self.items = 0
-        self.bytes = 0
-        self.since = time.monotonic()
-
-    def __bool__(self) -> bool:
-        return self.items > 0
-
-    @property
-    def rank(self) -> int:
-        return self.records[0].record.rank if self.records else 0
-
-    def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
-        tables = {
-            kind: joined(parts) if kind == "samples" else pa.concat_tables(parts, promote_options="permissive")
-            for kind, parts in self.tables.items()
-        }
-        tables.update((kind, table(kind, rows)) for kind, rows in self.rows.items())
-        states = self.states
-        if states:
-            # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
-            names = tables["states"]["parameter"].to_pylist()
-            first = {name: number for number, name in reversed(list(enumerate(names)))}
-            order = sorted(range(len(names)), key=lambda number: first[names[number]])
-            tables["states"] = tables["states"].take(order)
-            states = [states[number] for number in order]
-        return build_segment(self.records, tables, self.blobs, states)
-
-
 class BackgroundWriter:
     """One thread that encodes and writes behind a bounded queue.
 
     Args:
+        doubles: keeps out of a commit what others have committed.
         roll_up: folds the row files of all commits so far; called after every `ROLL_UP_COMMITS` of them.
         unfolded: how many commits there are already that no roll-up covers.
 
     An error of the thread is raised once, by the next call from the training thread, and what was
-    accepted before it stays in memory: the next commit tries again.
+    accepted before it stays in memory: the next commit tries again. What is left out of a commit alone, while all
+    else goes to disk, `commit` or `close` tells.
     """
 
     def __init__(
@@ -119,6 +59,7 @@ class BackgroundWriter:
         attempt: int,
         precision: str,
         max_rel_error: float,
+        doubles: Doubles,
         roll_up: Callable[[], object],
         unfolded: int,
     ) -> None:
@@ -127,13 +68,15 @@ class BackgroundWriter:
         self._untold: list[str] = []
         self.attempt = attempt
         self._log = log
+        self._doubles = doubles
+        self._left_out: list[str] = []
         self._precision = precision
         self._max_rel_error = max_rel_error
         self._condition = threading.Condition()
         self._queue: deque[Item] = deque()
         self._held_bytes = 0
         self._waiting = 0
-        self._batch = _Batch()
+        self._batch = Batch()
         self._error: Exception | None = None
         self._broken = False
         self._asked = 0
@@ -143,6 +86,25 @@ class BackgroundWriter:
         pa.array([0])
         self._thread = threading.Thread(target=self._run, name="timstore-writer", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def begin(
+        cls, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int
+    ) -> "BackgroundWriter":
+        """Return a new writer of an attempt.
+
+        Args:
+            known: what was committed when the ledger of the attempt was begun.
+        """
+        return cls(
+            LogWriter(objects, settings),
+            attempt=attempt,
+            precision=settings.precision,
+            max_rel_error=settings.max_rel_error,
+            doubles=Doubles(objects, settings, attempt, known),
+            roll_up=partial(roll_up, objects.synced(), settings),
+            unfolded=unfolded,
+        )
 
     def put(self, *items: Item) -> None:
         """Accept items in order, all or none; wait while `QUEUE_BYTES` are held that are not on disk.
@@ -166,7 +128,13 @@ class BackgroundWriter:
 
         Raises:
             StorageError, ReadOnlyError: if it could not be written; it is kept, and the next commit tries again.
+            InvalidInputError: kind `duplicate`: another handle committed some of it first; the rest is on disk.
+            StateError: kind `left-out`: some of it cannot be written; the rest is on disk.
         """
+        self._flush()
+        self._raise_left_out()
+
+    def _flush(self) -> None:
         with self._condition:
             if not self._broken:
                 self._error = None
@@ -179,17 +147,65 @@ class BackgroundWriter:
             self._raise_error()
             self.tell()
 
+    def _raise_left_out(self) -> None:
+        """Tell, once, what is not on disk while all else that was accepted is."""
+        with self._condition:
+            refused, self._doubles.refused = self._doubles.refused, []
+            left_out, self._left_out = self._left_out, []
+        errors: list[TimstoreError] = [*refused]
+        if left_out:
+            more = "" if len(left_out) == 1 else f", and {len(left_out) - 1} more"
+            message = f"left out, since it cannot be written: {left_out[0]}{more}. All else is on disk"
+            errors.append(StateError(message, kind="left-out"))
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"timstore: {other}")
+            raise errors[0]
+
     def close(self) -> None:
         """Commit, write the closing record, and end the thread; `tell` says afterwards where that record is missing.
 
         The closing record says only that nothing follows; without it everything is on disk all the same.
+
+        Raises:
+            StorageError: as `commit`, the thread goes on; of a store that is gone or replaced it says what is lost.
+            InvalidInputError, StateError: as `commit`, once the thread has ended.
         """
-        self.commit()
+        try:
+            self._flush()
+            self._end_log()
+        except StorageError as error:
+            if error.kind not in LOST:
+                raise
+            held = self._records_held
+            lost = f"{held} accepted records that were never committed" if held else "no record that was not committed"
+            self.stop()
+            raise StorageError(f"{error} Closing this handle loses {lost}", kind=error.kind) from error
+        except StateError:
+            self.stop()
+            raise
+        self.stop()
+        self._raise_left_out()
+
+    def _end_log(self) -> None:
         try:
             self._log.close()
         except (StorageError, ReadOnlyError) as error:
+            if error.kind in LOST:
+                raise
             self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
-        self.stop()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the thread has ended."""
+        return self._stopping
+
+    @property
+    def _records_held(self) -> int:
+        """How many records were accepted and are not on disk."""
+        with self._condition:
+            queued = sum(item.record is not None for item in self._queue)
+            return queued + len(self._batch.records)
 
     def stop(self) -> None:
         """End the thread without another commit."""
@@ -255,27 +271,38 @@ class BackgroundWriter:
 
     def _encode(self, item: Item) -> None:
         try:
+            if item.moment is not None and not 0 <= min(item.moment) <= max(item.moment) < 2**63:
+                raise ValueError(f"there is no epoch {item.moment[0]}, step {item.moment[1]}")
             encoded = self._encoded(item)
-        except Exception as error:  # whatever it is, the training thread must hear of it
-            self._break(error)
+        except MemoryError as error:
+            with self._condition:
+                self._queue.appendleft(item)
+            kept = StorageError(f"not enough memory to encode {item}; it is kept, commit again", kind="memory")
+            self._report(kept, error)
             return
-        if not self._batch:
-            self._batch.since = time.monotonic()
-        self._batch.items += 1
-        if encoded is not None:
-            self._batch.records.append(encoded)
-        for kind, rows in item.tables.items():
-            self._batch.tables.setdefault(kind, []).append(rows)
-        for kind, listed in item.rows.items():
-            self._batch.rows.setdefault(kind, []).extend(listed)
-        self._batch.blobs.update(item.blobs)
-        self._batch.states.extend(item.states)
+        except Exception as error:
+            self._leave_out(item, item.size_bytes, error)
+            return
         stored_bytes = item.size_bytes if encoded is None else encoded.stored_bytes
-        self._batch.bytes += stored_bytes
-        if item.moment is not None:
-            self._batch.moments.append(item.moment)
         with self._condition:
+            self._batch.add(EncodedItem(item, encoded, stored_bytes))
             self._held_bytes += stored_bytes - item.size_bytes
+            self._condition.notify_all()
+
+    def _leave_out(self, item: Item, held_bytes: int, error: Exception) -> None:
+        """Go on without what was accepted and cannot be written."""
+        with self._condition:
+            self._left_out.append(f"{item} ({type(error).__name__}: {error})")
+            self._held_bytes -= held_bytes
+            self._condition.notify_all()
+
+    def _report(self, error: Exception, cause: Exception | None = None) -> None:
+        """Let the training thread hear of an error; what is held stays, for the next commit."""
+        _log.info("%d records were not committed, and are kept to try again: %s", self._records_held, error)
+        error.__cause__ = error.__cause__ or cause
+        with self._condition:
+            self._batch.since = time.monotonic()
+            self._error = error
             self._condition.notify_all()
 
     def _encoded(self, item: Item) -> EncodedRecord | None:
@@ -292,32 +319,63 @@ class BackgroundWriter:
         return EncodedRecord(replace(item.record, gradients={}), self.attempt, parts, norm)
 
     def _commit(self, answers: int) -> None:
-        batch = self._batch
         try:
-            if batch:
-                steps = (min(batch.moments), max(batch.moments)) if batch.moments else None
-                self._log.commit(
-                    attempt=self.attempt, rank=batch.rank, steps=steps, records=len(batch.records), build=batch.build
-                )
+            self._write()
         except (StorageError, ReadOnlyError) as error:
-            batch.since = time.monotonic()
-            _log.info("%d records were not committed, and are kept to try again: %s", len(batch.records), error)
-            with self._condition:
-                self._error = error
-                self._condition.notify_all()
+            self._report(error)
+            return
+        except MemoryError as error:
+            self._report(StorageError("not enough memory to commit; all is kept, commit again", kind="memory"), error)
             return
         except Exception as error:
             self._break(error)
             return
         with self._condition:
-            if batch:
-                self._held_bytes -= batch.bytes
-                self._batch = _Batch()
-                self._unfolded += 1
             self._answered = max(self._answered, answers)
             self._condition.notify_all()
         if self._unfolded >= ROLL_UP_COMMITS:
             self._fold()
+
+    def _write(self) -> None:
+        """Write the batch as one commit; as several, where something in it cannot be written, without that."""
+        parts = [self._batch]
+        try:
+            while parts:
+                batch = parts[0]
+                try:
+                    while batch and not self._wrote(batch):
+                        pass
+                except (StorageError, ReadOnlyError, StateError, CorruptionError, MemoryError):
+                    raise
+                except Exception as error:
+                    if len(batch.items) > 1:
+                        parts[:1] = batch.halves()
+                        continue
+                    self._leave_out(batch.items[0].item, batch.bytes, error)
+                parts.pop(0)
+        finally:
+            with self._condition:
+                self._batch = Batch([item for batch in parts for item in batch.items])
+
+    def _wrote(self, batch: Batch) -> bool:
+        """Make one commit of a batch; False if others were faster with some of it, which is out of it now."""
+        ranks, held_bytes, is_written = batch.ranks, batch.bytes, True
+        try:
+            self._log.commit(
+                attempt=self.attempt,
+                rank=ranks[0] if ranks else 0,
+                steps=batch.steps,
+                records=len(batch.records),
+                build=batch.build,
+                ranks=ranks,
+                check=lambda: self._doubles.keep_out(batch, self._log.writer),
+            )
+            self._unfolded += 1
+        except Overtaken:
+            held_bytes, is_written = held_bytes - batch.bytes, False
+        with self._condition:
+            self._held_bytes -= held_bytes
+        return is_written
 
     def _fold(self) -> None:
         """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""

@@ -42,6 +42,7 @@ _ATTEMPTS = {
     "ranks": "BIGINT",
     "scope": "BIGINT[]",
     "recorded": "VARCHAR",
+    "digest_before": "VARCHAR",
 }
 
 
@@ -65,6 +66,7 @@ class AttemptRow:
     Attributes:
         scope: the ids of the recorded samples, if only some were to be recorded.
         recorded: "all" or "selected", None when only `append` was used.
+        digest_before: of all parameters before its first step.
     """
 
     attempt: int
@@ -73,6 +75,7 @@ class AttemptRow:
     ranks: int
     scope: list[int] | None
     recorded: str | None
+    digest_before: str | None = None
 
 
 def create_tables(connection: duckdb.DuckDBPyConnection) -> None:
@@ -200,7 +203,9 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
     """Merge the user's columns: of each sample and column the last value written that is not NULL."""
     before = connection.sql("FROM stored.samples").to_arrow_table()
     try:
-        table = joined([before, *tables])
+        # A column without a name, which earlier versions took, cannot be asked for.
+        named = [one.select([name for name in one.column_names if name]) for one in tables]
+        table = joined([before, *named])
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
         table = table.rename_columns([str(number) for number in range(len(names))])

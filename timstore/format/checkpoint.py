@@ -125,12 +125,16 @@ def _newest(writer: str, head: Any, path: str) -> Commit:
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
-    return tables.read_rows(read_verified(objects, info, owner), words=True)
+    return tables.read_rows(read_verified(objects, info, owner), info.path, rows=info.rows, words=True)
 
 
 def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:
-    """Return the rows of one kind, file by file."""
-    return [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
+    """Return the rows of one kind, file by file; every checkpoint has some of the kinds that this is asked for."""
+    found = [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
+    if not found:
+        path = layout.checkpoint_path(checkpoint.number)
+        raise CorruptionError(f"{path} names no file of {kind}", path=path)
+    return found
 
 
 class CoveredObjects:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from timstore.errors import CorruptionError
+from timstore.errors import CorruptionError, shown
 from timstore.format import layout
 from timstore.format.layout import take
 from timstore.format.settings import Settings
@@ -48,6 +48,7 @@ class Commit:
         steps: first and last (epoch, step) covered, None when there are none.
         records: how many gradient records the commit holds.
         digest: sha256 of the record; the writer's next one names it.
+        rank, ranks: the processes whose records and steps it holds: the first of them; all, None when unknown.
     """
 
     writer: str
@@ -60,6 +61,7 @@ class Commit:
     objects: Sequence[ObjectInfo]
     records: int
     digest: str
+    ranks: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         steps = f", steps {self.steps[0]} to {self.steps[1]}" if self.steps else ""
@@ -73,6 +75,7 @@ class Attempt:
     Attributes:
         scope: the sample ids recorded, "all", or None when unknown.
         ranks: how many processes train together.
+        digest_before: of all parameters before its first step; None when unknown.
     """
 
     attempt: int
@@ -81,6 +84,7 @@ class Attempt:
     scope: Scope
     ranks: int
     at: str
+    digest_before: str | None = None
 
 
 def parse_record(
@@ -117,6 +121,7 @@ def parse_record(
         objects=_infos(take(fields, "objects", list, path), (writer, seq), path),
         records=take(fields, "records", int, path),
         digest=digest,
+        ranks=_ranks(fields.get("ranks"), path),
     )
 
 
@@ -143,6 +148,7 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         scope=scope,
         ranks=take(fields, "ranks", int, path),
         at=take_time(fields, path),
+        digest_before=None if fields.get("digest_before") is None else take(fields, "digest_before", str, path),
     )
 
 
@@ -176,6 +182,14 @@ def _steps(value: Any, path: str) -> tuple[Moment, Moment] | None:
     if not sound:
         raise CorruptionError(f"{path}: steps is {value!r:.80}, not [[epoch, step], [epoch, step]]", path=path)
     return steps
+
+
+def _ranks(value: Any, path: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if type(value) is not list or not all(type(rank) is int and 0 <= rank < 2**63 for rank in value):
+        raise CorruptionError(f"{path}: ranks is {shown(value)}, not numbers of processes", path=path)
+    return tuple(value)
 
 
 def parse_info(entry: Any, path: str) -> ObjectInfo:

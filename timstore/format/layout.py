@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from timstore.errors import CorruptionError, FormatError
+from timstore.errors import CorruptionError, FormatError, InvalidInputError
 
 FORMAT = (1, 2)
 """Major and minor version. A larger major is refused; a larger minor only adds what a reader may ignore."""
@@ -23,6 +23,10 @@ RUNS = "runs/"
 LOG = "log/"
 DATA = "data/"
 CHECKPOINTS = "ckpt/"
+
+RECORD_BYTES = 256 * 1024 * 1024
+"""The most that a record has, its check line included: ten million sample ids in a scope are 200 MB."""
+_CHECK_BYTES = len("\nsha256:\n") + 64
 
 WRITER_BYTES = 8
 NONCE_BYTES = 4
@@ -110,8 +114,18 @@ def parse_folded_path(path: str) -> int | None:
 
 
 def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Return a record's bytes, one line of JSON and its check line, and the sha256 of the JSON as hex."""
+    """Return a record's bytes, one line of JSON and its check line, and the sha256 of the JSON as hex.
+
+    Raises:
+        InvalidInputError: kind `too-large`.
+    """
     body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+    if len(body) > RECORD_BYTES - _CHECK_BYTES:
+        raise InvalidInputError(
+            f"a record of {len(body)} bytes is more than readers take ({RECORD_BYTES}): commit more often, or name "
+            "fewer samples in a scope",
+            kind="too-large",
+        )
     digest = hashlib.sha256(body).hexdigest()
     return body + f"\nsha256:{digest}\n".encode(), digest
 

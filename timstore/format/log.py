@@ -20,6 +20,7 @@ from timstore.errors import (
 from timstore.format import layout
 from timstore.format.commits import Attempt, Commit, Moment, ObjectInfo, Scope, parse_attempt, parse_record
 from timstore.format.objects import Objects
+from timstore.format.place import Place, replaced
 from timstore.format.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ _log = logging.getLogger(__name__)
 Build = Callable[[], Iterator[tuple[str, bytes, str, int, int]]]
 
 _MOST_FENCES = 3
+
+
+class Overtaken(Exception):
+    """What a commit was to hold is not what it may hold, since another writer was first: it is to be built again."""
 
 
 class LogWriter:
@@ -51,6 +56,9 @@ class LogWriter:
         self._at = ""
         self._newest: Commit | None = None
         self._writer = ""
+        self._place = Place(objects, settings)
+        self._is_copy = False  # whether what lies there is another copy, of which is unknown yet what it holds
+        self._place.check()
         self._start()
 
     @property
@@ -59,7 +67,15 @@ class LogWriter:
         return self._writer
 
     def commit(
-        self, attempt: int, rank: int, steps: tuple[Moment, Moment] | None, records: int, build: Build
+        self,
+        attempt: int,
+        rank: int,
+        steps: tuple[Moment, Moment] | None,
+        records: int,
+        build: Build,
+        *,
+        ranks: tuple[int, ...] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Commit:
         """Write one commit and return it: from then on every reader sees it, and it survives what the durability says.
 
@@ -72,6 +88,9 @@ class LogWriter:
             build: returns the commit's objects, each (path below the commit's folder, bytes, kind, logical
                 bytes, rows). Called again when everything must be written under another name; its objects are
                 consumed one at a time and never held.
+            ranks: all processes whose rows it holds, None when unknown.
+            check: called while no other writer of the store makes a record, right before this one does; what it
+                raises leaves nothing visible.
 
         Raises:
             StorageError: the disk refused; kind `outcome-unknown` when the record may or may not last.
@@ -85,10 +104,20 @@ class LogWriter:
         for _ in range(_MOST_FENCES):
             folder = layout.data_prefix(self._writer, self._seq, secrets.token_hex(layout.NONCE_BYTES))
             try:
+                self._require_same(attempt)
                 infos = self._put(folder, build)
-                commit = self._publish(
-                    kind="commit", attempt=attempt, rank=rank, steps=steps, records=records, objects=infos
-                )
+                with self._objects.alone(layout.LOG):
+                    self._require_same(attempt)
+                    check()
+                    commit = self._publish(
+                        kind="commit",
+                        attempt=attempt,
+                        rank=rank,
+                        steps=steps,
+                        records=records,
+                        objects=infos,
+                        ranks=ranks,
+                    )
             except Exception:  # after an interrupt nothing is deleted: the record may be there
                 if self._unsettled is None:
                     drop(self._objects, folder)
@@ -112,6 +141,7 @@ class LogWriter:
         self._require_usable()
         if not self._closed and self._newest is not None:
             last = self._newest
+            self._require_same(last.attempt)
             self._publish(kind="close", attempt=last.attempt, rank=last.rank, steps=None, records=0, objects=[])
         self._closed = True
 
@@ -133,6 +163,20 @@ class LogWriter:
                 path=self._unsettled,
             )
 
+    def _require_same(self, attempt: int) -> None:
+        """Refuse a store in which this writer's records have no place: one of another id, or an earlier copy."""
+        self._is_copy |= not self._place.check()
+        if not self._is_copy:
+            return
+        last = self._newest
+        needed = [layout.attempt_path(attempt), *([layout.record_path(last.writer, last.seq)] if last else [])]
+        for path in needed:
+            if not self._objects.exists(path):
+                raise replaced(f"an earlier copy was put in its place, without {path}")
+        if last is not None and layout.unseal(self._objects.read(needed[-1]), needed[-1])[1] != last.digest:
+            raise replaced(f"a copy was put in its place whose {needed[-1]} is another one")
+        self._is_copy = False
+
     def _put(self, folder: str, build: Build) -> list[ObjectInfo]:
         infos = []
         for name, data, kind, logical_bytes, rows in build():
@@ -153,6 +197,7 @@ class LogWriter:
         steps: tuple[Moment, Moment] | None,
         records: int,
         objects: list[ObjectInfo],
+        ranks: tuple[int, ...] | None = None,
     ) -> Commit | None:
         """Create this writer's next record and return it, or None when a fence is in its place."""
         path = layout.record_path(self._writer, self._seq)
@@ -170,6 +215,7 @@ class LogWriter:
             "rank": rank,
             "steps": steps,
             "records": records,
+            **({} if ranks is None else {"ranks": ranks}),
             "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in objects],
         }
         data, _ = layout.seal(fields)
@@ -196,7 +242,13 @@ class LogWriter:
 
 
 def claim_attempt(
-    objects: Objects, from_epoch: int, from_step: int, scope: Scope, ranks: int, first: bool = False
+    objects: Objects,
+    from_epoch: int,
+    from_step: int,
+    scope: Scope,
+    ranks: int,
+    first: bool = False,
+    digest_before: str | None = None,
 ) -> Attempt:
     """Begin an attempt, durable and visible at return; of several callers at once each gets its own number.
 
@@ -205,6 +257,7 @@ def claim_attempt(
         scope: the sample ids that are recorded, "all", or None when unknown.
         ranks: how many processes train together.
         first: make attempt 0, or return it as it is when it exists.
+        digest_before: of all parameters before its first step; None when unknown.
 
     Raises:
         StorageError, ReadOnlyError: nothing became visible, unless its kind is `outcome-unknown`.
@@ -221,6 +274,7 @@ def claim_attempt(
             "from": {"epoch": from_epoch, "step": from_step},
             "scope": scope,
             "ranks": ranks,
+            "digest_before": digest_before,
             "at": now(),
             "claim": secrets.token_hex(8),  # tells our file from that of a caller who asks for the same
         }
@@ -256,7 +310,7 @@ def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
 
 def _look(objects: Objects, path: str, error: Exception) -> bytes | None:
     try:
-        return objects.read(path)
+        return objects.read(path, most=layout.RECORD_BYTES)
     except NotFoundError:
         return None
     except Exception as unreadable:

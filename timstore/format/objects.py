@@ -8,24 +8,25 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 from timstore.errors import (
-    AlreadyExistsError,
     CorruptionError,
     InvalidInputError,
     NotFoundError,
-    ReadOnlyError,
     StorageError,
     TimstoreError,
 )
 from timstore.format import layout
+from timstore.format.locks import locked
+from timstore.format.refusals import not_plain, too_large, translated, with_errno
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Paths: TypeAlias = list[str]  # `list` inside the classes below is their method
+Mark: TypeAlias = tuple[int, ...]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,8 +51,15 @@ class Objects(Protocol):
     def create(self, path: str, data: bytes) -> None:
         """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds."""
 
-    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`."""
+    def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
+        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`; of
+        an object of more than `most` bytes `CorruptionError`, kind `too-large`, before it is read."""
+
+    def mark(self, path: str) -> Mark:
+        """Return what tells an object from any other that took its place, or raise `NotFoundError`; reads nothing."""
+
+    def alone(self, prefix: str) -> AbstractContextManager[None]:
+        """Keep every other process and thread that asks likewise out of a folder; where there are no locks, nobody."""
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all objects below a folder; none when there is no such folder."""
@@ -137,12 +145,13 @@ class LocalObjects:
                     self._call(os.unlink, temporary, dir_fd=folder)
         self.sync([path])
 
-    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+    def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
         """Return the whole file, or `size` bytes from `start` on; fewer where it ends before.
 
         Raises:
             NotFoundError: there is none.
-            CorruptionError: it is a symbolic link or otherwise no regular file.
+            CorruptionError: it is a symbolic link or otherwise no regular file; kind `too-large`: it has more than
+                `most` bytes, the field `bytes`, and was not read.
             StorageError: it cannot be read.
         """
         *folders, name = self._parts(path)
@@ -152,10 +161,33 @@ class LocalObjects:
                 return os.open(name, flags | _READ, dir_fd=folder)
 
             with open(name, "rb", buffering=0, opener=opener) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
                     raise self._not_plain(path)
+                if most is not None and status.st_size > most:
+                    raise too_large(self.root / path, path, status.st_size, most)
                 file.seek(start)
-                return file.read(-1 if size is None else size)
+                # `read` takes memory for all that it is asked for.
+                return file.read(-1 if size is None else min(size, max(0, status.st_size - start)))
+
+    def mark(self, path: str) -> Mark:
+        """Return device, inode, size and the time of the last change of a file's entry, in one system call."""
+        with self._reporting("look for", path):
+            found = os.stat(self.root / path)
+        return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
+
+    @contextmanager
+    def alone(self, prefix: str) -> Iterator[None]:
+        """Hold the folder's lock, which goes with the process that holds it.
+
+        Raises:
+            StorageError: another holds it for a minute.
+        """
+        with ExitStack() as held:
+            with self._reporting("lock", prefix):
+                folder = held.enter_context(self._folder(self._parts(prefix.rstrip("/")), create=True))
+                held.enter_context(locked(folder, self.root / prefix))
+            yield
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all files below a folder, without those that begin with a dot.
@@ -269,7 +301,7 @@ class LocalObjects:
             self._call(os.link, temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise _with_errno(
+                raise with_errno(
                     StorageError(
                         f"the file system of {self.root} makes no hard links, without which a store cannot be written "
                         "safely. Put the store on another file system",
@@ -354,11 +386,7 @@ class LocalObjects:
         return tuple(path.split("/"))
 
     def _not_plain(self, path: str) -> CorruptionError:
-        return CorruptionError(
-            f"{self.root / path} is, or lies behind, a symbolic link or something else that is neither file nor "
-            "folder. timstore follows none: put the real file there",
-            path=path,
-        )
+        return not_plain(self.root / path, path)
 
     @contextmanager
     def _reporting(self, doing: str, path: str, data: bytes = b"", *, kind: str | None = None) -> Iterator[None]:
@@ -368,32 +396,4 @@ class LocalObjects:
         except TimstoreError:
             raise
         except OSError as error:
-            raise self._translated(error, doing, path, len(data), kind) from error
-
-    def _translated(self, error: OSError, doing: str, path: str, size: int, kind: str | None) -> TimstoreError:
-        where = self.root / path
-        fields: dict[str, Any] = {"path": path, "errno": error.errno}
-        reads = doing in ("read", "list", "look for")
-        if kind is not None:
-            message = f"cannot {doing} {where}: {error.strerror}. What was written there may not survive a power loss"
-            return _with_errno(StorageError(message, kind=kind, **fields), error)
-        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            return self._not_plain(path)
-        if error.errno == errno.ENOENT and (reads or doing == "delete"):
-            return NotFoundError(f"{where} does not exist", path=path)
-        if error.errno == errno.EEXIST:
-            return AlreadyExistsError(f"{where} exists already, and objects are written once", path=path)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not reads:
-            message = f"cannot {doing} {where}: {error.strerror}. Open the store with mode='r', or where you may write"
-            return _with_errno(ReadOnlyError(message, **fields), error)
-        message = f"cannot {doing} {where}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"no space left to {doing} {where} ({size} bytes); nothing became visible. Make room and try again"
-            )
-        return _with_errno(StorageError(message, **fields), error)
-
-
-def _with_errno(ours: StorageError | ReadOnlyError, error: OSError) -> TimstoreError:
-    ours.errno = error.errno
-    return ours
+            raise translated(error, doing, self.root / path, path, len(data), kind) from error

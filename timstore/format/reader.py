@@ -5,15 +5,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from timstore.encoding import restore
-from timstore.errors import CorruptionError
+from timstore.errors import CorruptionError, TimstoreError
 from timstore.format.cache import ByteCache
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.objects import Objects
 from timstore.format.segment import ROLE_CODES
 from timstore.format.shard import ArrayLayout, Chunk, decode_chunk, decode_piece
-from timstore.format.tables import coded, read_rows
+from timstore.format.tables import SCHEMAS, coded, read_rows
 from timstore.format.verified import read_part, read_verified
 from timstore.records import Factors, Gradient, Rows
 
@@ -45,7 +46,7 @@ class SegmentReader:
         if "slices.parquet" not in self._infos:
             self._keys = np.zeros(0, np.int64)
             return
-        table = read_rows(self._object("slices.parquet"), columns)
+        table = self._table("slices.parquet", columns)
         owner, start, rows = (table[name].to_numpy() for name in ("owner", "start", "rows"))
         role, roles = coded(table["role"])
         array, self._arrays = coded(table["array"])
@@ -68,7 +69,7 @@ class SegmentReader:
         self._chunk_keys = np.zeros(0, np.int64)
         if "chunks.parquet" not in self._infos:
             return
-        table = read_rows(self._object("chunks.parquet"))
+        table = self._table("chunks.parquet")
         array, self._chunked = coded(table["array"])
         keys = array.astype(np.int64) << 32 | table["chunk"].to_numpy()
         order = np.argsort(keys)
@@ -180,8 +181,28 @@ class SegmentReader:
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
     def parts(self, owners: Numbers, encoding: str, shape: tuple[int, int]) -> list[Gradient]:
-        """Return gradient parts of one encoding as they were recorded, numbers widened to float32 or float64."""
-        owners = np.asarray(owners, np.int64)
+        """Return gradient parts of one encoding as they were recorded, numbers widened to float32 or float64.
+
+        Raises:
+            CorruptionError: what is stored cannot be such parts, though every checksum may be right.
+        """
+        try:
+            found = self._parts(np.asarray(owners, np.int64), encoding, shape)
+        except (ValueError, IndexError) as error:
+            if isinstance(error, TimstoreError):
+                raise
+            raise self._misfit(str(error)) from error
+        if not all(_fits(part, shape) for part in found):
+            raise self._misfit(f"{encoding} of another shape than {shape}")
+        return found
+
+    def _misfit(self, what: str) -> CorruptionError:
+        return CorruptionError(
+            f"the gradients of {self._where} do not fit their parameters ({what}): `timstore verify` finds which",
+            path=self._where,
+        )
+
+    def _parts(self, owners: np.ndarray, encoding: str, shape: tuple[int, int]) -> list[Gradient]:
         role = "output_gradients" if encoding == "factors" else "values"
         at, stop = self._found(owners, role)
         held = np.flatnonzero(stop > at)
@@ -220,13 +241,16 @@ class SegmentReader:
         """Return rows [first, last) of each of these slices of one array, one below the other."""
         array = self._arrays[self._array[numbers[0]]]
         layout = self._layout(array)
-        counts = np.minimum(self._rows[numbers], last) - first
+        starts, counts = self._start[numbers] + first, np.minimum(self._rows[numbers], last) - first
+        # Before memory is taken for them.
+        outside = (starts < 0) | (counts < 0) | (starts > layout.rows) | (counts > layout.rows - starts)
+        if outside.any():
+            where, at = f"{array} of {self._where}", int(np.argmax(outside))
+            wanted = f"{counts[at]} rows from {starts[at]} on"
+            raise CorruptionError(f"{where} has {layout.rows} rows, not {wanted}", path=where)
         out = np.empty((int(counts.sum()), layout.width), layout.numpy_dtype)
         done = 0
-        for start, count in _ranges(self._start[numbers] + first, counts):
-            if start < 0 or start + count > layout.rows:
-                where = f"{array} of {self._where}"
-                raise CorruptionError(f"{where} has {layout.rows} rows, not rows {start}-{start + count}", path=where)
+        for start, count in _ranges(starts, counts):
             while count:
                 chunk, offset = divmod(start, layout.chunk_rows)
                 taken = min(count, layout.chunk_rows - offset)
@@ -257,6 +281,17 @@ class SegmentReader:
             self._layouts[array] = ArrayLayout.from_json(self._object(path), path)
         return self._layouts[array]
 
+    def _table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        info, schema = self._info(path), SCHEMAS[path.removesuffix(".parquet")]
+        table = read_rows(self._object(path), info.path, columns, rows=info.rows)
+        for name in columns or schema.names:
+            kind = schema.field(name).type
+            # Only where rows need no map are there none.
+            empty = name != "row_map" and name in table.column_names and table[name].null_count
+            if name not in table.column_names or table.schema.field(name).type != kind or empty:
+                raise CorruptionError(f"{info.path} has no column {name} of {kind} in every row", path=info.path)
+        return table
+
     def _object(self, path: str) -> bytes:
         return read_verified(self._objects, self._info(path), self._commit)
 
@@ -269,6 +304,17 @@ class SegmentReader:
     @property
     def _where(self) -> str:
         return f"log/{self._commit.writer}/{self._commit.seq:012d}.json"
+
+
+def _fits(part: Gradient, shape: tuple[int, int]) -> bool:
+    """Say whether a part can be of a parameter of that matrix shape."""
+    if isinstance(part, Factors):
+        widths = part.output_gradients.shape[1], part.inputs.shape[1]
+        return widths == shape and len(part.inputs) == len(part.output_gradients)
+    if isinstance(part, Rows):
+        inside = bool(((part.indices >= 0) & (part.indices < shape[0])).all())
+        return inside and part.values.shape == (len(part.indices), shape[1])
+    return part.shape == shape
 
 
 def _each(bound: Any, count: int) -> np.ndarray:

@@ -219,7 +219,7 @@ def _newest(objects: Objects) -> int:
 def _named(objects: Objects, path: str) -> Sequence[ObjectInfo]:
     """Return the objects that a record left behind by an earlier roll-up names; none if it cannot be read."""
     try:
-        fields, _ = layout.unseal(objects.read(path), path)
+        fields, _ = layout.unseal(objects.read(path, most=layout.RECORD_BYTES), path)
         return [parse_info(entry, path) for entry in fields.get("objects", ())]
     except (NotFoundError, CorruptionError):
         return []

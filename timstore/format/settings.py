@@ -92,7 +92,7 @@ def read_settings(objects: Objects) -> Settings:
         FormatError: a newer version is needed.
     """
     path = layout.SETTINGS
-    fields, _ = layout.unseal(objects.read(path), path)
+    fields, _ = layout.unseal(objects.read(path, most=layout.RECORD_BYTES), path)
     settings = Settings(
         store_id=layout.take(fields, "store", str, path),
         durability=layout.take(fields, "durability", str, path),

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from timstore.errors import CorruptionError
+
 _INT, _SMALL, _FLOAT, _TEXT, _BOOL = pa.int64(), pa.int32(), pa.float64(), pa.string(), pa.bool_()
 _MOMENT = [("attempt", _INT), ("epoch", _INT), ("step", _INT)]
 _RECORD = [*_MOMENT, ("rank", _INT), ("sample", _INT)]
@@ -110,6 +112,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("delta_norm", _FLOAT),
             ("digest_before", _TEXT),
             ("digest_after", _TEXT),
+            # [attempt, epoch, step, rank, sample] of each record that was taken out.
+            ("removed", pa.list_(pa.list_(_INT))),
+            ("parameters", pa.list_(_TEXT)),
+            ("optimizer_states", pa.list_(_TEXT)),
         ]
     ),
 }
@@ -122,6 +128,7 @@ ADDED = {
         "options",
     ),
     "states": ("name",),
+    "rollbacks": ("removed", "parameters", "optimizer_states"),
 }
 
 # What roll-up folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
@@ -150,18 +157,30 @@ def write_rows(table: pa.Table, kind: str) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_rows(data: bytes, columns: Sequence[str] | None = None, *, words: bool = False) -> pa.Table:
+def read_rows(
+    data: bytes, path: str, columns: Sequence[str] | None = None, *, rows: int | None = None, words: bool = False
+) -> pa.Table:
     """Return the row table that a Parquet file holds, or some columns of it.
 
     Args:
+        path: of the file, for errors.
+        rows: how many it must hold, where that is known.
         words: hold repeating words as numbers into a dictionary: smaller in memory, and sooner in DuckDB.
+
+    Raises:
+        CorruptionError: it holds no such table, though its checksum may be right.
     """
-    # The dataset reader behind `read_table` takes three times as long for the few rows of one commit.
-    source = pa.BufferReader(data)
-    metadata = pq.read_metadata(source)
-    held = [name for name in _WORDS if name in metadata.schema.to_arrow_schema().names] if words else None
-    file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=held)
-    return file.read(columns, use_threads=len(data) > _LARGE_BYTES)
+    try:
+        # The dataset reader behind `read_table` takes three times as long for the few rows of one commit.
+        source = pa.BufferReader(data)
+        metadata = pq.read_metadata(source)
+        if rows is not None and metadata.num_rows != rows:
+            raise CorruptionError(f"{path} holds {metadata.num_rows} rows instead of {rows}", path=path)
+        held = [name for name in _WORDS if name in metadata.schema.to_arrow_schema().names] if words else None
+        file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=held)
+        return file.read(columns, use_threads=len(data) > _LARGE_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptionError(f"{path} holds no readable rows: {error!s:.200}", path=path) from error
 
 
 def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

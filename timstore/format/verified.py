@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
     """Return an object's bytes and what is wrong with them, None when they are what was written."""
     try:
-        data = objects.read(info.path)
+        data = objects.read(info.path, most=info.bytes)
     except NotFoundError:
         return b"", "is missing"
+    except CorruptionError as error:
+        if error.kind != "too-large":
+            raise
+        return b"", f"has {error.fields['bytes']} bytes instead of {info.bytes}"
     if len(data) != info.bytes:
         return data, f"has {len(data)} bytes instead of {info.bytes}"
     return data, None if crc32(data) == info.crc32 else "was altered: its crc32 does not match"

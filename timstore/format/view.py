@@ -169,7 +169,7 @@ def _attempts(objects: Objects, known: tuple[Attempt, ...]) -> tuple[Attempt, ..
 
 def _read(objects: Objects, path: str) -> bytes:
     try:
-        return objects.read(path)
+        return objects.read(path, most=layout.RECORD_BYTES)
     except NotFoundError as error:
         raise _missing(path, "it was listed a moment ago") from error
 

@@ -2,21 +2,20 @@
 
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
 from timstore import Store
-from timstore import open as open_store
-from timstore.content import content_rows, row_hash, sample_of
-from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
-from timstore.intake import whole_number
+from timstore.content import is_pair, row_ids
+from timstore.errors import CoverageError, InvalidInputError, StateError
+from timstore.integrations.collating import WithIds
+from timstore.integrations.session import Session
+from timstore.integrations.trl import check_packing, options_for
 from timstore.ranks import world
 from timstore.recording import Recorder
-from timstore.samples import names_of_samples, sample_named
 from timstore.wrappers import inner_model
 
 __all__ = ["TrajectoryCallback", "content_ids"]
@@ -51,15 +50,12 @@ class TrajectoryCallback(TrainerCallback):
         id_column: str | None = None,
         **options: Any,
     ) -> None:
-        self._given = store
-        self._samples = None if samples is None else list(samples)
+        self._session = Session(store, samples, id_column, options)
         self._column = id_column
-        self._options = options
         self._trainer: Trainer | None = None
-        self._store: Store | None = None
-        self._recorder: Recorder | None = None
         self._epoch: int | None = None
-        self._check: Any = None
+        self._collator: WithIds | None = None
+        self._handles: list[Any] = []
 
     def attach(self, trainer: Any) -> None:
         """Have the trainer's rows carry their ids. Done by itself when the callback is given to the Trainer's maker."""
@@ -68,12 +64,11 @@ class TrajectoryCallback(TrainerCallback):
         if self._column is not None:
             trainer._set_signature_columns_if_needed()
             trainer._signature_columns.append(self._column)
-            trainer.data_collator = _WithIds(trainer.data_collator, self._column)
+        trainer.data_collator = self._collator = WithIds(trainer.data_collator, self._column)
 
     def close(self) -> None:
         """End a recording whose training ended in an error: what was recorded is committed, the hooks come off."""
-        if self._recorder is not None:
-            self._end(StateError("training did not end"))
+        self._end(StateError("training did not end"))
 
     # --- what the Trainer calls ------------------------------------------------------------------------
 
@@ -87,25 +82,27 @@ class TrajectoryCallback(TrainerCallback):
                 "this TrajectoryCallback came to the Trainer after it was made: pass it in callbacks=[...], or call "
                 "callback.attach(trainer) before trainer.train()"
             )
+        trainer, model = self._trainer, kwargs["model"]
         _check_arguments(args)
-        inner_model(self._trainer.model_wrapped)  # Accelerate may have compiled it without a word in the arguments
+        check_packing(args, self._column)
+        inner_model(trainer.model_wrapped)  # Accelerate may have compiled it without a word in the arguments
         self._epoch = _epoch_of(args, state)
-        self._store = self._given if isinstance(self._given, Store) else open_store(self._given)
-        keys = self._keys(self._store)
-        if isinstance(self._trainer.data_collator, _WithIds):
-            self._trainer.data_collator.keys = keys
-        recorder = self._store.record(
-            kwargs["model"],
+        self._session.begin(
+            model,
             kwargs["optimizer"],
-            samples=self._named(keys),
-            resume_from=self._resumed(self._store, state.global_step),
+            epoch=self._epoch,
+            steps=state.global_step,
             by_content=self._column is None,
             process_group=world() if args.world_size > 1 else None,
-            **self._options,
+            **options_for(trainer, model, self._session.options),
         )
-        self._recorder = recorder.__enter__()
-        if self._column is not None:
-            self._check = kwargs["model"].register_forward_pre_hook(self._ids_came, with_kwargs=True, prepend=True)
+        assert self._collator is not None
+        self._collator.keys, self._collator.recording = self._session.keys, True
+        reference = getattr(trainer, "ref_model", None)
+        if isinstance(reference, torch.nn.Module):
+            self._handles.append(reference.register_forward_pre_hook(_without_ids, with_kwargs=True))
+        if self._column is not None or is_pair(getattr(trainer.train_dataset, "column_names", None) or ()):
+            self._handles.append(model.register_forward_pre_hook(self._ids_came, with_kwargs=True, prepend=True))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._recorder is not None and self._epoch is not None:
@@ -127,73 +124,36 @@ class TrajectoryCallback(TrainerCallback):
             self._recorder.checkpoint()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._recorder is not None:
-            # By now the parameters may be those of another moment.
-            self._end(None, known=not args.load_best_model_at_end)
+        # By now the parameters may be those of another moment.
+        self._end(None, known=not args.load_best_model_at_end)
 
     # --- the way there ---------------------------------------------------------------------------------
 
+    @property
+    def _recorder(self) -> Recorder | None:
+        return self._session.recorder
+
     def _end(self, error: BaseException | None, *, known: bool = True) -> None:
-        recorder, store, self._recorder, self._store = self._recorder, self._store, None, None
-        assert recorder is not None and store is not None
-        if self._check is not None:
-            self._check.remove()
-            self._check = None
-        try:
-            if known:
-                recorder.__exit__(None if error is None else type(error), error, None)
-            else:
-                recorder.stop()
-        finally:
-            if store is not self._given:
-                store.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._collator is not None:
+            self._collator.recording = False
+        self._session.end(error, known=known)
 
     def _ids_came(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert self._recorder is not None
         if self._recorder.is_looking:
             return
         if torch.is_grad_enabled() and model.training and "sample_ids" not in kwargs:
+            maker = f"{type(self._trainer).__name__} makes what the model is given by itself, and leaves them out"
             raise InvalidInputError(
-                f"the rows of the training set carry no {self._column!r}: name the column that holds their ids, or "
-                "leave id_column out to know them by their tokens",
+                f"the pairs of the training set have lost their ids: {maker}. It cannot be recorded"
+                if self._column is None
+                else f"the rows of the training set carry no {self._column!r}, or {maker}: name the column that holds "
+                "their ids, or leave id_column out to know them by their tokens",
                 kind="no-ids",
             )
-
-    def _keys(self, store: Store) -> dict[str, int] | None:
-        """Return what `store.samples` calls the samples, where it has a column of that name."""
-        if self._column is None:
-            return None
-        return names_of_samples(store.snapshot().catalog.rows("SELECT * FROM samples"), self._column)
-
-    def _named(self, keys: Mapping[str, int] | None) -> list[int] | None:
-        if self._samples is None:
-            return None
-        return [sample_named(one, keys, self._column) if isinstance(one, str) else one for one in self._samples]
-
-    def _resumed(self, store: Store, steps: int) -> tuple[int, int] | None:
-        """Return where a training that has had so many steps goes on.
-
-        Raises:
-            StateError: steps before that are not in the store.
-        """
-        if steps == 0:
-            return None
-        assert self._epoch is not None
-        frontier = store.frontier
-        if frontier is None:
-            warnings.warn(
-                f"training goes on from step {steps}, and this store has nothing of the steps before it: what samples "
-                "did in them cannot be rolled back",
-                TimstoreWarning,
-                stacklevel=3,
-            )
-        elif frontier[1] < steps - 1:
-            raise StateError(
-                f"training goes on from step {steps}, and {store.path} ends at step {frontier[1]}: what lies between "
-                "was never recorded. Go on from a checkpoint no later than that, or record into a new store",
-                kind="hole",
-            )
-        return self._epoch, steps
 
 
 def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -203,53 +163,20 @@ def content_ids(dataset: Iterable[Mapping[str, Any]]) -> list[int]:
     the same tokens are one sample.
 
     Args:
-        dataset: rows with `input_ids`, and an `attention_mask` where they are padded.
+        dataset: rows with `input_ids`, and an `attention_mask` where they are padded; a packed row with `seq_lengths`
+            gives an id for each of its pieces. Preference pairs have `chosen_ids` and `rejected_ids`, and `prompt_ids`
+            where there are prompts: an id for each pair.
 
     Raises:
-        InvalidInputError: a row has no `input_ids`.
+        InvalidInputError: a row has no tokens.
     """
-    found = []
+    found: list[int] = []
     for number, row in enumerate(dataset):
-        if "input_ids" not in row:
-            raise InvalidInputError(f"row {number} has no input_ids, by which it could be known: {sorted(row)}")
-        given = {
-            name: torch.as_tensor(row[name], device="cpu")[None]
-            for name in ("input_ids", "attention_mask")
-            if name in row
-        }
-        rows = content_rows((), given)
-        assert rows is not None
-        found.append(sample_of(row_hash(rows[0])))
+        try:
+            found += row_ids(row)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"row {number}: {error}") from error
     return found
-
-
-class _WithIds:
-    """A collator that takes the ids out before another one, and hands them on beside its batch.
-
-    Attributes:
-        keys: the samples that go by names.
-    """
-
-    def __init__(self, collate: Any, column: str) -> None:
-        self._collate = collate
-        self._column = column
-        self.keys: Mapping[str, int] | None = None
-
-    def __call__(self, features: Sequence[Any]) -> Any:
-        named = [isinstance(row, Mapping) and self._column in row for row in features]
-        if not any(named):
-            return self._collate(features)  # rows for evaluation need none
-        if not all(named):
-            raise InvalidInputError(f"row {named.index(False)} of a batch has no {self._column!r}, and others have")
-        ids = [self._id(row[self._column]) for row in features]
-        batch = self._collate([{name: row[name] for name in row if name != self._column} for row in features])
-        batch["sample_ids"] = torch.tensor(ids, device="cpu")
-        return batch
-
-    def _id(self, value: Any) -> int:
-        if isinstance(value, str):
-            return sample_named(value, self.keys, self._column)
-        return whole_number(value, f"{self._column}, a sample's id,")
 
 
 def _without_ids(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

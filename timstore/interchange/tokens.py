@@ -9,7 +9,10 @@ from timstore.errors import FormatError
 NOT_FINITE = {"\x00NaN": float("nan"), "\x00Infinity": float("inf"), "\x00-Infinity": float("-inf")}
 
 _OUTSIDE = re.compile(rb'"|-?Infinity|NaN')
-_INSIDE = re.compile(rb'\\.|"', re.DOTALL)
+# The parser makes one character of any two escapes that begin as a surrogate pair does, and `?` of half a pair, so that
+# two names can become one.
+_PAIR = rb"\\u[dD][89abAB]..\\u[dD][c-fC-F].."
+_INSIDE = re.compile(_PAIR + rb'|(?P<half>\\u[dD][89a-fA-F]..)|\\.|"', re.DOTALL)
 _LONGEST = 64 * 1024 * 1024
 
 
@@ -59,6 +62,12 @@ class Tokens:
         place = 0
         while match := (_INSIDE if self._in_text else _OUTSIDE).search(data, place):
             found, in_text = match[0], self._in_text
+            if in_text and match["half"]:
+                raise FormatError(
+                    f"{self._name}: {found.decode('latin-1')} is half of a surrogate pair, which is no character: "
+                    "write what is meant, in UTF-8 or as a pair",
+                    path=self._name,
+                )
             pieces.append(data[place : match.start()])
             pieces.append(found if in_text or found == b'"' else b'"\\u0000' + found + b'"')
             self._in_text = in_text != (found == b'"')

@@ -113,7 +113,7 @@ class Examiner:
 def parse_table(data: bytes, info: ObjectInfo, *, folded: bool = False) -> pa.Table | Fault:
     """Return the rows of a row file, if there are as many as its record says, of the columns of its kind."""
     try:
-        table = read_rows(data)
+        table = read_rows(data, info.path)
         table.validate(full=True)
     except Exception as error:  # whatever a decoder makes of bytes that are no Parquet file
         return Fault("malformed", f"it holds no readable rows: {error!s:.200}")

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
-
 from timstore.errors import TimstoreError
 from timstore.format import layout
 from timstore.format.checkpoint import Checkpoint, read_commits
@@ -227,8 +225,8 @@ def samples_in(reader: RecordReader, folder: str, prefix: str) -> tuple[int, ...
             for file in reader.inventory.below(entry.path):
                 if file.name.startswith("records") and file.sort == "file":
                     try:
-                        rows = read_rows(reader.objects.read(file.path), ["sample"])
+                        rows = read_rows(reader.objects.read(file.path), file.path, ["sample"])
                         samples.update(rows["sample"].to_pylist())
-                    except (TimstoreError, pa.ArrowException, OSError, ValueError, KeyError):
+                    except TimstoreError:
                         continue
     return tuple(sorted(sample for sample in samples if sample is not None))

@@ -47,7 +47,7 @@ class RecordReader:
     def sealed(self, path: str) -> Sealed | Finding:
         """Return the record at a path, or what is wrong with the file."""
         try:
-            data = self.objects.read(path)
+            data = self.objects.read(path, most=layout.RECORD_BYTES)
             fields, digest = layout.unseal(data, path)
         except (FormatError, NotFoundError, StorageError) as error:
             return self.fault(path, error)

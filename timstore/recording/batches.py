@@ -11,10 +11,10 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from timstore.errors import InvalidInputError
-from timstore.intake import whole_number
+from timstore.intake import sample_id as checked_id
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Layout, owners_of
+from timstore.recording.layouts import Layout, Owners, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
 from timstore.samples import sample_named
@@ -45,7 +45,7 @@ class MicroBatch:
         ids: the sample id of every row; of packed rows, of every sample in them.
         chosen: the samples to capture.
         rows_given: rows of the model's arguments.
-        layout: where the samples are in every tensor, when that was declared.
+        layout: where the samples' tokens are, of packed rows.
         sizes: shapes of the model's arguments for one sample.
         arriving: by backward pass and parameter (identities): what a pass that may only look (`torch.autograd.grad`),
             or break off, has brought of the next two.
@@ -59,7 +59,7 @@ class MicroBatch:
     """
 
     def __init__(
-        self, ids: list[int], chosen: Chosen, rows_given: int | None = None, layout: Layout | None = None
+        self, ids: list[int], chosen: Chosen, rows_given: int | None = None, layout: Owners | None = None
     ) -> None:
         self.ids = ids
         self.chosen = chosen
@@ -172,7 +172,13 @@ class Ids:
 
     samples: list[int]
     rows: int
-    layout: Layout | None = None
+    layout: Owners | None = None
+
+    @classmethod
+    def of_tokens(cls, ids: torch.Tensor) -> "Ids":
+        """Return who is in packed rows, from (rows, T), the sample of every token."""
+        samples, layout = owners_of(ids)
+        return cls(samples, len(ids), layout)
 
 
 def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
@@ -194,9 +200,8 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
             raise _not_integers(values[0]) from None
         if packed.ndim != 2 or packed.is_floating_point() or packed.dtype == torch.bool or not (packed >= 0).any():
             raise _not_integers(values[0])
-        samples, layout = owners_of(packed)
-        return Ids(samples, len(packed), layout)
-    named = [sample_named(one, keys) if isinstance(one, str) else whole_number(one, "sample id") for one in values]
+        return Ids.of_tokens(packed)
+    named = [sample_named(one, keys) if isinstance(one, str) else checked_id(one, "sample id") for one in values]
     return Ids(named, len(named))
 
 
@@ -222,18 +227,28 @@ def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str,
         )
 
 
-def token_counts(model: nn.Module, kwargs: Mapping[str, Any], rows: int) -> torch.Tensor | None:
+def token_counts(
+    model: nn.Module, kwargs: Mapping[str, Any], rows: int, packed: Owners | None = None
+) -> torch.Tensor | None:
     """Return how many labels of each row count in a mean over tokens, (rows,), as transformers' models take `labels`.
 
     A model for causal language moves the labels by one, so that the first is never predicted.
+
+    Args:
+        packed: where each sample's tokens are, in packed rows: (samples,) is returned.
     """
     labels = kwargs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != rows or labels.is_floating_point():
         return None
+    counted = labels != -100
     kind = getattr(model, "loss_type", None) or type(model).__name__
     if "CausalLM" in kind or "LMHead" in kind:
-        labels = labels[:, 1:]
-    return (labels != -100).sum(1)
+        counted[:, 0] = False
+    if packed is None:
+        return counted.sum(1)
+    return (
+        torch.stack([part.sum() for part in packed.parts(counted, rows)]) if packed.fits(labels.shape, rows) else None
+    )
 
 
 def on_host(batch: Any) -> Any:

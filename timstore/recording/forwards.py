@@ -14,6 +14,7 @@ from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
 from timstore.recording.looking import Trial, sizes_of
+from timstore.recording.packing import contents_of, ids_of_tokens, mixes, pieces_of
 from timstore.recording.passes import Passes
 from timstore.store import Store
 
@@ -61,6 +62,7 @@ class Forwards:
         self.proven: tuple[int, int] | None = None
         self.held = False
         self._current: MicroBatch | None = None
+        self._again: Ids | None = None  # of a block that a step was taken in
         self._earlier = 0  # how many of them had their forward pass before the latest backward pass was over
         self._looked = False
         self._told = False
@@ -75,6 +77,8 @@ class Forwards:
     @property
     def current(self) -> MicroBatch | None:
         """The micro-batch of the forward pass that runs."""
+        if self._current is None and self._again is not None and torch.is_grad_enabled():
+            self._begin(self._again)
         return self._current
 
     def begin(self, ids: Any) -> None:
@@ -90,7 +94,7 @@ class Forwards:
     def end(self) -> None:
         """Name no samples any more."""
         self.held = False
-        self._current = None
+        self._current = self._again = None
 
     def skip(self) -> None:
         """The gradients accumulated so far were zeroed without a step."""
@@ -124,23 +128,28 @@ class Forwards:
 
     def discard(self, count: int | None = None) -> None:
         """Drop the first micro-batches, or all: the step that they were for is over, or was skipped."""
-        for batch in self.pending[:count]:
+        dropped = self.pending[:count]
+        for batch in dropped:
             batch.release()
         del self.pending[:count]
         self._earlier = 0
         self._accumulation.clear()
+        if self.held and self._current in dropped:
+            # The block may go on: what it runs from here on is for the next step.
+            self._again = Ids(self._current.ids, self._current.rows_given, self._current.layout)
+            self._current = None
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._idle:
+        if self.is_looking:
             return None
         ids = kwargs.pop("sample_ids", None)
         if not torch.is_grad_enabled():
             return args, kwargs
         if ids is not None:
             self.begin(ids)
-        elif self._current is None and self._by_content:
+        elif self.current is None and self._by_content:
             self._begin(self._content_ids(args, kwargs))
         if self._current is None:
             if module.training:
@@ -150,23 +159,25 @@ class Forwards:
                     kind="no-ids",
                 )
             return args, kwargs
-        batch = self._current
+        batch = self._of_pieces(self._current, kwargs)
         try:
             check_length(batch.rows_given, self._axis, args, kwargs)
         except InvalidInputError:
             self.pending.remove(batch)
             self._current = None
             raise
+        batch.tokens = token_counts(module, kwargs, batch.rows_given, batch.layout)
         if batch.layout is None:
-            batch.tokens = token_counts(module, kwargs, len(batch.ids))
-            self._keep_hashes(batch.ids, args, kwargs)
+            self._keep_hashes(batch.ids, content_rows(args, kwargs, len(batch.ids), masked=self._masked))
+        else:
+            self._keep_hashes(batch.ids, contents_of(batch.layout, kwargs))
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
-        if not self._looked and len(batch.ids) > 1 and batch.layout is None:
-            self._look(args, kwargs, len(batch.ids))
+        if not self._looked and len(batch.ids) > 1:
+            self._look(args, kwargs, batch)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._idle or not torch.is_grad_enabled():
+        if self.is_looking or not torch.is_grad_enabled():
             return
         batch = self._current
         if batch is not None and output is not None:
@@ -180,13 +191,10 @@ class Forwards:
     @property
     def is_looking(self) -> bool:
         """Whether the model runs to be looked at."""
-        return self._capture.watch is not None
-
-    @property
-    def _idle(self) -> bool:
-        return self.is_looking or self._capture.is_replaying
+        return self._capture.watch is not None or self._capture.is_replaying
 
     def _begin(self, given: Ids) -> None:
+        self._again = None
         if self._accumulation.begun:
             self._earlier = len(self.pending)
             if self._accumulation.lost():
@@ -194,35 +202,61 @@ class Forwards:
         # In a step that proves that the parts add up, all of them are needed.
         chosen = Chosen(given.samples, self._samples if self.proved else None)
         self._current = MicroBatch(given.samples, chosen, given.rows, given.layout)
+        self._current.block = self.held
         self.pending.append(self._current)
         self._accumulation.extremes = self._keeps_gradients or not all(one.empty for one in self.pending)
 
     def _content_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
-        rows = content_rows(args, kwargs, masked=self._masked)
+        pieces = pieces_of(kwargs)
+        rows = content_rows(args, kwargs, masked=self._masked, pieces=pieces)
         if rows is None or any(row.is_floating_point() for row in rows):
             raise InvalidInputError(
                 "the rows of this batch are no tokens to be known by: name the column that holds their ids "
                 "(id_column=...), or pass sample_ids=... to the model",
                 kind="no-ids",
             )
-        return Ids([sample_of(row_hash(row)) for row in rows], len(rows))
+        samples = [sample_of(row_hash(row)) for row in rows]
+        if pieces is None:
+            return Ids(samples, len(rows))
+        self._keep_hashes(samples, rows)
+        return Ids.of_tokens(ids_of_tokens(samples, pieces))
 
-    def _keep_hashes(self, ids: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _of_pieces(self, batch: MicroBatch, kwargs: dict[str, Any]) -> MicroBatch:
+        """Return the batch with an id for each token, where it has one for each piece of packed rows."""
+        pieces = pieces_of(kwargs) if batch.layout is None else None
+        if pieces is None or len(batch.ids) == len(pieces) or len(batch.ids) != int(pieces.max()) + 1:
+            return batch
+        self.pending.remove(batch)
+        self._begin(Ids.of_tokens(ids_of_tokens(batch.ids, pieces)))
+        assert self._current is not None
+        return self._current
+
+    def _keep_hashes(self, ids: list[int], contents: list[torch.Tensor] | None) -> None:
         """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
-        new = {
-            sample: position
-            for position, sample in enumerate(ids)
-            if sample not in self._hashed and (self._samples is None or sample in self._samples)
-        }
-        rows = content_rows(args, kwargs, len(ids), masked=self._masked) if new else None
-        if rows is not None:
-            self._hashed.update(new)
-            self._store.append_hashes({sample: row_hash(rows[position]) for sample, position in new.items()})
+        if contents is None:
+            return
+        hashes: dict[int, set[str]] = {}
+        for sample, content in zip(ids, contents, strict=True):
+            if sample not in self._hashed and (self._samples is None or sample in self._samples):
+                hashes.setdefault(sample, set()).add(row_hash(content))
+        self._hashed.update(hashes)
+        # A sample of several rows, as a preference pair is, has no one content.
+        self._store.append_hashes({sample: found.pop() for sample, found in hashes.items() if len(found) == 1})
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        before = self._capture.seen
-        seen = Trial(self._model, args, kwargs, rows, self._capture, self._axis, before).look()
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch) -> None:
         self._looked = True
+        if batch.layout is not None:
+            with self._capture.replaying():
+                mixed = mixes(self._model, args, kwargs, batch.layout)
+            if mixed:
+                self._warn_of_coupling(
+                    "lets the samples that are packed into a row see each other (what it returns for one depends on "
+                    "the tokens of others): its attention has to keep them apart, as transformers' does from "
+                    "position_ids without an attention_mask and with use_cache=False"
+                )
+            return
+        before = self._capture.seen
+        seen = Trial(self._model, args, kwargs, len(batch.ids), self._capture, self._axis, before).look()
         if before is not None:
             moved = before.moved(seen)
             if moved:
@@ -234,13 +268,18 @@ class Forwards:
                 )
             seen = before.and_then(seen)
         self._capture.seen = seen
-        if seen.tied and not self._told and not self._capture.warns_of_coupling:
+        if seen.tied and not self._capture.warns_of_coupling:
+            self._warn_of_coupling(
+                "ties the samples of a batch together (what it returns for one depends on the others, or its loss is "
+                "no mean or sum over them: statistics over the batch, contrastive losses, the balance of experts)"
+            )
+
+    def _warn_of_coupling(self, how: str) -> None:
+        if not self._told:
             self._told = True
             warnings.warn(
-                f"{type(self._model).__name__} ties the samples of a batch together (what it returns for one depends "
-                "on the others, or its loss is no mean or sum over them: statistics over the batch, contrastive "
-                "losses, the balance of experts): a record holds what came through its sample's row, a part of which "
-                "other samples caused, and what it did to theirs stays when it is rolled back",
+                f"{type(self._model).__name__} {how}: a record holds what came through its sample's row, a part of "
+                "which other samples caused, and what it did to theirs stays when it is rolled back",
                 TimstoreWarning,
                 stacklevel=2,
             )

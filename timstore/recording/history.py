@@ -72,11 +72,12 @@ class History:
             self._store.append_states(epoch, step, "exp_avg_sq", moments)
 
     def _follows(self, epoch: int, step: int) -> bool:
-        """Say whether the live step right before this one has its gradient in the store."""
-        before = f"epoch < {epoch} OR (epoch = {epoch} AND step < {step})"
+        """Say whether the step right before this one is of the same attempt and has its gradient in the store."""
+        # Where an attempt begins the optimizer may be a new one, and the model another: a rolled-back one.
+        before = f"attempt = {self._store.attempt} AND (epoch < {epoch} OR (epoch = {epoch} AND step < {step}))"
         query = (
             f"SELECT (SELECT max((epoch, step)) FROM steps WHERE {before}) = "
-            f"(SELECT max((epoch, step)) FROM states WHERE role = 'gradient' AND ({before}))"
+            f"(SELECT max((epoch, step)) FROM states WHERE role = 'gradient' AND {before})"
         )
         return bool(self._store.snapshot().catalog.sql(query).fetchall()[0][0])
 

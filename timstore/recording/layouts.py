@@ -91,6 +91,19 @@ class Owners:
         flat = tensor.reshape(self.count, *tensor.shape[axes:])
         return [flat[places.to(flat.device)] for places in self.tokens]
 
+    def of(self, shape: Sequence[int]) -> "Owners | None":
+        """Return where the samples are in what a model returned, None where it has no number for each token.
+
+        What predicts the next token may leave out the last one of each row.
+        """
+        if self.fits(shape, 0):
+            return self
+        length = self.count // self.rows
+        if len(shape) < 2 or shape[0] != self.rows or shape[1] != length - 1:
+            return None
+        kept = (places[places % length != length - 1] for places in self.tokens)
+        return Owners(tuple(places - places // length for places in kept), self.rows, self.count - self.rows)
+
     def _leading(self, shape: Sequence[int]) -> int | None:
         fitting = (axes for axes in range(1, len(shape) + 1) if math.prod(shape[:axes]) == self.count)
         # Tokens first, and rows after them, would be as many.

@@ -25,7 +25,8 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     found = {
         name: (parameter, groups[id(parameter)])
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) in groups
+        # One with an empty axis has no gradient to record.
+        if parameter.requires_grad and id(parameter) in groups and parameter.numel()
     }
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InvalidInputError("LBFGS evaluates several times in one step, so no step has one gradient; use another")

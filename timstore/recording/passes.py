@@ -86,7 +86,7 @@ class Passes:
         rows, seen = len(batch.ids), self._capture.seen
         found: Layout | None
         if batch.layout is not None:
-            found = batch.layout
+            found = batch.layout.of(tensor.shape)
         elif rows == 1:
             found = Whole()
         elif seen is None or output_name(path) not in seen.places:

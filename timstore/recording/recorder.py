@@ -12,10 +12,11 @@ from torch import nn
 from timstore.errors import InvalidInputError, StateError
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import whole_number
+from timstore.intake import listed, moment, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import on_host
+from timstore.recording.beginning import Beginning
 from timstore.recording.capture import Capture
 from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
@@ -72,7 +73,8 @@ class Recorder:
         self._trained = trained_parameters(self._model, self._optimizer)
         names = {id(parameter): name for name, (parameter, _) in self._trained.items()}
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-        untrained = {id(one): name for name, one in self._model.named_parameters() if id(one) not in names}
+        others = (one for one in self._model.named_parameters() if id(one[1]) not in names)
+        untrained = {id(parameter): name for name, parameter in others if parameter.numel()}
         self._history = History(store, self._optimizer, names, options.optimizer_history, rank)
         self._forwards = Forwards(
             store,
@@ -271,12 +273,8 @@ class Recorder:
     def _claim(self) -> tuple[int, int, int]:
         """Begin the attempt, or go on with it; returns its number and where it goes on."""
         scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
-        if self._resume_from is not None:
-            self._store.begin_attempt(*self._resume_from, scope=scope, ranks=self._ranks.count)
-            moment = self._resume_from
-        else:
-            self._store.claim_scope(scope, ranks=self._ranks.count)
-            moment = self._continue()
+        beginning = Beginning(self._store, self._model, self._optimizer, scope, self._ranks.count)
+        moment = beginning.go_on() if self._resume_from is None else beginning.resume(self._resume_from)
         self._store.declare(
             [
                 Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
@@ -288,27 +286,6 @@ class Recorder:
         if not self._ranks.alone:
             self._store.commit()
         return self._store.attempt, *moment
-
-    def _continue(self) -> tuple[int, int]:
-        """Return where the store's history ends, if the model is still the one it ended with."""
-        frontier = self._store.frontier
-        if frontier is None:
-            return 0, 0
-        known = self._store.latest_fingerprints()
-        where = f"epoch {frontier[0]}, step {frontier[1]}"
-        resume = (
-            "pass resume_from=(epoch, step) of the first step that the model has not seen; it supersedes what was "
-            "recorded from there on, and (0, 0) starts over"
-        )
-        if known is None or known[:2] < frontier:
-            raise StateError(
-                f"the store's history ends at {where} without the fingerprint of a model, so recording was cut off "
-                f"there, or done by append: {resume}",
-                kind="unknown-model",
-            )
-        if known[2] != digests(self._model):
-            raise StateError(f"the model changed since recording stopped at {where}: {resume}", kind="model-changed")
-        return frontier[0], frontier[1] + 1
 
     def _release(self) -> tuple[int, int] | None:
         """Take all hooks off; returns the latest step."""
@@ -341,9 +318,7 @@ class _Batch:
 def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if samples is None:
         return None
-    chosen = frozenset(whole_number(one, "sample id") for one in samples)
-    if any(one < 0 for one in chosen):
-        raise InvalidInputError(f"sample ids start at 0; got {min(chosen)}", kind="wrong-ids")
+    chosen = frozenset(sample_id(one, "sample id") for one in listed(samples, "samples"))
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
@@ -370,4 +345,4 @@ def _moment(given: Any) -> tuple[int, int]:
         epoch, step = given
     except (TypeError, ValueError):
         raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
-    return whole_number(epoch, "epoch"), whole_number(step, "step")
+    return moment(epoch, step)

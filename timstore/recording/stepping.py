@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.errors import CoverageError, InvalidInputError, StateError
+from timstore.errors import CoverageError, StateError
 from timstore.ranks import Ranks
 from timstore.recording import checks
 from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import by_parameter
+from timstore.recording.closures import Arguments, run_closure
 from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
 from timstore.recording.forwards import Forwards
@@ -92,9 +93,14 @@ class Stepping:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(one is not None for one in (*args[1:], *kwargs.values())):
-            raise InvalidInputError("optimizer.step(closure) cannot be recorded: run backward first, then step()")
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        instead = run_closure(optimizer, args, kwargs, self._parameters.values())
+        self._look_ahead(optimizer)
+        return instead
+
+    def _look_ahead(self, optimizer: torch.optim.Optimizer) -> None:
         check_untrained(optimizer, self._untrained)
         self._ahead = None
         if is_skipped(optimizer):

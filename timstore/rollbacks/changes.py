@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 
+from timstore.identity import Identity
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Change, change_of, needs_dots, needs_norms
 from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
@@ -14,14 +15,14 @@ from timstore.rollbacks.loading import Piece, by_parameter, pieces_of, rows_of
 from timstore.rollbacks.plan import Sources
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection, rest_of, whole_gradients
-from timstore.rollbacks.timeline import Moment, Timeline
+from timstore.rollbacks.timeline import Timeline
 from timstore.snapshot import Snapshot
 
 
 def changes_of(
     snapshot: Snapshot,
     request: Request,
-    moment: Moment | None,
+    identity: Identity,
     selection: Selection,
     timelines: dict[int, Timeline],
     readers: Readers,
@@ -38,7 +39,7 @@ def changes_of(
     for timeline in timelines.values():
         wanted |= needs_dots(timeline, leaving)
     if wanted.any():
-        rest, held = rest_of(snapshot, request, moment, leaving.keys[wanted])
+        rest, held = rest_of(snapshot, request, identity, leaving.keys[wanted])
         if rest is not None:
             dot, norm, places = leaving.dot.copy(), leaving.norm.copy(), np.searchsorted(leaving.keys, held)
             dot[places], norm[places] = _inner_products(selection, rest, held, readers, budget, dtype)
@@ -56,7 +57,7 @@ def changes_of(
 def sources_of(
     snapshot: Snapshot,
     request: Request,
-    moment: Moment | None,
+    identity: Identity,
     known: dict[str, Parameter],
     timelines: dict[int, Timeline],
     changes: dict[int, Change],
@@ -69,10 +70,10 @@ def sources_of(
     kept, rest = None, None
     kept_keys, rest_keys = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if len(keys):
-        kept = whole_gradients(snapshot, moment, keys)
+        kept = whole_gradients(snapshot, identity.moment, keys)
         kept_keys = complete_steps(kept["key"].to_numpy(), known, timelines)
         kept = kept.filter(pyarrow.compute.is_in(kept["key"], pyarrow.array(kept_keys)))
-        rest, rest_keys = rest_of(snapshot, request, moment, np.setdiff1d(keys, kept_keys))
+        rest, rest_keys = rest_of(snapshot, request, identity, np.setdiff1d(keys, kept_keys))
     held = np.concatenate([kept_keys, rest_keys])
     settled = {
         group: one.without(

@@ -29,6 +29,11 @@ class Correction:
     replaced: Mapping[str, Vector] = field(default_factory=dict)
     others: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def states(self) -> list[str]:
+        """The states that it changes."""
+        return sorted({*self.added, *self.replaced, *(key for _, key in self.others)})
+
     def writes(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> list[Write]:
         """Return what changes the optimizer's state, where it is.
 

@@ -41,6 +41,7 @@ class RollbackReport:
         read_bytes: size of the gradients that were added up, if they were dense.
         replay_off: how far the replayed run ended from the model, over how far the run went; None without a replay.
         optimizer: what became of the optimizer's state; None where no optimizer was given.
+        left_out: how many records that were asked for were not in the model any more, taken out by an earlier rollback.
         rollback_id: the digest of the model afterwards, as in the `rollbacks` table.
         checkpoint: which files are changed, and where the new ones are; None for a model in memory.
     """
@@ -63,6 +64,7 @@ class RollbackReport:
     read_bytes: int
     seconds: float
     rollback_id: str
+    left_out: int = 0
     replay_off: float | None = None
     optimizer: str | None = None
     probe: ProbeReport | None = None
@@ -100,6 +102,8 @@ class RollbackReport:
             lines.append(f"optimizer     {self.optimizer}")
         if self.checkpoint is not None:
             lines.append(f"checkpoint    {self.checkpoint}")
+        if self.left_out:
+            lines.append(f"left out      {self.left_out} records that earlier rollbacks took out of this model")
         if self.skipped:
             lines.append(f"skipped       {len(self.skipped)} samples without records")
         lines += [f"warning       {warning}" for warning in self.warnings]

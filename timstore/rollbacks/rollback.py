@@ -11,15 +11,16 @@ import torch
 
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
+from timstore.identity import combined_digest, recognise
 from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
+from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
-from timstore.rollbacks.identity import Identity, combined_digest, recognise
 from timstore.rollbacks.matching import multiplier
-from timstore.rollbacks.optimizer_state import check_optimizer
+from timstore.rollbacks.optimizer_state import Correction, check_optimizer
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.progress import Bar, rollback_shown
@@ -83,11 +84,11 @@ def rollback(
     asked = _probe(store, target, probe, outputs, loss)
     snapshot = store.snapshot()
     before = target.digests()
-    identity = recognise(snapshot, before)
-    selection = select(snapshot, request, identity.moment)
-    _check_not_removed(identity, selection.samples, force)
+    recognised = recognise(snapshot, before)
+    identity = recognised.taken_for_whole() if force else recognised
+    selection = select(snapshot, request, identity)
     budget = Budget.divide(limit_bytes, snapshot)
-    run = Run.read(snapshot, request, identity.moment, selection, budget, _DTYPES[accumulate], optimizer)
+    run = Run.read(snapshot, request, identity, selection, budget, _DTYPES[accumulate], optimizer)
     if asked is not None and not run.has_coordinates:
         if probe is not None:
             raise InvalidInputError(
@@ -109,7 +110,7 @@ def rollback(
         with rollback_shown(progress, run.work(plan), halves, wholes) as bar:
             increments = [workspace.new() for _ in plan.lengths]
             replayed = run.sum_up(plan, changed, increments, workspace, optimizer is not None, bar.added)
-            if replayed is not None and not identity.removed:
+            if replayed is not None and not identity.is_rolled_back:
                 _check_replayed(replayed, changed)
             correction, optimizer_text = run.correction(optimizer, replayed, workspace)
             moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
@@ -132,6 +133,7 @@ def rollback(
             samples=selection.samples,
             skipped=selection.skipped,
             records=selection.records,
+            left_out=selection.before[0],
             parameters=sum(sizes.values()),
             method=run.method.name + " + probe" * bool(probed),
             approximates=run.approximates(None if probed is None else probed.sequences),
@@ -139,7 +141,7 @@ def rollback(
             clipping=run.clipping,
             strength=request.strength,
             dry_run=dry_run,
-            model=str(identity),
+            model=str(recognised),
             delta_norm=change.norm,
             relative_change=change.norm / change.before_norm if change.before_norm else 0.0,
             error_bound=sum((bound * largest[name]) ** 2 for name, bound in plan.error_bounds.items()) ** 0.5,
@@ -153,7 +155,8 @@ def rollback(
             checkpoint=target.text,
             warnings=tuple(
                 [
-                    *run.warnings(identity),
+                    *warnings_of_earlier(snapshot, identity, selection),
+                    *run.warnings(recognised),
                     *_overlap(snapshot, asked, selection.samples),
                     *_warnings(
                         probed, is_kept=not target.is_loaded and snapshot.view.newest_object("probe") is not None
@@ -167,7 +170,8 @@ def rollback(
             if one is not None and one is not delta:
                 one.free()
         writes = [*moves(changed, delta), *([] if optimizer is None else correction.writes(optimizer, live))]
-        row = _row(report, identity.digest)
+        gone = None if optimizer is None else correction
+        row = _row(report, identity.digest, selection.removed, request.parameters, gone)
         target.change(
             Writes(writes, workspace, budget.workers),
             record=lambda: store.append_rollback(row, live if keep_delta else None),
@@ -199,17 +203,6 @@ def _live(target: Target, changed: Iterable[str]) -> dict[str, torch.nn.Paramete
     """Return the parameters that change, as an optimizer knows them."""
     held = dict(target.model().named_parameters())
     return {name: held[name] for name in changed}
-
-
-def _check_not_removed(identity: Identity, samples: Sequence[int], force: bool) -> None:
-    again = sorted(identity.removed & set(samples))
-    if again and not force:
-        raise StateError(
-            f"{len(again)} of these samples were removed from this model before (the first is {again[0]}): removing "
-            "them twice is a wrong update; force=True does so all the same",
-            kind="removed-before",
-            samples=again,
-        )
 
 
 def _check_replayed(replayed: Replayed, places: Mapping[str, Place]) -> None:
@@ -293,7 +286,13 @@ def _warnings(probed: ProbeReport | None, is_kept: bool) -> list[str]:
     return []
 
 
-def _row(report: RollbackReport, digest_before: str) -> dict[str, Any]:
+def _row(
+    report: RollbackReport,
+    digest_before: str,
+    removed: list[list[int]],
+    parameters: frozenset[str] | None,
+    correction: Correction | None,
+) -> dict[str, Any]:
     return {
         "at": datetime.now(UTC).isoformat(),
         "samples": list(report.samples),
@@ -303,4 +302,7 @@ def _row(report: RollbackReport, digest_before: str) -> dict[str, Any]:
         "delta_norm": report.delta_norm,
         "digest_before": digest_before,
         "digest_after": report.rollback_id,
+        "removed": removed,
+        "parameters": None if parameters is None else sorted(parameters),
+        "optimizer_states": None if correction is None else correction.states,
     }

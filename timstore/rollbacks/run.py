@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from timstore.errors import CoverageError
+from timstore.identity import Identity
 from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.changes import changes_of, sources_of
 from timstore.rollbacks.consumed import Change
 from timstore.rollbacks.engine import Budget, Readers, stream
-from timstore.rollbacks.identity import Identity
 from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, approximated, choose
 from timstore.rollbacks.optimizer_state import Correction, buffer_of, described
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
@@ -22,7 +22,7 @@ from timstore.rollbacks.response import Response
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.tape import Tape, find_tape
 from timstore.rollbacks.targets import Place
-from timstore.rollbacks.timeline import Moment, Timeline, read_timelines
+from timstore.rollbacks.timeline import Timeline, moment_key, read_timelines
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 
@@ -54,7 +54,7 @@ class Run:
         cls,
         snapshot: Snapshot,
         request: Request,
-        moment: Moment | None,
+        identity: Identity,
         selection: Selection,
         budget: Budget,
         dtype: torch.dtype,
@@ -66,20 +66,20 @@ class Run:
             CoverageError: the records do not allow the method, the denominator, or any rollback.
             StateError: several optimizers in one group.
         """
-        timelines = read_timelines(snapshot, moment, selection.samples)
+        timelines = read_timelines(snapshot, identity.moment, selection.samples)
         check_steps(selection, timelines)
         readers = Readers(snapshot, budget)
         first = int(selection.leaving.keys[0])
 
         @cache
         def tape() -> Tape | str:
-            return find_tape(snapshot, readers.cache, moment, selection.known, timelines, first, optimizer)
+            return find_tape(snapshot, readers.cache, identity, selection.known, timelines, first, optimizer)
 
         method = choose(request.method, timelines, lambda: why if isinstance(why := tape(), str) else None)
-        changes = changes_of(snapshot, request, moment, selection, timelines, readers, budget, dtype)
+        changes = changes_of(snapshot, request, identity, selection, timelines, readers, budget, dtype)
         sources = None
         if method is not REPLAY:
-            changes, sources = sources_of(snapshot, request, moment, selection.known, timelines, changes)
+            changes, sources = sources_of(snapshot, request, identity, selection.known, timelines, changes)
             _check_denominator(request, changes)
         found = tape() if method is REPLAY else None
         kept = found if isinstance(found, Tape) else None
@@ -210,7 +210,10 @@ class Run:
                 "each micro-batch had a mean of its own over tokens"
             )
         moved = any(change.on_whole.any() or change.emptied.any() for change in self.changes.values())
-        if identity.removed and (self.method is REPLAY or moved):
+        first = int(self.selection.leaving.keys[0])
+        # Training that went on after a rollback recorded factors and means as they are without its samples.
+        together = identity.is_rolled_back or first < moment_key(*identity.restarted)
+        if identity.removals and together and (self.method is REPLAY or moved):
             found.append(
                 f"{len(identity.removed)} samples were removed from this model before, and clip factors, means and "
                 "Adam's moments do not add up over two rollbacks: undo the earlier one and remove all of them at once"

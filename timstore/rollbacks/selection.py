@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from timstore.errors import CorruptionError, CoverageError, InvalidInputError
+from timstore.errors import CorruptionError, CoverageError, InvalidInputError, StateError
+from timstore.identity import Identity, taken_out
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Leaving
 from timstore.rollbacks.request import Request
@@ -26,6 +27,8 @@ class Selection:
     Attributes:
         samples, skipped: ids that leave; ids that were asked for and have no records.
         records: how many of them leave.
+        removed: which they are, each as [attempt, epoch, step, rank, sample].
+        before: how many others were asked for that rollbacks took out of this model before, and of which samples.
         known: every parameter of the store.
         rows: one row per gradient part, of all parameters, in reading order; `key` is the step's `moment_key`.
         leaving: what that takes from each step.
@@ -34,6 +37,8 @@ class Selection:
     samples: tuple[int, ...]
     skipped: tuple[int, ...]
     records: int
+    removed: list[list[int]]
+    before: tuple[int, tuple[int, ...]]
     known: dict[str, Parameter]
     rows: pa.Table
     leaving: Leaving
@@ -58,23 +63,36 @@ class Selection:
         return [name for name in names if name in wanted]
 
 
-def select(snapshot: Snapshot, request: Request, moment: Moment | None) -> Selection:
+def select(snapshot: Snapshot, request: Request, identity: Identity) -> Selection:
     """Select the records that leave, and check that they suffice.
 
     Args:
-        moment: the model's place in time; what came later is not in it. None: at the end of the records.
+        identity: the model's place in time, and what rollbacks took out of it: neither that nor what came later is in
+            it. Without a place: at the end of the records.
 
     Raises:
         CoverageError: samples or steps that were never recorded.
         CorruptionError: the same gradient was recorded by two writers.
         InvalidInputError: `where` is no condition on `records`, or nothing is selected.
+        StateError: rollbacks took all of it out before.
     """
-    condition, params = _condition(request, moment)
-    found = snapshot.catalog.fetch(f"SELECT DISTINCT sample FROM records WHERE {condition} ORDER BY sample", params)
-    samples = tuple(row[0] for row in found)
-    skipped = _check_coverage(snapshot, request, samples, moment)
-    if not samples:
+    asked, params = _asked(request, identity.moment)
+    found = snapshot.catalog.fetch(f"SELECT DISTINCT sample FROM records WHERE {asked} ORDER BY sample", params)
+    skipped = _check_coverage(snapshot, request, tuple(row[0] for row in found), identity.moment)
+    if not found:
         raise CoverageError("no recorded sample is selected: nothing to remove", kind="nothing-selected")
+    before = _out_before(snapshot, request, identity)
+    condition, params = _condition(request, identity)
+    removed = [list(row) for row in snapshot.catalog.fetch(f"SELECT {_RECORD} FROM records WHERE {condition}", params)]
+    samples = tuple(sorted({row[-1] for row in removed}))
+    if not samples:
+        raise StateError(
+            f"{len(before[1])} of these samples were removed from this model before (the first is {before[1][0]}), and "
+            "none of their records came into it since: removing them twice is a wrong update; force=True does so all "
+            "the same",
+            kind="removed-before",
+            samples=list(before[1]),
+        )
     steps = snapshot.catalog.sql(
         f"SELECT {_KEY} AS key, count(DISTINCT sample)::DOUBLE AS samples, sum(tokens)::DOUBLE AS tokens, "
         "count(*)::DOUBLE AS records, sum(dot) AS dot, sqrt(sum(norm * norm)) AS norm, sum(norm) AS largest, "
@@ -94,7 +112,7 @@ def select(snapshot: Snapshot, request: Request, moment: Moment | None) -> Selec
     )
     chosen = f"SELECT {_RECORD} FROM records WHERE {condition}"
     rows = _gradients(snapshot, chosen, params)
-    return Selection(samples, skipped, int(records.sum()), snapshot.parameters(), rows, leaving)
+    return Selection(samples, skipped, len(removed), removed, before, snapshot.parameters(), rows, leaving)
 
 
 def whole_gradients(snapshot: Snapshot, moment: Moment | None, keys: np.ndarray | None = None) -> pa.Table:
@@ -115,7 +133,7 @@ def whole_gradients(snapshot: Snapshot, moment: Moment | None, keys: np.ndarray 
 
 
 def rest_of(
-    snapshot: Snapshot, request: Request, moment: Moment | None, keys: np.ndarray
+    snapshot: Snapshot, request: Request, identity: Identity, keys: np.ndarray
 ) -> tuple[pa.Table | None, np.ndarray]:
     """Return (the gradients that stay in those of the steps of which every sample was recorded, those steps)."""
     complete = snapshot.catalog.sql(
@@ -128,7 +146,7 @@ def rest_of(
     held = np.array([row[0] for row in complete], np.int64)
     if not len(held):
         return None, held
-    condition, params = _condition(request, moment)
+    condition, params = _condition(request, identity)
     staying = f"SELECT {_RECORD} FROM records WHERE {_IN_KEYS} EXCEPT SELECT {_RECORD} FROM records WHERE {condition}"
     return _gradients(snapshot, staying, [held.tolist(), *params]), held
 
@@ -144,7 +162,27 @@ def _gradients(snapshot: Snapshot, chosen: str, params: list[Any]) -> pa.Table:
     return rows
 
 
-def _condition(request: Request, moment: Moment | None) -> tuple[str, list[Any]]:
+def _condition(request: Request, identity: Identity) -> tuple[str, list[Any]]:
+    """Return the SQL condition, and its parameters, that a record was asked for and is in the model."""
+    asked, params = _asked(request, identity.moment)
+    out, more = taken_out(identity.removals)
+    return f"{asked} AND NOT {out}", [*params, *more]
+
+
+def _out_before(snapshot: Snapshot, request: Request, identity: Identity) -> tuple[int, tuple[int, ...]]:
+    """Return how many of the records that were asked for are out of the model, and of which samples."""
+    if not identity.removals:
+        return 0, ()
+    asked, params = _asked(request, identity.moment)
+    out, more = taken_out(identity.removals)
+    found = snapshot.catalog.fetch(
+        f"SELECT sample, count(*) FROM records WHERE {asked} AND {out} GROUP BY sample ORDER BY sample",
+        [*params, *more],
+    )
+    return sum(row[1] for row in found), tuple(row[0] for row in found)
+
+
+def _asked(request: Request, moment: Moment | None) -> tuple[str, list[Any]]:
     conditions, params = [up_to(moment)], []
     if request.where is not None:
         conditions.append(f"({request.where})")

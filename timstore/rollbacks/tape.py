@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from timstore.format.cache import ByteCache
+from timstore.identity import Identity
 from timstore.optimizers import class_of
 from timstore.records import Parameter
 from timstore.rollbacks.changes import complete_steps
 from timstore.rollbacks.loading import by_parameter
 from timstore.rollbacks.reruns import hyperparameters
 from timstore.rollbacks.selection import whole_gradients
-from timstore.rollbacks.timeline import Moment, Timeline, moment_key, moment_of, up_to
+from timstore.rollbacks.timeline import Timeline, moment_key, moment_of, up_to
 from timstore.snapshot import Snapshot
 from timstore.states import State
 
@@ -45,7 +46,7 @@ class Tape:
 def find_tape(
     snapshot: Snapshot,
     cache: ByteCache,
-    moment: Moment | None,
+    identity: Identity,
     known: dict[str, Parameter],
     timelines: dict[int, Timeline],
     first: int,
@@ -57,6 +58,13 @@ def find_tape(
         first: `moment_key` of the first step that changes.
         given: an optimizer of the class that took the steps, where that is not one of torch's own.
     """
+    moment, restarted = identity.moment, moment_key(*identity.restarted)
+    if first < restarted:
+        epoch, step = identity.restarted
+        return (
+            f"training went on from a rolled-back model at epoch {epoch}, step {step}, and a replay from before that "
+            "would not end at this model"
+        )
     gradients = whole_gradients(snapshot, moment)
     if not gradients.num_rows:
         return f"no step's whole gradient was kept; {_RECORD_IT}"
@@ -65,7 +73,7 @@ def find_tape(
     starts = snapshot.catalog.sql(
         f"SELECT DISTINCT epoch, step FROM states WHERE role = 'start_theta' AND {up_to(moment)} ORDER BY ALL DESC"
     ).fetchall()
-    usable = [one for one in starts if moment_key(*one) <= first and not (gaps >= moment_key(*one)).any()]
+    usable = [one for one in starts if restarted <= moment_key(*one) <= first and not (gaps >= moment_key(*one)).any()]
     if not usable:
         later = gaps[gaps >= first]
         epoch, step = moment_of(later[0] if len(later) else first)

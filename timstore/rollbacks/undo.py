@@ -10,10 +10,10 @@ import torch
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
+from timstore.identity import combined_digest, recognise
 from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Write, Writes
-from timstore.rollbacks.identity import combined_digest, recognise
 from timstore.rollbacks.targets import InModule, ModelInMemory
 from timstore.rollbacks.vectors import KEPT_BYTES, Workspace
 from timstore.states import State
@@ -59,7 +59,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
             f"what rollback {rollback_id} kept is not what the model was before it; nothing was changed",
             kind="other-digest",
         )
-    row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0}
+    row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0, "removed": None}
     row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
     writes = [Write(InModule(held[name]), partial(_blocks, kept, name, held[name])) for name in kept.places]
     with Workspace({}, memory_limit_bytes=KEPT_BYTES) as workspace:
