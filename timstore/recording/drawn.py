@@ -134,7 +134,7 @@ class Drawn:
                 "Rows are known by their tokens: take content_ids of the very rows that are trained on (the same "
                 "tokenizer, template and truncation)"
             )
-        came = f"The batches held ids from {self._lowest} to {self._highest}"
+        came = f"The batches seen here held ids from {self._lowest} to {self._highest}"
         if all_missing:
             return f"{came}: choose samples by the ids that the batches carry, not by places in another list"
         return f"{came}: a sampler, a split or drop_last=True may have left these out, or an id is wrong"
