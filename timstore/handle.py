@@ -64,7 +64,7 @@ class Handle:
         Raises:
             InvalidInputError: if it is not one SELECT, or DuckDB does not understand it.
         """
-        return self.snapshot().catalog.sql(query, params)
+        return self.snapshot().catalog.sql(intake.text(query, "a query"), params)
 
     def read(self, where: str | None = None) -> Iterator[StoredRecord]:
         """Iterate over records, all or those where an SQL condition on the `records` table holds.
@@ -74,7 +74,7 @@ class Handle:
         Raises:
             CorruptionError: if an object is missing or is not what was written.
         """
-        return self.snapshot().read(where)
+        return self.snapshot().read(None if where is None else intake.text(where, "where"))
 
     def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
         """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.

@@ -85,7 +85,7 @@ def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> Answer
                 return answer
     except InvalidInputError as error:
         raise InvalidInputError(f"{error}\n{_TABLES}; DESCRIBE names a table's columns", kind=error.kind) from error
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # whatever a parameter of the query raises
         what = "params is a list or a mapping" if isinstance(query, str) else f"a question is text, not {query!r:.80}"
         raise InvalidInputError(f"{what}: {error}", kind="sql") from error
     raise InvalidInputError(f"one SELECT at a time, and nothing else. {_TABLES}", kind="not-a-select")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.intake import byte_count, mean_unit
+from timstore.intake import byte_count, counting_number, flags, listed, mean_unit
 from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Options, Recorder
 from timstore.recording.rehearsal import rehearse
@@ -27,26 +27,19 @@ def record(
     **options: Any,
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
-    samples = None if samples is None else _ids(samples)
+    samples = None if samples is None else listed(samples, "samples")
+    flags(**{name: options[name] for name in ("allow_zero", "by_content") if name in options})
     limit = None
     if budget is not None:
         if steps is None:
             raise InvalidInputError("budget= needs steps=, the number of optimizer steps to come (and epochs=)")
         count = None if samples is None else len(samples)
         history = options.get("optimizer_history", "final")
-        limit = Budget(byte_count(budget, "budget"), steps, epochs, count, history)
+        drawn = counting_number(steps, "steps"), counting_number(epochs, "epochs")
+        limit = Budget(byte_count(budget, "budget"), *drawn, count, history)
     return Recorder(
         store,
         model,
         optimizer,
         Options(samples=samples, mean_over=mean_unit(mean_over, "record"), budget=limit, **options),
     )
-
-
-def _ids(samples: Any) -> list[Any]:
-    try:
-        if not isinstance(samples, str | bytes):
-            return list(samples)
-    except TypeError:
-        pass
-    raise InvalidInputError(f"samples is a list of ids, not {samples!r:.80}; one sample is a list of one")

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from timstore.errors import InvalidInputError, StateError
+from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import listed, moment, sample_id, whole_number
+from timstore.intake import listed, moment, rank_number, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -66,11 +66,11 @@ class Recorder:
         self._optimizers, scaler = inner_optimizers(optimizers)
         self._ranks = Ranks(options.process_group if options.process_group is not None else group)
         self._samples = _chosen(options.samples)
-        if options.capture not in CAPTURES:
-            raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {options.capture!r}")
+        if not isinstance(options.capture, str) or options.capture not in CAPTURES:
+            raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {shown(options.capture)}")
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
-        self._probe = None if options.probe is None else [on_host(batch) for batch in options.probe]
-        rank = self._ranks.rank if options.rank is None else options.rank
+        self._probe = None if options.probe is None else [on_host(batch) for batch in listed(options.probe, "probe")]
+        rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
         self._trained = trained_parameters(self._model, self._optimizers)
         self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
         names = {id(one): name for name, one in self._parameters.items()}
