@@ -257,3 +257,44 @@ def test_every_argument_of_a_store(verb, data):
         store.append(0, 0, LAST, {"w": G * 2}, lr=0.1)
         store.close()
         assert_is_whole(path, kept)
+
+
+RECORD = dict(model=None, optimizer=None, samples=[1, 2], resume_from=None, probe=None, optimizer_history="final")
+RECORD |= dict(scaler=None, mean_over="samples", budget="1GB", steps=3, epochs=1, rank=0, allow_zero=False)
+RECORD |= dict(capture="modules", batch_axis=0, id_column=None, by_content=False, process_group=None)
+# What the `with` block is given: `ids` beside the batch, and the epoch that is set.
+WITHIN = dict(ids=[1, 2], epoch=1)
+
+
+@pytest.mark.parametrize("given_to", ["record", "recorder"])
+@fuzzed("recorder")
+@given(data=st.data())
+def test_every_argument_of_a_recorder(given_to, data):
+    usual = RECORD if given_to == "record" else WITHIN
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s"
+        store = timstore.open(path, durability="os")
+        store.append(0, 0, 1, {"w": G}, lr=0.1)
+        store.append(0, 0, LAST, {"w": G * 2}, lr=0.1)
+        for arguments in data.draw(odd_calls(usual)):
+            recorded(store, *((arguments, WITHIN) if given_to == "record" else (RECORD, arguments)))
+        store.close()
+        assert_is_whole(path, {1, LAST})
+
+
+def recorded(store, options, within):
+    """Train a step under a recorder; return the error that refused it, of ours."""
+    net = torch.nn.Linear(3, 2)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {**options, "resume_from": options["resume_from"] or (1, 0)}
+    options |= {name: one for name, one in (("model", net), ("optimizer", sgd)) if options[name] is None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with store.record(**options) as recorder:
+                recorder.epoch = within["epoch"]
+                recorder.batch(within["ids"])
+                net(torch.ones(2, 3)).square().mean().backward()
+                sgd.step()
+    except timstore.TimstoreError as error:
+        str(error).encode()  # it can be shown

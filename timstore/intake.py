@@ -50,6 +50,14 @@ def counting_number(value: Any, what: str) -> int:
     return checked
 
 
+def positive_number(value: Any, what: str) -> int:
+    """Return an integer from 1 on, of 63 bits: how many there are of something."""
+    checked = whole_number(value, what)
+    if checked < 1:
+        raise InvalidInputError(f"{what} is at least 1; got {checked}", value=checked)
+    return checked
+
+
 def sample_id(value: Any, what: str = "sample") -> int:
     """Return a sample's id: an integer from 0 on, of 63 bits."""
     return counting_number(value, what)
@@ -158,14 +166,6 @@ def scope(given: Any) -> Scope:
     if isinstance(given, str) and given == "all":
         return "all"
     return tuple(sorted({sample_id(one) for one in listed(given, "scope is 'all', None or sample ids; it")}))
-
-
-def rank_count(ranks: Any) -> int:
-    """Return how many processes train together."""
-    checked = whole_number(ranks, "ranks")
-    if checked < 1:
-        raise InvalidInputError(f"ranks is how many processes train together, at least 1; got {checked}")
-    return checked
 
 
 def parameter(given: Any) -> Parameter:

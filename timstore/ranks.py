@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from timstore.errors import StateError
+from timstore.errors import InvalidInputError, StateError, shown
 
 T = TypeVar("T")
 
@@ -19,9 +19,16 @@ class Ranks:
 
     Attributes:
         rank, count: of this process, and how many there are.
+
+    Raises:
+        InvalidInputError: it is no process group.
     """
 
     def __init__(self, group: Any = None) -> None:
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise InvalidInputError(
+                f"process_group is a torch.distributed.ProcessGroup, such as dist.group.WORLD, not {shown(group)}"
+            )
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)

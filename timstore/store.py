@@ -235,7 +235,8 @@ class Store(Handle):
         """
         known = dict(self._writing().parameters())
         self._check_same()
-        start, taken, count = intake.moment(from_epoch, from_step), intake.scope(scope), intake.rank_count(ranks)
+        start, count = intake.moment(from_epoch, from_step), intake.positive_number(ranks, "ranks")
+        taken = intake.scope(scope)
         self._end_writer()
         attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
         self._stale = True
@@ -260,7 +261,7 @@ class Store(Handle):
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(intake.scope(scope), intake.rank_count(ranks), digest_before)
+        self._attempt.claim(intake.scope(scope), intake.positive_number(ranks, "ranks"), digest_before)
 
     @property
     def attempt(self) -> int:

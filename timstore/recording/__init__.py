@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.intake import byte_count, counting_number, flags, listed, mean_unit
+from timstore.intake import byte_count, flags, listed, mean_unit, positive_number
 from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Options, Recorder
 from timstore.recording.rehearsal import rehearse
@@ -35,7 +35,7 @@ def record(
             raise InvalidInputError("budget= needs steps=, the number of optimizer steps to come (and epochs=)")
         count = None if samples is None else len(samples)
         history = options.get("optimizer_history", "final")
-        drawn = counting_number(steps, "steps"), counting_number(epochs, "epochs")
+        drawn = positive_number(steps, "steps"), positive_number(epochs, "epochs")
         limit = Budget(byte_count(budget, "budget"), *drawn, count, history)
     return Recorder(
         store,

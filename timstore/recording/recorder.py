@@ -86,6 +86,8 @@ class Recorder:
         )
         self._options = options
         self._scaler = options.scaler if options.scaler is not None else scaler
+        if self._scaler is not None and not callable(getattr(self._scaler, "get_scale", None)):
+            raise InvalidInputError(f"scaler is the GradScaler around the optimizer, not {shown(self._scaler)}")
         self._rank = rank
         self._epoch, self._step = 0, 0
         self._kept_at: tuple[int, int] | None = None

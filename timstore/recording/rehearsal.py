@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timstore.errors import InvalidInputError
+from timstore.intake import positive_number
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
 from timstore.recording.recorder import Options, Recorder
@@ -28,8 +29,7 @@ def rehearse(
 ) -> Forecast:
     """Measure what recording would write; see `timstore.Store.forecast`."""
     for name, value in {"samples": samples, "steps": steps, "epochs": epochs}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInputError(f"{name} is a number, 1 or more, not {value!r}")
+        positive_number(value, name)
     rows = _rows(model, tokens, batch)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     with undisturbed(model):
