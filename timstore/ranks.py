@@ -29,7 +29,7 @@ class Ranks:
             raise InvalidInputError(
                 f"process_group is a torch.distributed.ProcessGroup, such as dist.group.WORLD, not {shown(group)}"
             )
-        self._group = group
+        self._group: Any = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)
 
