@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,7 +317,7 @@ def test_a_file_system_without_locks_takes_commits_all_the_same(tmp_path, pair, 
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**{**vars(locks.fcntl), "flock": refuse}))
     first, second = pair
     append(first, 0, 1)
     first.commit()

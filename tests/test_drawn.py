@@ -229,7 +229,7 @@ def test_the_trainer_says_so_too(tmp_path, epochs):
 @pytest.mark.parametrize("ids", [[-1], [3, -(2**40)], np.array([0, -7])])
 def test_ids_below_zero_are_refused_wherever_samples_are_chosen(store, ids):
     model = linear()
-    with pytest.raises(InvalidInputError, match="start at 0"):
+    with pytest.raises(InvalidInputError, match="starts at 0"):
         store.record(model, torch.optim.SGD(model.parameters(), lr=0.1), samples=ids)
-    with pytest.raises(InvalidInputError, match="start at 0"):
+    with pytest.raises(InvalidInputError, match="starts at 0"):
         store.rollback(model, ids)

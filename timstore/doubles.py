@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from timstore.batch import Batch, EncodedItem
 from timstore.errors import CorruptionError, FormatError, InvalidInputError, TimstoreWarning
@@ -116,7 +115,7 @@ class Doubles:
             key = commit.writer, commit.seq
             number = next(number for number, one in enumerate(view.commits) if (one.writer, one.seq) == key)
             folded = read_tables(self._objects, checkpoint, kind)
-            tables = [rows.filter(pc.equal(rows["commit"], number)) for rows in folded]
+            tables = [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
         for rows in tables:
             yield rows if columns is None else rows.select(columns)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from timstore.catalog.tables import quoted
 from timstore.errors import InvalidInputError
@@ -56,7 +55,7 @@ def as_rows(rows: Any) -> pa.Table:
         ids = ids.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise InvalidInputError(f"the column `sample` holds integers of 63 bits: {error}") from error
-    if len(ids) and (least := pc.min(ids).as_py()) < 0:
+    if len(ids) and (least := int(ids.to_numpy().min())) < 0:
         raise InvalidInputError(f"a sample id starts at 0; got {least}", value=least)
     return table.set_column(table.column_names.index("sample"), "sample", ids)
 

@@ -330,9 +330,16 @@ class Store(Handle):
             self._end_writer()
         finally:
             if self._writer is None:
-                self._closed = True
-                lifetime.ended(self)
-                self._snapshot.close()
+                self._release()
+
+    def _release(self) -> None:
+        """Release the handle without another commit."""
+        if self._writer is not None:
+            self._writer.stop()
+            self._writer = None
+        self._closed = True
+        lifetime.ended(self)
+        self._snapshot.close()
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -129,12 +129,8 @@ def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") 
 
 
 def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:
-    """Return the rows of one kind, file by file; every checkpoint has some of the kinds that this is asked for."""
-    found = [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
-    if not found:
-        path = layout.checkpoint_path(checkpoint.number)
-        raise CorruptionError(f"{path} names no file of {kind}", path=path)
-    return found
+    """Return the rows of one kind, file by file."""
+    return [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
 
 
 class CoveredObjects:
@@ -186,8 +182,12 @@ def read_commits(objects: Objects, checkpoint: Checkpoint) -> tuple[tuple[Commit
     Raises:
         CorruptionError: a row file is missing (kind `missing`: perhaps a newer checkpoint took its place) or altered.
     """
-    table = pa.concat_tables(read_tables(objects, checkpoint, "commits"))
-    covered = CoveredObjects(pa.concat_tables(read_tables(objects, checkpoint, "objects")), table.num_rows)
+    heads, named = (read_tables(objects, checkpoint, kind) for kind in ("commits", "objects"))
+    if not heads or not named:
+        path = layout.checkpoint_path(checkpoint.number)
+        raise CorruptionError(f"{path} names no files of commits, or none of their objects", path=path)
+    table = pa.concat_tables(heads)
+    covered = CoveredObjects(pa.concat_tables(named), table.num_rows)
     if table.num_rows != checkpoint.commits:
         path = layout.checkpoint_path(checkpoint.number)
         raise CorruptionError(f"{path} covers {checkpoint.commits} commits, its row files {table.num_rows}", path=path)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from timstore.errors import InvalidInputError
-from timstore.intake import whole_number
+from timstore.intake import sample_id, whole_number
 from timstore.rollbacks.methods import check_method
 
 DENOMINATORS = ("kept", "renormalised")
@@ -46,8 +46,8 @@ class Request:
         checked = None if ids is None else _integers(ids, "ids")
         if checked is not None and not checked:
             raise InvalidInputError("ids is empty: nothing to remove")
-        if checked is not None and min(checked) < 0:
-            raise InvalidInputError(f"sample ids start at 0; got {min(checked)}", kind="wrong-ids")
+        for one in checked or ():
+            sample_id(one, "a sample id")
         if not (isinstance(strength, float | int) and 0 <= strength <= 1):
             raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
         if missing not in ("error", "skip"):
