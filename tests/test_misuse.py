@@ -31,7 +31,7 @@ def training(tmp_path):
 @pytest.mark.parametrize("samples", [5, 5.0, "12", torch.tensor(5), len, object()])
 def test_samples_that_are_no_list_are_refused_with_what_to_write(training, samples):
     store, model, optimizer, _ = training
-    with pytest.raises(timstore.InvalidInputError, match="samples is a list of ids"):
+    with pytest.raises(timstore.InvalidInputError, match="samples is a list"):
         store.record(model, optimizer, samples=samples)
 
 

@@ -109,7 +109,7 @@ def listed(values: Any, what: str) -> list[Any]:
             return list(values)
     except Exception:  # whatever such an object raises
         pass
-    raise InvalidInputError(f"{what} is a sequence, not {shown(values)}")
+    raise InvalidInputError(f"{what} is a list, not {shown(values)}")
 
 
 def mapped(values: Any, what: str) -> dict[Any, Any]:
