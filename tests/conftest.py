@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import timstore
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
 from timstore.interchange.pickles import read_pickle
+from timstore.lifetime import attended_stores
 from timstore.recording import accumulation, standstill
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
@@ -41,6 +43,15 @@ def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.param == "together":
         for module in (accumulation, standstill):
             monkeypatch.setattr(module, "is_kept_together", lambda parameter: True)
+
+
+@pytest.fixture
+def none_open() -> None:
+    """No store is open: those that other tests of this process left open are closed."""
+    gc.collect()
+    for left_open in attended_stores():
+        with suppress(timstore.TimstoreError, timstore.TimstoreWarning):
+            left_open.close()
 
 
 @pytest.fixture

@@ -336,6 +336,7 @@ def test_a_store_that_was_opened_to_read_only_computes(tmp_path: Path) -> None:
         assert store.rollback(model, [1], dry_run=True).delta_norm > 0
 
 
+@pytest.mark.usefixtures("none_open")
 def test_the_function_takes_a_store_a_path_or_the_only_open_one(tmp_path: Path) -> None:
     with timstore.open(tmp_path / "s") as store:
         model, _ = recorded_mlp(store)

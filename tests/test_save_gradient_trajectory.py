@@ -75,6 +75,7 @@ def test_other_stores_open_after_the_folder_that_it_was_saved_from_is_gone(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.usefixtures("none_open")
 def test_what_was_saved_is_seen_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(step: int) -> None:
         timstore.save_gradient_trajectory("run", 0, step, 5, "weight", np.full((2, 2), 1.0, np.float32), INFO)
