@@ -396,6 +396,28 @@ def test_a_loop_names_the_pieces_of_a_packed_row(named: str, tmp_path: Path) -> 
         check(store, [consumed], dict(zip(ids, data, strict=True)))
 
 
+def test_a_packed_row_is_counted_once_also_where_nothing_of_it_is_recorded(tmp_path: Path) -> None:
+    class Words(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.words(input_ids))
+
+    model, places = Words(), torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    drawn = [[5, 6, 7], [6, 7, 8], [6, 7, 8]]
+    with timstore.open(tmp_path / "s") as store:
+        with store.record(model, optimizer, samples=[5]):
+            for ids in drawn:
+                model(input_ids=torch.arange(9)[None], position_ids=places, sample_ids=ids).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        steps = store.sql("SELECT sample_ids, samples, micro_batches FROM steps ORDER BY step").fetchall()
+    assert steps == [(ids, 3, [3]) for ids in drawn]
+
+
 def test_a_row_may_be_left_as_one_sample_and_a_wrong_number_of_ids_is_refused(tmp_path: Path) -> None:
     model = new_model()
     batch = dict(flattened()(rows()[:3]), use_cache=False)

@@ -210,7 +210,7 @@ class Forwards:
         pieces = pieces_of(kwargs) if batch.layout is None else None
         if pieces is None or len(batch.ids) == len(pieces) or len(batch.ids) != int(pieces.max()) + 1:
             return batch
-        self.pending.remove(batch)
+        self._drop(batch)
         self._begin(Ids.of_tokens(ids_of_tokens(batch.ids, pieces)))
         assert self._current is not None
         return self._current
