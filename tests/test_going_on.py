@@ -239,6 +239,26 @@ def test_momentum_that_was_not_rolled_back_is_warned_of(store: timstore.Store) -
         store.rollback(model, [1])
 
 
+def test_momentum_of_an_optimizer_that_steps_second_is_warned_of(store: timstore.Store) -> None:
+    model = linear()
+    plain, heavy = torch.optim.SGD([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1, momentum=0.9)
+
+    def go_on() -> None:
+        with store.record(model, [plain, heavy]):
+            for ids in BATCHES[:2]:
+                model(torch.ones(2, 3, dtype=torch.float64), sample_ids=ids).sum().backward()
+                for one in (plain, heavy):
+                    one.step()
+                    one.zero_grad()
+
+    go_on()
+    store.rollback(model, [1])
+    with pytest.warns(timstore.TimstoreWarning, match="still holds momentum of the 1 samples"):
+        go_on()
+    with pytest.warns(timstore.TimstoreWarning, match="kept its momentum from before the rollback of 1 samples"):
+        store.rollback(model, [2])
+
+
 def test_a_new_optimizer_holds_no_momentum(store: timstore.Store) -> None:
     model, _ = rolled_back(store, "momentum", optimizer=None)
     optimizer = made("momentum", model)

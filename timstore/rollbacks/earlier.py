@@ -44,10 +44,12 @@ def warnings_of_earlier(snapshot: Snapshot, identity: Identity, selection: Selec
 
 
 def _carries(snapshot: Snapshot, attempt: int) -> bool:
-    """Say whether an attempt's first step used momentum or moments that were there before it."""
+    """Say whether the first steps of an attempt, one of each group, used momentum or moments from before it."""
     parameters = snapshot.parameters().values()
     rows = snapshot.catalog.rows(
-        "SELECT * FROM stored.steps WHERE attempt = ? QUALIFY rank() OVER (ORDER BY epoch, step) = 1", [attempt]
+        "SELECT * FROM stored.steps WHERE attempt = ? "
+        "QUALIFY rank() OVER (PARTITION BY group_id ORDER BY epoch, step) = 1",
+        [attempt],
     ).to_pylist()
     return any(
         (row["momentum"] or row["optimizer"] not in SGD_FAMILY)
