@@ -14,7 +14,7 @@ import torch
 from coverage_cases import llama
 from pages import run, sections
 from torch import nn
-from trainers import Consumed
+from trainers import USUAL, Consumed
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import timstore
@@ -59,23 +59,7 @@ def rows(column: str | None = None) -> list[dict[str, Any]]:
 
 
 def options(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 3,
-        "max_steps": 2,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "dataloader_pin_memory": False,
-        **more,
-    }
+    return {**USUAL, "output_dir": str(folder), "max_steps": 2, "bf16": False, **more}
 
 
 def adapters(lora: bool) -> Any:

@@ -53,24 +53,26 @@ class Rows(torch.utils.data.Dataset):
         return dict(self._held[number])
 
 
+# Of every Trainer here: plain SGD, nothing saved, nothing printed.
+USUAL = {
+    "per_device_train_batch_size": 3,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "seed": 1,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+
+
 def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(
         str(folder),
-        **{
-            "per_device_train_batch_size": 3,
-            "num_train_epochs": 2,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "seed": 1,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            **options,
-        },
+        **{**USUAL, "num_train_epochs": 2, **options},
     )
 
 
