@@ -1,4 +1,4 @@
-"""Every public argument of what is given a model: only errors of ours, and the model is as it was, or as the report says.
+"""Every public argument of what is given a model: only errors of ours, and the model is as it was, or as reported.
 
 TIMSTORE_FUZZ=500 runs so many examples of each, drawn anew, instead of the few that are always the same.
 """
@@ -105,13 +105,17 @@ def test_every_argument_of_a_rollback(recorded, called, data):
 @fuzzed(FEW)
 @given(data=st.data())
 def test_every_argument_of_undo(recorded, data):
+    arguments = recorded.given(data.draw(odd_call(UNDO)))
     before = recorded.state()
     with pytest.warns(timstore.TimstoreWarning, match="first order"):
         report = recorded.store.rollback(recorded.model, [1], probe=False, keep_delta=True)
     between = recorded.state()
-    arguments = recorded.given(data.draw(odd_call(UNDO | {"rollback_id": report.rollback_id})))
-    recorded.assert_is(between if answer_of(recorded.store.undo, arguments) is None else before)
-    recorded.put(before)
+    if arguments["rollback_id"] is None:
+        arguments["rollback_id"] = report.rollback_id
+    try:
+        recorded.assert_is(between if answer_of(recorded.store.undo, arguments) is None else before)
+    finally:
+        recorded.put(before)
 
 
 @fuzzed(FEW)

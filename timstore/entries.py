@@ -52,6 +52,7 @@ def record_entry(
     copy: bool = True,
 ) -> Entry:
     """Return the records of one `append` call; arguments and errors as there."""
+    intake.flags(allow_zero=allow_zero, allow_nonfinite=allow_nonfinite, copy=copy)
     moment, rank = intake.moment(epoch, step), intake.rank_number(rank)
     taken = intake.take_in(
         *moment,

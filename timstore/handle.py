@@ -24,8 +24,6 @@ class Handle:
 
     def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any], sql_memory: int | str) -> None:
         self.path = user_path(path)
-        if "://" in str(path):
-            raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.mode = mode
         self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
@@ -127,5 +125,7 @@ class Handle:
 def _sql_memory(size: Any) -> int:
     taken = intake.byte_count(size, "sql_memory")
     if taken < _LEAST_SQL_MEMORY:
-        raise errors.InvalidInputError(f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {size!r}')
+        raise errors.InvalidInputError(
+            f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {errors.shown(size)}'
+        )
     return min(taken, 2**62)  # more than DuckDB can count is no limit

@@ -142,8 +142,14 @@ def flags(**given: Any) -> None:
         InvalidInputError: naming the argument.
     """
     for name, value in given.items():
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is True or False, not {shown(value)}")
+        _flag(value, name)
+
+
+def choice(value: Any, words: Sequence[str], what: str) -> str:
+    """Return one of some words."""
+    if not isinstance(value, str) or value not in words:
+        raise InvalidInputError(f"{what} is {' or '.join(map(repr, words))}, not {shown(value)}")
+    return value
 
 
 def moment(epoch: Any, step: Any) -> tuple[int, int]:
@@ -244,9 +250,7 @@ def step_group(group: Any, where: str) -> StepGroup:
 
 def mean_unit(value: Any, where: str) -> str | None:
     """Return what a loss's mean divides by: `samples`, `tokens`, or None where that is not known."""
-    if not (value is None or (isinstance(value, str) and value in ("samples", "tokens"))):
-        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {shown(value)}")
-    return value
+    return None if value is None else choice(value, ("samples", "tokens"), f"{where}: mean_over")
 
 
 def step(epoch: Any, number_: Any, groups: Any, rank: Any, scalars: Mapping[str, Any]) -> Step:

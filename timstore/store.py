@@ -154,6 +154,8 @@ class Store(Handle):
             StateError, StorageError: as `append`; never for what the entries hold.
         """
         ledger = self._writing()
+        if not all(isinstance(entry, Entry) for entry in entries):
+            raise errors.InvalidInputError("an entry is what record_entry or step_entry returned")
         self._put(*(item for entry in entries for item in entry.items))
         for entry in entries:
             entry.accepted(ledger)
@@ -192,9 +194,7 @@ class Store(Handle):
             name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
         ledger = self._writing()
-        if not isinstance(role, str) or role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
-            message = f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
-            raise errors.InvalidInputError(message)
+        role = intake.choice(role, ("exp_avg_sq", "gradient", "start_theta", "start_state"), "role")
         moment = intake.moment(epoch, step)
         precision = state_precision(role, self.settings.precision)
         self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from timstore.errors import InvalidInputError
+from timstore.errors import InvalidInputError, shown
+from timstore.intake import plain_name
 from timstore.intake import sample_id as checked_id
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
@@ -208,7 +209,9 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
     """
     values = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else ids
     if not isinstance(values, list) or not values or isinstance(ids, str):
-        raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
+        raise InvalidInputError(
+            f"sample_ids holds one integer per row of the batch, not {shown(ids)}", kind="wrong-ids"
+        )
     if isinstance(values[0], list):
         try:
             packed = torch.as_tensor(values, device="cpu")
@@ -274,9 +277,16 @@ def on_host(batch: Any) -> Any:
         InvalidInputError: if it is no mapping, sequence, tensor or array.
     """
     if isinstance(batch, torch.Tensor):
-        return (batch.float() if batch.dtype == torch.bfloat16 else batch).detach().cpu().numpy()
+        try:
+            return (batch.float() if batch.dtype == torch.bfloat16 else batch).detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:  # of a dtype or a layout that numpy has not
+            raise InvalidInputError(f"a batch holds plain tensors, not {shown(batch)}: {error}") from error
     if hasattr(batch, "items"):
-        return {str(name): on_host(value) for name, value in batch.items() if name != "sample_ids"}
+        return {
+            plain_name(name, "a name in a batch"): on_host(value)
+            for name, value in batch.items()
+            if name != "sample_ids"
+        }
     if isinstance(batch, tuple | list):
         return tuple(on_host(value) for value in batch)
     if isinstance(batch, np.ndarray):

@@ -12,7 +12,7 @@ from torch import nn
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import listed, moment, rank_number, sample_id, whole_number
+from timstore.intake import choice, listed, moment, rank_number, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -66,8 +66,7 @@ class Recorder:
         self._optimizers, scaler = inner_optimizers(optimizers)
         self._ranks = Ranks(options.process_group if options.process_group is not None else group)
         self._samples = _chosen(options.samples)
-        if not isinstance(options.capture, str) or options.capture not in CAPTURES:
-            raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {shown(options.capture)}")
+        choice(options.capture, CAPTURES, "capture")
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
         self._probe = None if options.probe is None else [on_host(batch) for batch in listed(options.probe, "probe")]
         rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
@@ -364,8 +363,7 @@ def _keys(store: Store, column: str) -> dict[str, int]:
 
 
 def _moment(given: Any) -> tuple[int, int]:
-    try:
-        epoch, step = given
-    except (TypeError, ValueError):
-        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
-    return moment(epoch, step)
+    pair = listed(given, "resume_from")
+    if len(pair) != 2:
+        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {shown(given)}")
+    return moment(*pair)

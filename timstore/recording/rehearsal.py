@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.errors import InvalidInputError
-from timstore.intake import positive_number
+from timstore.errors import InvalidInputError, shown
+from timstore.intake import choice, positive_number
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
+from timstore.recording.history import KINDS
 from timstore.recording.recorder import Options, Recorder
 from timstore.store import Store
-from timstore.undisturbed import undisturbed
+from timstore.undisturbed import given, undisturbed
+from timstore.wrappers import inner_model, inner_optimizers
 
 
 def rehearse(
@@ -30,8 +32,13 @@ def rehearse(
     """Measure what recording would write; see `timstore.Store.forecast`."""
     for name, value in {"samples": samples, "steps": steps, "epochs": epochs}.items():
         positive_number(value, name)
-    rows = _rows(model, tokens, batch)
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    if tokens is not None:
+        positive_number(tokens, "tokens")
+    choice(optimizer_history, KINDS, "optimizer_history")
+    has_moment = optimizer is None or any(map(is_adam, inner_optimizers(optimizer)[0]))
+    inner, _ = inner_model(model)
+    rows = _rows(inner, tokens, batch)
+    trained = {name: one for name, one in inner.named_parameters() if one.requires_grad}
     with undisturbed(model):
         # What one record adds to others, since every commit has a size of its own.
         few, gradients = _recorded_bytes(store, model, trained, rows, 2)
@@ -44,7 +51,7 @@ def rehearse(
         gradients=gradients,
         numel=sum(one.numel() for one in trained.values()),
         fingerprints=len(list(model.named_parameters())),
-        has_moment=is_adam(optimizer),
+        has_moment=has_moment,
         optimizer_history=optimizer_history,
         precision=store.settings.precision,
     )
@@ -65,11 +72,12 @@ def _recorded_bytes(
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))
-            returned = model(*args, **kwargs)
-            loss = getattr(returned, "loss", None)
-            if loss is None:
-                loss = getattr(returned, "logits", returned).float().logsumexp(-1).mean()
-            loss.backward()
+            with given("this batch"):
+                returned = model(*args, **kwargs)
+                loss = getattr(returned, "loss", None)
+                if loss is None:
+                    loss = getattr(returned, "logits", returned).float().logsumexp(-1).mean()
+                loss.backward()
             gradients.update({name: one.grad.detach().cpu() for name, one in trained.items() if one.grad is not None})
             optimizer.step()
 
@@ -97,9 +105,11 @@ def _rows(model: nn.Module, tokens: int | None, batch: Any) -> Callable[[int], A
     host = on_host(batch)
 
     def cut(value: Any, count: int) -> Any:
-        array = torch.from_numpy(value)
-        repeated = torch.cat([array] * -(-count // len(array)))[:count]
-        return repeated.to(device)
+        try:
+            array = torch.from_numpy(value)
+            return torch.cat([array] * -(-count // len(array)))[:count].to(device)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InvalidInputError(f"a batch holds arrays of one row or more, not {shown(value)}: {error}") from error
 
     def taken(count: int) -> Any:
         if isinstance(host, dict):

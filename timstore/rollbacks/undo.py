@@ -11,6 +11,7 @@ from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadO
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
+from timstore.intake import plain_name
 from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Write, Writes
@@ -28,6 +29,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
     """Give a model back what `rollback(keep_delta=True)` changed, and return its id; see `timstore.Store.undo`."""
     if store.mode == "r":
         raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
+    rollback_id = plain_name(rollback_id, "rollback_id")
     snapshot = store.snapshot()
     rows = snapshot.catalog.rows(
         "SELECT * FROM rollbacks WHERE digest_after = ? AND method != 'undo'", [rollback_id]
