@@ -17,7 +17,7 @@ from odd import FOLDER, G, answer_of, fuzzed, odd_call
 import timstore
 from timstore.records import Parameter
 
-FEW = 10
+FEW = 5
 # So many examples are tried on one store, before it is checked as a whole.
 TOGETHER = 25
 # A sample that is recorded last, and that nothing odd names.

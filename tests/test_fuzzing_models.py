@@ -18,7 +18,7 @@ import timstore
 from timstore.fingerprints import digests
 from timstore.identity import combined_digest
 
-FEW = 12
+FEW = 5
 LAST = 987654321
 
 ROLLBACK = dict(target=None, ids=[1], where=None, strength=1.0, epochs=None, parameters=None, method="auto")

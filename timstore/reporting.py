@@ -27,9 +27,8 @@ def user_path(given: Any) -> Path:
     if not isinstance(path, str) or not path:
         raise InvalidInputError(f"a path is text or a pathlib.Path, not {shown(given)}")
     if "://" in path:
-        raise InvalidInputError(
-            f"{shown(path)}: this version knows local files, and keeps stores in local directories", path=path
-        )
+        message = f"{shown(path)}: this version knows local files, and keeps stores in local directories"
+        raise InvalidInputError(message, path=path)
     try:
         if b"\0" in os.fsencode(path):
             raise InvalidInputError(f"{shown(path)} holds a NUL character, which no path may", path=path)
