@@ -10,16 +10,24 @@ class ProbeReport:
 
     Attributes:
         sequences: rows of the probe's batches.
-        products: products of the curvature matrix with a vector; each costs about two gradients of the probe.
-        multiplier: of the step length that the curvature acted over: measured, for momentum's lag and the probe's size.
+        products: products of the curvature matrix with a vector; each costs about two gradients of half the probe.
+        damping: curvature that half the probe does not show and the other half does, measured along the change, in
+            units of one over the run's length; 0 where it shows all, large where the change is far beyond a
+            linearisation.
+        expected, seen: divergence of the other half's answers, before || after: what the curvature tells, and what it
+            is (KL per position, or the mean squared difference). These three are means of both ways round.
         moved: how far the filter moved the first-order change, relative to the result.
+        apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
     """
 
     sequences: int
     products: int
-    multiplier: float
+    damping: float
+    expected: float
+    seen: float
     moved: float
+    apart: float
     loss_before: float
     loss_after: float
 
@@ -93,8 +101,9 @@ class RollbackReport:
         if self.probe is not None:
             probe = self.probe
             lines.append(
-                f"probe         {probe.sequences} sequences, {probe.products} products, tau x {probe.multiplier:.2f}; "
-                f"moved the change by {probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"probe         {probe.sequences} sequences, {probe.products} products, damping {probe.damping:.2f}; "
+                f"moved the change by {probe.moved:.1%}, its halves {probe.apart:.1%} apart; its loss "
+                f"{probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")
