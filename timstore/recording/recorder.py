@@ -12,7 +12,7 @@ from torch import nn
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import choice, listed, moment, rank_number, sample_id, whole_number
+from timstore.intake import choice, listed, moment, plain_name, rank_number, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -80,7 +80,7 @@ class Recorder:
             self._model,
             samples=self._samples,
             axis=whole_number(options.batch_axis, "batch_axis"),
-            keys=None if options.id_column is None else _keys(store, options.id_column),
+            keys=None if options.id_column is None else _keys(store, plain_name(options.id_column, "id_column")),
             by_content=options.by_content,
         )
         self._options = options
