@@ -68,7 +68,7 @@ class Probe:
         if not (outputs is None or callable(outputs)):
             raise InvalidInputError(f"outputs is a function of what the model returns, not {shown(outputs)}")
         self._model = model
-        self._outputs = outputs or _logits
+        self._outputs = _logits if outputs is None else outputs
         self._device = next(model.parameters()).device
         self._batches = [_normalised(batch, number) for number, batch in enumerate(listed(batches, "probe"))]
         if not self._batches:

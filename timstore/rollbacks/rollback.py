@@ -23,7 +23,7 @@ from timstore.rollbacks.filtering import probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
 from timstore.rollbacks.outcome import probe_losses
 from timstore.rollbacks.plan import Plan
-from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.probe import LOSSES, Probe
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
@@ -192,6 +192,8 @@ def _probe(
     loss: str | None,
 ) -> Probe | None:
     """Return the probe that was given, or the one that the store keeps; none where none is wanted."""
+    if loss is not None:
+        loss = choice(loss, LOSSES, "loss")
     if batches is False:
         return None
     kept = store.probe() if batches is None and target.is_loaded else None
