@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from timstore.arguments import choice
 from timstore.encoding import PRECISIONS
 from timstore.errors import (
     AlreadyExistsError,
@@ -20,7 +21,6 @@ from timstore.errors import (
 from timstore.format import layout
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
-from timstore.intake import choice
 from timstore.removal import check_whole, remove_store
 from timstore.reporting import reporting
 

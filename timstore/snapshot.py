@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import listed, plain_name
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.encoding import densify
 from timstore.errors import CorruptionError, InvalidInputError, NotFoundError, shown
@@ -23,7 +24,6 @@ from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED
 from timstore.format.verified import read_verified
 from timstore.format.view import View, read_view
-from timstore.intake import listed, plain_name
 from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from timstore.arguments import byte_count, flags
 from timstore.checkpoints.cut_off import take_back
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
@@ -14,7 +15,6 @@ from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
-from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
 from timstore.reporting import user_path

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from timstore.arguments import plain_name
+from timstore.arguments import sample_id as checked_id
 from timstore.errors import InvalidInputError, shown
-from timstore.intake import plain_name
-from timstore.intake import sample_id as checked_id
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Owners, owners_of

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.arguments import choice
 from timstore.errors import InvalidInputError
-from timstore.intake import choice
 from timstore.optimizers import SGD_FAMILY, class_name
 from timstore.recording.optimizer import amp_scales
 from timstore.store import Store

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from timstore.arguments import choice, listed, moment, plain_name, rank_number, sample_id, whole_number
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import choice, listed, moment, plain_name, rank_number, sample_id, whole_number
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.arguments import choice, positive_number
 from timstore.errors import InvalidInputError, shown
-from timstore.intake import choice, positive_number
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
 from timstore.recording.history import KINDS
@@ -93,12 +93,15 @@ def _rows(model: nn.Module, tokens: int | None, batch: Any) -> Callable[[int], A
     """Return a function from a number of rows to the model's arguments."""
     device = next(model.parameters()).device
     if batch is None:
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        config = getattr(model, "config", None)
+        vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
         if vocabulary is None or tokens is None:
             raise InvalidInputError(
                 "forecast measures on a batch: pass batch=, as the model takes it, or tokens= for a language model of "
                 "transformers"
             )
+        if longest is not None and tokens > longest:
+            raise InvalidInputError(f"tokens is at most the {longest:,} positions that this model has; got {tokens:,}")
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (4, tokens), generator=draw, device="cpu").to(device)
         return lambda count: ((), {"input_ids": ids[:count], "labels": ids[:count]})

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from timstore.arguments import choice
 from timstore.errors import CoverageError
-from timstore.intake import choice
 from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.timeline import Timeline
 

@@ -11,9 +11,9 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timstore.arguments import choice, listed
 from timstore.content import content_rows, row_hash
 from timstore.errors import InvalidInputError, shown
-from timstore.intake import choice, listed
 from timstore.undisturbed import given, undisturbed
 
 LOSSES = ("cross_entropy", "mse")

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from timstore.arguments import choice, listed, plain_name, sample_id, text, whole_number
 from timstore.errors import InvalidInputError, shown
-from timstore.intake import choice, listed, plain_name, sample_id, text, whole_number
 from timstore.rollbacks.methods import check_method
 
 DENOMINATORS = ("kept", "renormalised")

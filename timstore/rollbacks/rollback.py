@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from timstore.arguments import byte_count, choice, flags, positive_number
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
-from timstore.intake import byte_count, choice, flags, positive_number
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates

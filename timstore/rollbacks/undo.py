@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
+from timstore.arguments import plain_name
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
-from timstore.intake import plain_name
 from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Write, Writes
