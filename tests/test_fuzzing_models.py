@@ -147,8 +147,8 @@ class Recording:
         """Train a step under a recorder."""
         net = torch.nn.Linear(3, 2)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        options = {**options, "resume_from": options["resume_from"] or (1, 0)}
-        options |= {name: one for name, one in (("model", net), ("optimizer", sgd)) if options[name] is None}
+        ours = {"model": net, "optimizer": sgd, "resume_from": (1, 0)}
+        options |= {name: one for name, one in ours.items() if options[name] is None}
         with self.store.record(**options) as recorder:
             recorder.epoch = epoch
             recorder.batch(ids)

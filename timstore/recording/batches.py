@@ -220,7 +220,7 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
             packed = torch.as_tensor(values, device="cpu")
         except Exception:  # rows of several lengths, too deep a list, numbers beyond 64 bits, no numbers
             raise _not_integers(values[0]) from None
-        if packed.ndim != 2 or packed.is_floating_point() or packed.dtype == torch.bool or not (packed >= 0).any():
+        if packed.ndim != 2 or packed.dtype != torch.int64 or not (packed >= 0).any():
             raise _not_integers(values[0])
         return Ids.of_tokens(packed)
     named = [sample_named(one, keys) if isinstance(one, str) else checked_id(one, "sample id") for one in values]

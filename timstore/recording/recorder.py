@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from timstore.arguments import choice, listed, moment, plain_name, rank_number, sample_id, whole_number
+from timstore.arguments import choice, counting_number, listed, moment, plain_name, rank_number, sample_id, whole_number
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
@@ -75,11 +75,12 @@ class Recorder:
         names = {id(one): name for name, one in self._parameters.items()}
         self._history = History(store, self._optimizers, names, options.optimizer_history, rank)
         self._stills: list[Standstill] = []
+        self._axis = counting_number(options.batch_axis, "batch_axis")
         self._forwards = Forwards(
             store,
             self._model,
             samples=self._samples,
-            axis=whole_number(options.batch_axis, "batch_axis"),
+            axis=self._axis,
             keys=None if options.id_column is None else _keys(store, plain_name(options.id_column, "id_column")),
             by_content=options.by_content,
         )
@@ -231,7 +232,7 @@ class Recorder:
             self._parameters,
             capture,
             by_sample=by_sample,
-            axis=options.batch_axis,
+            axis=self._axis,
             scale=scale,
             arriving=[one.pending.accumulation.settle_later for one in trained],
         )
