@@ -14,6 +14,8 @@ class ProbeReport:
         multiplier: of the step length that the curvature acted over: measured, for momentum's lag and the probe's size.
         moved: how far the filter moved the first-order change, relative to the result.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
+        kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
+        left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """
 
     sequences: int
@@ -22,6 +24,15 @@ class ProbeReport:
     moved: float
     loss_before: float
     loss_after: float
+    kept: int | None = None
+    left_out: int = 0
+
+    @property
+    def origin(self) -> str:
+        """Where the probe comes from, in words; empty where it was given."""
+        if self.kept is None:
+            return ""
+        return f" of {self.kept} kept rows of the training" + f" ({self.left_out} left out)" * bool(self.left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +104,8 @@ class RollbackReport:
         if self.probe is not None:
             probe = self.probe
             lines.append(
-                f"probe         {probe.sequences} sequences, {probe.products} products, tau x {probe.multiplier:.2f}; "
-                f"moved the change by {probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"probe         {probe.sequences} sequences{probe.origin}, {probe.products} products, "
+                f"tau x {probe.multiplier:.2f}; moved the change by {probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")

@@ -1,0 +1,90 @@
+"""What kind of loss the model is trained on, by the gradient that comes back to its outputs.
+
+Of a softmax cross entropy that is, at each position, (softmax - label) times a factor: seen once, it is known. The
+functions that losses are made of cannot be seen from here, and labels need not be among what the model is given.
+"""
+
+from typing import Any
+
+import torch
+
+# Off by more, relative to a position's gradient, it is another loss: of float32, and of halves.
+_OFF, _OFF_HALF = 1e-3, 2e-2
+# Where a model is this sure of a label, rounding is what is left of the gradient.
+_SURE = 1e-3
+_POSITIONS = 64
+
+
+class LossKind:
+    """Watches what the model returns, now and then.
+
+    Attributes:
+        known: `cross_entropy`, None where it is not known.
+        reason: why it will not be known.
+    """
+
+    def __init__(self) -> None:
+        self.known: str | None = None
+        self.reason: str | None = None
+        self._looking = True
+
+    def go_on(self, known: str | None, reason: str | None) -> None:
+        """Begin with what an earlier recording saw."""
+        self.known, self.reason = known, reason
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Look at the next backward pass; a loss that was another one once stays unknown."""
+        self._looking = self.reason is None
+
+    def watch(self, returned: Any) -> None:
+        """Look at the gradient that comes back to what the model returned, if it is time to look."""
+        if not self._looking:
+            return
+        outputs = getattr(returned, "logits", returned)
+        if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
+            self._settle(None, "the model returns no outputs (a tensor with a row for each sample, or its `logits`)")
+        elif outputs.requires_grad:
+            values = outputs.detach()
+            outputs.register_hook(lambda gradient: self._arrived(values, gradient))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, outputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        if not self._looking:
+            return
+        with torch.no_grad():
+            found = is_cross_entropy(outputs, gradient)
+        if found:
+            self._settle("cross_entropy", None)
+        elif found is not None:
+            self._settle(None, "the gradient at the model's outputs is not that of a cross entropy of their softmax")
+
+    def _settle(self, known: str | None, reason: str | None) -> None:
+        self._looking = False
+        self.known, self.reason = known, reason
+
+
+def is_cross_entropy(outputs: torch.Tensor, gradient: torch.Tensor) -> bool | None:
+    """Say whether a gradient at outputs, (..., classes), is that of a softmax cross entropy with one label a position.
+
+    None where that cannot be told: every gradient is zero, or the model is sure of every label.
+    """
+    classes = outputs.shape[-1]
+    rows = gradient.reshape(-1, classes)
+    told = rows.abs().amax(1).nonzero().flatten()
+    if not len(told) or classes < 2:
+        return False if len(told) else None
+    chosen = told[torch.linspace(0, len(told) - 1, min(_POSITIONS, len(told)), device=told.device).round().long()]
+    seen = rows[chosen].cpu().double()
+    wanted = outputs.reshape(-1, classes)[chosen].cpu().double().softmax(-1)
+    wanted.scatter_add_(1, seen.argmin(1, keepdim=True), wanted.new_full((len(wanted), 1), -1.0))
+    unsure = wanted.norm(dim=1) > _SURE
+    seen, wanted = seen[unsure], wanted[unsure]
+    # Of two classes any loss of their difference has such a gradient, but no other has one factor for all.
+    if len(seen) < (2 if classes == 2 else 1):
+        return None
+    factors = (seen * wanted).sum(1) / wanted.square().sum(1)
+    single = outputs.dtype in (torch.float32, torch.float64) and gradient.dtype in (torch.float32, torch.float64)
+    allowed = _OFF if single else _OFF_HALF
+    off = (seen - factors[:, None] * wanted).norm(dim=1) / seen.norm(dim=1)
+    alike = classes > 2 or float(factors.max() - factors.min()) <= allowed * float(factors.max())
+    return bool((off <= allowed).all() and (factors > 0).all()) and alike
