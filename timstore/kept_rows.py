@@ -20,6 +20,7 @@ ROWS_BYTES = 64_000_000
 # How many of them a rollback asks, and how many at once at most.
 ASKED = 64
 _TOGETHER = 16
+_NO_LABEL = -100
 
 _SCHEMA = pa.schema(
     [
@@ -46,6 +47,7 @@ class KeptRow:
         batch_rows: how many rows the batch had that it was drawn in.
         by_row: what the model takes of it, by name or, as text, by place: arrays whose first axis holds this row alone.
         shared: what the model takes besides, the same for all rows of a batch: arrays and plain values.
+        is_text: all of it is tokens, or beside tokens, which the attention mask lets be padded.
     """
 
     sample: int
@@ -55,12 +57,30 @@ class KeptRow:
     batch_rows: int
     by_row: Mapping[str, Any]
     shared: Mapping[str, Any]
+    is_text: bool = False
+
+    def without_padding(self) -> "KeptRow":
+        """Return tokens without what the attention mask leaves out at their end; anything else as it is."""
+        mask, tokens = self.by_row.get("attention_mask"), self.by_row.get("input_ids")
+        if mask is None or tokens is None or mask.ndim != 2:
+            return self
+        if any(one.ndim > 1 and one.shape[:2] != mask.shape for one in self.by_row.values()):
+            return self
+        length = max(1, int(mask[0].astype(bool).nonzero()[0].max(initial=0)) + 1)
+        cut = {name: one[:, :length] if one.ndim > 1 else one for name, one in self.by_row.items()}
+        return replace(self, by_row=cut, is_text=True)
 
     @property
-    def shapes(self) -> tuple[Any, ...]:
-        """What rows have in common that one batch can hold."""
-        own = tuple((name, str(one.dtype), one.shape) for name, one in self.by_row.items())
-        return own, tuple((name, _comparable(one)) for name, one in self.shared.items())
+    def kind(self) -> tuple[Any, ...]:
+        """What rows have in common that one batch can hold; texts may have any length."""
+        skipped = 2 if self.is_text else 1
+        own = tuple((name, str(one.dtype), one.ndim, one.shape[skipped:]) for name, one in self.by_row.items())
+        return self.is_text, own, tuple((name, _comparable(one)) for name, one in self.shared.items())
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text, 0 of anything else."""
+        return int(self.by_row["input_ids"].shape[1]) if self.is_text else 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -114,12 +134,19 @@ class KeptRows:
         return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def batches(self) -> list[Any]:
-        """Return the rows as batches of rows of the same shapes, no larger than those of the training."""
+        """Return the rows as batches of rows that fit together, no larger than those of the training.
+
+        Texts of about the same length are padded to the longest of their batch.
+        """
         alike: dict[Any, list[KeptRow]] = {}
-        for row in self.rows:
-            alike.setdefault(row.shapes, []).append(row)
+        for row in (row.without_padding() for row in self.rows):
+            alike.setdefault(row.kind, []).append(row)
         most = min(_TOGETHER, max((row.batch_rows for row in self.rows), default=1))
-        return [_batch(rows[start : start + most]) for rows in alike.values() for start in range(0, len(rows), most)]
+        found = []
+        for rows in alike.values():
+            rows.sort(key=lambda row: row.length)
+            found += [_batch(rows[start : start + most]) for start in range(0, len(rows), most)]
+        return found
 
 
 def places_of(samples: Sequence[int]) -> np.ndarray:
@@ -169,11 +196,22 @@ def _row(written: Mapping[str, Any]) -> KeptRow:
 
 
 def _batch(rows: Sequence[KeptRow]) -> Any:
-    """Return rows of the same shapes as one batch: a mapping, or a tuple where the model takes them by place."""
-    joined = {name: np.concatenate([row.by_row[name] for row in rows]) for name in rows[0].by_row}
+    """Return rows of one kind as one batch: a mapping, or a tuple where the model takes them by place."""
+    length = max(row.length for row in rows)
+    joined = {
+        name: np.concatenate([_padded(row.by_row[name], name, length - row.length) for row in rows])
+        for name in rows[0].by_row
+    }
     batch = {**joined, **rows[0].shared}
     # No argument has a number for a name.
     return tuple(batch[place] for place in sorted(batch, key=int)) if all(map(str.isdigit, batch)) else batch
+
+
+def _padded(values: np.ndarray, name: str, count: int) -> np.ndarray:
+    if not count or values.ndim < 2:
+        return values
+    widths = [(0, 0), (0, count), *[(0, 0)] * (values.ndim - 2)]
+    return np.pad(values, widths, constant_values=_NO_LABEL if name == "labels" else 0)
 
 
 def _comparable(value: Any) -> Any:

@@ -27,6 +27,8 @@ class LossKind:
         self.known: str | None = None
         self.reason: str | None = None
         self._looking = True
+        self._outputs: torch.Tensor | None = None
+        self._number = 0
 
     def go_on(self, known: str | None, reason: str | None) -> None:
         """Begin with what an earlier recording saw."""
@@ -45,14 +47,18 @@ class LossKind:
         if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
             self._settle(None, "the model returns no outputs (a tensor with a row for each sample, or its `logits`)")
         elif outputs.requires_grad:
-            values = outputs.detach()
-            outputs.register_hook(lambda gradient: self._arrived(values, gradient))  # type: ignore[no-untyped-call]
+            # Not held by the hook: a loss that the user keeps still holds the graph, and the graph our hooks.
+            number, self._outputs = self._number + 1, outputs.detach()
+            self._number = number
+            outputs.register_hook(lambda gradient: self._arrived(number, gradient))  # type: ignore[no-untyped-call]
 
-    def _arrived(self, outputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        if not self._looking:
+    def _arrived(self, number: int, gradient: torch.Tensor) -> None:
+        outputs = self._outputs
+        if outputs is None or number != self._number:
             return
         with torch.no_grad():
             found = is_cross_entropy(outputs, gradient)
+        self._outputs = None
         if found:
             self._settle("cross_entropy", None)
         elif found is not None:

@@ -105,7 +105,8 @@ class RollbackReport:
             probe = self.probe
             lines.append(
                 f"probe         {probe.sequences} sequences{probe.origin}, {probe.products} products, "
-                f"tau x {probe.multiplier:.2f}; moved the change by {probe.moved:.1%}; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"tau x {probe.multiplier:.2f}; moved the change by {probe.moved:.1%}; "
+                f"its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")
