@@ -99,8 +99,3 @@ class RecorderArguments(_Arguments):
     def __post_init__(self) -> None:
         if self.probe not in (None, AUTO):
             raise InvalidInputError(f"probe is {AUTO}, or null, not {self.probe!r}")
-    probe: str | None = AUTO
-
-    def __post_init__(self) -> None:
-        if self.probe not in (None, AUTO):
-            raise InvalidInputError(f"probe is {AUTO}, or null, not {self.probe!r}")

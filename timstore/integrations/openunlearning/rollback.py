@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from timstore import Store
+from timstore import Store, rollback
 from timstore import open as open_store
-from timstore import rollback
 from timstore.errors import CoverageError, InvalidInputError
 from timstore.integrations.openunlearning.arguments import AUTO, RollbackArguments
 from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
@@ -35,8 +34,8 @@ class TIMParameterRollback(OpenUnlearningTrainer):
     """Rolls the forget split back once, where another trainer would train; saves and evaluates like any.
 
     The rows of `train_dataset.forget` are found among the recorded samples by their tokens. The probe is what the store
-    keeps of the training, or drawn from `train_dataset.retain`. `train` returns a `TrainOutput`, logs what was removed, and writes `timstore_report.json`
-    into the output directory.
+    keeps of the training, or drawn from `train_dataset.retain`. `train` returns a `TrainOutput`, logs what was removed,
+    and writes `timstore_report.json` into the output directory.
 
     Args:
         kwargs: the fields of `RollbackArguments`, and what a Trainer takes.
