@@ -7,11 +7,13 @@ functions that losses are made of cannot be seen from here, and labels need not 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 # Off by more, relative to a position's gradient, it is another loss: of float32, and of halves.
 _OFF, _OFF_HALF = 1e-3, 2e-2
 # Where a model is this sure of a label, rounding is what is left of the gradient.
 _SURE = 1e-3
+_LIKELY = 0.9
 _POSITIONS = 64
 
 
@@ -72,7 +74,8 @@ class LossKind:
 def is_cross_entropy(outputs: torch.Tensor, gradient: torch.Tensor) -> bool | None:
     """Say whether a gradient at outputs, (..., classes), is that of a softmax cross entropy with one label a position.
 
-    None where that cannot be told: every gradient is zero, or the model is sure of every label.
+    Labels may be smoothed, and positions weighted. None where it cannot be told: every gradient is zero, or the model
+    is sure of every label.
     """
     classes = outputs.shape[-1]
     rows = gradient.reshape(-1, classes)
@@ -81,16 +84,22 @@ def is_cross_entropy(outputs: torch.Tensor, gradient: torch.Tensor) -> bool | No
         return False if len(told) else None
     chosen = told[torch.linspace(0, len(told) - 1, min(_POSITIONS, len(told)), device=told.device).round().long()]
     seen = rows[chosen].cpu().double()
-    wanted = outputs.reshape(-1, classes)[chosen].cpu().double().softmax(-1)
-    wanted.scatter_add_(1, seen.argmin(1, keepdim=True), wanted.new_full((len(wanted), 1), -1.0))
-    unsure = wanted.norm(dim=1) > _SURE
-    seen, wanted = seen[unsure], wanted[unsure]
+    likely = outputs.reshape(-1, classes)[chosen].cpu().double().softmax(1)
+    labelled = likely - F.one_hot(seen.argmin(1), classes)
+    # Where a label is smoothed and the model is surer than that, it is not the one that is pulled up most.
+    unsure = likely.amax(1) < _LIKELY
+    if not unsure.any():
+        unsure = labelled.norm(dim=1) > _SURE
     # Of two classes any loss of their difference has such a gradient, but no other has one factor for all.
-    if len(seen) < (2 if classes == 2 else 1):
+    if int(unsure.sum()) < (2 if classes == 2 else 1):
         return None
-    factors = (seen * wanted).sum(1) / wanted.square().sum(1)
-    single = outputs.dtype in (torch.float32, torch.float64) and gradient.dtype in (torch.float32, torch.float64)
+    # A smoothed label pulls towards all classes alike. Of three, two factors would explain any gradient.
+    pulls = [labelled, likely - 1 / classes] if classes > 3 else [labelled]
+    seen, basis = seen[unsure], torch.stack(pulls, 2)[unsure]
+    factors = torch.linalg.lstsq(basis, seen[..., None]).solution
+    off = (seen - (basis @ factors)[..., 0]).norm(dim=1) / seen.norm(dim=1)
+    single = min(outputs.dtype.itemsize, gradient.dtype.itemsize) >= 4
     allowed = _OFF if single else _OFF_HALF
-    off = (seen - factors[:, None] * wanted).norm(dim=1) / seen.norm(dim=1)
-    alike = classes > 2 or float(factors.max() - factors.min()) <= allowed * float(factors.max())
-    return bool((off <= allowed).all() and (factors > 0).all()) and alike
+    first, others = factors[:, 0, 0], factors[:, 1:, 0]
+    alike = classes > 2 or float(first.max() - first.min()) <= allowed * float(first.max())
+    return alike and bool((off <= allowed).all() and (first > 0).all() and (others >= -allowed * first[:, None]).all())
