@@ -15,6 +15,8 @@ import pyarrow as pa
 from timstore.errors import CorruptionError
 
 KIND = "kept_rows"
+# What stands for them where a probe may be given.
+KEPT = "auto"
 ROWS = 256
 ROWS_BYTES = 64_000_000
 # How many of them a rollback asks, and how many at once at most.

@@ -171,7 +171,7 @@ class Forwards:
         if batch is not None and output is not None:
             self._passes.watch(output, batch)
             if self._reservoir is not None:
-                self._reservoir.loss.watch(output)
+                self._reservoir.loss.watch(output, labelled=batch.tokens is not None)
         if self.held:
             return
         if output is None and batch is not None:

@@ -41,12 +41,19 @@ class LossKind:
         """Look at the next backward pass; a loss that was another one once stays unknown."""
         self._looking = self.reason is None
 
-    def watch(self, returned: Any) -> None:
-        """Look at the gradient that comes back to what the model returned, if it is time to look."""
+    def watch(self, returned: Any, *, labelled: bool) -> None:
+        """Look at the gradient that comes back to what the model returned, if it is time to look.
+
+        Args:
+            labelled: the model was given a label for each token, as transformers' language models are.
+        """
         if not self._looking:
             return
-        outputs = getattr(returned, "logits", returned)
-        if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
+        outputs, loss = getattr(returned, "logits", returned), getattr(returned, "loss", None)
+        if outputs is None and labelled and isinstance(loss, torch.Tensor) and loss.requires_grad:
+            # It makes its loss of the labels without ever holding all outputs, as fused kernels do.
+            loss.register_hook(lambda gradient: self._settle("cross_entropy", None))  # type: ignore[no-untyped-call]
+        elif not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
             self._settle(None, "the model returns no outputs (a tensor with a row for each sample, or its `logits`)")
         elif outputs.requires_grad:
             # Not held by the hook: a loss that the user keeps still holds the graph, and the graph our hooks.

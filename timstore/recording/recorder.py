@@ -13,6 +13,7 @@ from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import listed, moment, rank_number, sample_id, whole_number
+from timstore.kept_rows import KEPT
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -44,7 +45,7 @@ class Options:
 
     samples: Iterable[int] | None = None
     resume_from: tuple[int, int] | None = None
-    probe: Any = "auto"
+    probe: Any = KEPT
     optimizer_history: str = "final"
     scaler: Any = None
     mean_over: str | None = None
@@ -70,13 +71,10 @@ class Recorder:
         if not isinstance(options.capture, str) or options.capture not in CAPTURES:
             raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {shown(options.capture)}")
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
-        self._probe, self._reservoir = None, None
-        if isinstance(options.probe, str) and options.probe == "auto":
-            # Rows on another axis could not be joined again.
-            if options.batch_axis == 0:
-                self._reservoir = Reservoir(self._model, self._samples, lambda: (self.epoch, self.step))
-        elif options.probe is not None and options.probe is not False:
-            self._probe = [on_host(batch) for batch in listed(options.probe, "probe, where it is not 'auto' or False,")]
+        self._probe = _probe(options.probe)
+        # Rows on another axis could not be joined again.
+        keeps_rows = self._probe == KEPT and options.batch_axis == 0
+        self._reservoir = Reservoir(self._model, self._samples, lambda: (self.epoch, self.step)) if keeps_rows else None
         rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
         self._trained = trained_parameters(self._model, self._optimizers)
         self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
@@ -319,7 +317,7 @@ class Recorder:
                 for name, (one, group) in mine.items()
             ]
         )
-        if self._probe is not None:
+        if isinstance(self._probe, list):
             self._store.keep_probe(self._probe, loss="cross_entropy")
         if not self._ranks.alone:
             self._store.commit()
@@ -360,6 +358,13 @@ def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
+
+
+def _probe(given: Any) -> list[Any] | str | None:
+    """Return the batches that are given, or what stands for rows of the training; None for nothing to be kept."""
+    if given is None or given is False or (isinstance(given, str) and given == KEPT):
+        return given or None
+    return [on_host(batch) for batch in listed(given, f"probe, unless it is {KEPT!r} or False,")]
 
 
 def _keys(store: Store, column: str) -> dict[str, int]:

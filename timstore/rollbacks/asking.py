@@ -4,13 +4,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from timstore.kept_rows import ASKED
+from timstore.kept_rows import ASKED, KEPT
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.targets import Target
 from timstore.snapshot import Snapshot
 
 Given = Iterable[Any] | Literal["auto", False] | None
-KEPT = "auto"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -14,8 +14,9 @@ from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
 from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
+from timstore.kept_rows import KEPT
 from timstore.rollbacks.apply import Writes, foresee, moves
-from timstore.rollbacks.asking import KEPT, Asked, Given, probe_to_ask
+from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.earlier import warnings_of_earlier
