@@ -253,6 +253,7 @@ def test_a_cross_entropy_is_known_by_its_gradient_in_any_precision(dtype: torch.
     (other,) = torch.autograd.grad(margin, outputs)
     assert is_cross_entropy(outputs.detach(), other) is False
     assert is_cross_entropy(outputs.detach(), torch.zeros_like(gradient)) is None
+    assert is_cross_entropy(outputs.detach(), torch.full_like(gradient, torch.inf)) is None
 
 
 def test_a_loss_that_becomes_another_one_is_not_known(store: timstore.Store) -> None:

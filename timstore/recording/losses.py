@@ -14,7 +14,7 @@ _OFF, _OFF_HALF = 1e-3, 2e-2
 # Where a model is this sure of a label, rounding is what is left of the gradient.
 _SURE = 1e-3
 _LIKELY = 0.9
-_POSITIONS = 64
+_POSITIONS = 32
 
 
 class LossKind:
@@ -81,12 +81,13 @@ class LossKind:
 def is_cross_entropy(outputs: torch.Tensor, gradient: torch.Tensor) -> bool | None:
     """Say whether a gradient at outputs, (..., classes), is that of a softmax cross entropy with one label a position.
 
-    Labels may be smoothed, and positions weighted. None where it cannot be told: every gradient is zero, or the model
-    is sure of every label.
+    Labels may be smoothed, and positions weighted. None where it cannot be told: every gradient is zero (or has
+    overflowed), or the model is sure of every label.
     """
     classes = outputs.shape[-1]
     rows = gradient.reshape(-1, classes)
-    told = rows.abs().amax(1).nonzero().flatten()
+    sizes = rows.abs().amax(1)
+    told = ((sizes > 0) & sizes.isfinite()).nonzero().flatten()
     if not len(told) or classes < 2:
         return False if len(told) else None
     chosen = told[torch.linspace(0, len(told) - 1, min(_POSITIONS, len(told)), device=told.device).round().long()]
@@ -103,7 +104,7 @@ def is_cross_entropy(outputs: torch.Tensor, gradient: torch.Tensor) -> bool | No
     # A smoothed label pulls towards all classes alike. Of three, two factors would explain any gradient.
     pulls = [labelled, likely - 1 / classes] if classes > 3 else [labelled]
     seen, basis = seen[unsure], torch.stack(pulls, 2)[unsure]
-    factors = torch.linalg.lstsq(basis, seen[..., None]).solution
+    factors = torch.linalg.pinv(basis.mT @ basis) @ (basis.mT @ seen[..., None])
     off = (seen - (basis @ factors)[..., 0]).norm(dim=1) / seen.norm(dim=1)
     single = min(outputs.dtype.itemsize, gradient.dtype.itemsize) >= 4
     allowed = _OFF if single else _OFF_HALF

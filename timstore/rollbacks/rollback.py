@@ -217,20 +217,25 @@ def _filtered(
         return increments[0], None
     model, response = target.model(), run.response(len(increments))
     bar.curved(probe.sequences)
-    found = probe_filter(
-        model,
-        increments,
-        plan.lengths,
-        probe,
-        workspace,
-        steps=steps,
-        coordinates=coordinates,
-        decays=decays,
-        match=lambda start, halves: multiplier(start, halves, response, workspace, _MATCHING_STEPS),
-        keep_bytes=keep_bytes,
-        advance=bar.taken,
-    )
-    losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+    try:
+        found = probe_filter(
+            model,
+            increments,
+            plan.lengths,
+            probe,
+            workspace,
+            steps=steps,
+            coordinates=coordinates,
+            decays=decays,
+            match=lambda start, halves: multiplier(start, halves, response, workspace, _MATCHING_STEPS),
+            keep_bytes=keep_bytes,
+            advance=bar.taken,
+        )
+        losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+    except Exception as error:
+        if asked.kept is not None:
+            error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
+        raise
     return found.delta, ProbeReport(
         probe.sequences,
         found.products,
