@@ -4,6 +4,7 @@ Of a softmax cross entropy that is, at each position, (softmax - label) times a 
 functions that losses are made of cannot be seen from here, and labels need not be among what the model is given.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ _OFF, _OFF_HALF = 1e-3, 2e-2
 _SURE = 1e-3
 _LIKELY = 0.9
 _POSITIONS = 32
+# What transformers' and TRL's models return in the place of outputs, and the sign of its weight in a loss.
+_MADE_OF_LABELS = {"loss": 1, "log_probs": -1}
 
 
 class LossKind:
@@ -49,29 +52,43 @@ class LossKind:
         """
         if not self._looking:
             return
-        outputs, loss = getattr(returned, "logits", returned), getattr(returned, "loss", None)
-        if outputs is None and labelled and isinstance(loss, torch.Tensor) and loss.requires_grad:
-            # It makes its loss of the labels without ever holding all outputs, as fused kernels do.
-            loss.register_hook(lambda gradient: self._settle("cross_entropy", None))  # type: ignore[no-untyped-call]
-        elif not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
+        outputs = getattr(returned, "logits", returned)
+        # It makes its loss of the labels without ever holding all outputs, as fused kernels do.
+        made = {name: getattr(returned, name, None) for name in _MADE_OF_LABELS} if labelled else {}
+        if isinstance(outputs, torch.Tensor) and outputs.ndim >= 2:
+            if outputs.requires_grad:
+                # Not held by the hook: a loss that the user keeps still holds the graph, and the graph our hooks.
+                number, self._outputs = self._number + 1, outputs.detach()
+                self._number = number
+                outputs.register_hook(lambda gradient: self._arrived(number, gradient))  # type: ignore[no-untyped-call]
+        elif any(isinstance(one, torch.Tensor) for one in made.values()):
+            for name, one in made.items():
+                if isinstance(one, torch.Tensor) and one.requires_grad:
+                    one.register_hook(partial(self._weighed, _MADE_OF_LABELS[name]))  # type: ignore[no-untyped-call]
+        else:
             self._settle(None, "the model returns no outputs (a tensor with a row for each sample, or its `logits`)")
-        elif outputs.requires_grad:
-            # Not held by the hook: a loss that the user keeps still holds the graph, and the graph our hooks.
-            number, self._outputs = self._number + 1, outputs.detach()
-            self._number = number
-            outputs.register_hook(lambda gradient: self._arrived(number, gradient))  # type: ignore[no-untyped-call]
+
+    def _weighed(self, sign: int, gradient: torch.Tensor) -> None:
+        """A gradient came to what the model made of labels: of their mean or sum it is one number wherever it is."""
+        if not self._looking:
+            return
+        weights = sign * gradient[gradient != 0].detach()
+        if len(weights):
+            self._said(bool(weights.min() > 0 and weights.max() - weights.min() <= _OFF_HALF * weights.max()))
 
     def _arrived(self, number: int, gradient: torch.Tensor) -> None:
         outputs = self._outputs
         if outputs is None or number != self._number:
             return
+        self._outputs = None
         with torch.no_grad():
             found = is_cross_entropy(outputs, gradient)
-        self._outputs = None
-        if found:
-            self._settle("cross_entropy", None)
-        elif found is not None:
-            self._settle(None, "the gradient at the model's outputs is not that of a cross entropy of their softmax")
+        if found is not None:
+            self._said(found)
+
+    def _said(self, is_cross: bool) -> None:
+        other = "the gradient at the model's outputs is not that of a cross entropy of their softmax"
+        self._settle("cross_entropy" if is_cross else None, None if is_cross else other)
 
     def _settle(self, known: str | None, reason: str | None) -> None:
         self._looking = False

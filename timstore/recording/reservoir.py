@@ -16,8 +16,8 @@ from timstore.recording.losses import LossKind
 from timstore.store import Store
 
 _NO_END = 2**64 - 1
-# What says how labels are counted, and is no part of a row.
-_OF_THE_LOSS = "num_items_in_batch"
+# What transformers and TRL tell a model of how it makes its loss: no part of a row, and outputs are none of it.
+_OF_THE_LOSS = ("num_items_in_batch", "fused_lm_head")
 
 
 class Reservoir:
@@ -134,7 +134,7 @@ class Reservoir:
         by_row: dict[str, Any] = {}
         shared: dict[str, Any] = {}
         for name, value in given.items():
-            if name == _OF_THE_LOSS:
+            if name in _OF_THE_LOSS:
                 continue
             if isinstance(value, torch.Tensor) and _is_plain(value):
                 if batch.layout is not None:
