@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import timstore
+from timstore.errors import CoverageError
 
 ROWS = 4
 
@@ -44,6 +46,23 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.use(self.classes(torch.arange(3)[None]), self.body(x).tanh())
         return logits
+
+
+class Loss(Net):
+    """Returns its loss alone; samples with the label -100 do not count."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return cross_entropy(super().forward(x), y)
+
+
+class Checkpointed(Loss):
+    """As gradient_checkpointing_enable makes it of older models: not where the model does not train."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x, y)
+        found: torch.Tensor = checkpoint(super().forward, x.requires_grad_(), y, use_reentrant=True)
+        return found
 
 
 def wanted(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[np.ndarray]:
@@ -97,3 +116,41 @@ def test_samples_that_are_tied_together_hide_no_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y, model = torch.randn(ROWS, 8), torch.tensor([0, 1, 2, 1]), Normed()
     assert len(recorded(tmp_path, model, x, y)) == ROWS
+
+
+@pytest.mark.parametrize("capture", ["modules", "per-sample"])
+@pytest.mark.parametrize("use", [first_row, squeezed, mean_of_rows, largest_of_rows])
+def test_of_a_loss_alone_no_sample_gets_what_is_made_for_all(tmp_path: Path, use: Any, capture: str) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(timstore.TimstoreWarning, match="row of ids"), pytest.raises(CoverageError, match="row of ids"):
+        recorded_losses(tmp_path, Loss(use), [0, 1, 2, 1], capture=capture)
+
+
+@pytest.mark.parametrize("y", [[0, 1, 2, 1], [0, -100, 2, 1], [-100, 1, -100, -100]])
+def test_of_a_loss_alone_a_row_for_each_sample_is_its_own(tmp_path: Path, y: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Loss(broadcast)
+    x, found = recorded_losses(tmp_path, model, y)
+    logits = Net.forward(model, x)
+    for row, given in enumerate(found):
+        loss = cross_entropy(logits[row : row + 1], torch.tensor(y[row : row + 1]), reduction="sum")
+        (wanted,) = torch.autograd.grad(loss / sum(one >= 0 for one in y), model.classes.weight, retain_graph=True)
+        np.testing.assert_allclose(given, wanted.numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("use", [first_row, mean_of_rows])
+def test_nor_where_a_checkpoint_cannot_be_asked(tmp_path: Path, use: Any) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(timstore.TimstoreWarning, match="row of ids"), pytest.raises(CoverageError):
+        recorded_losses(tmp_path, Checkpointed(use), [0, 1, 2, 1])
+
+
+def recorded_losses(path: Path, model: Loss, y: list[int], **options: Any) -> tuple[torch.Tensor, list[np.ndarray]]:
+    x, labels, optimizer = torch.randn(ROWS, 8), torch.tensor(y), torch.optim.SGD(model.parameters(), lr=0.0)
+    with timstore.open(path / "s") as store:
+        with store.record(model, optimizer, allow_zero=True, **options):
+            for _ in range(3):
+                model(x, labels, sample_ids=range(ROWS)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return x, [record.dense("classes.weight") for record in store.read("step = 2")]

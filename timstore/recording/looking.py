@@ -14,6 +14,7 @@ in what a module is given, nothing can be compared: that module is looked at in 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from timstore.errors import CoverageError
 from timstore.recording.batches import token_counts
 from timstore.recording.calm import calm, other_numbers
 from timstore.recording.layouts import Axis, Folded, Layout
-from timstore.recording.outputs import comes_back_to, outputs_of
+from timstore.recording.outputs import outputs_of
+from timstore.recording.own_rows import has_own_rows
 from timstore.recording.watching import Place, Sizes, Watch, places_of, unlike
 from timstore.undisturbed import undisturbed
 
@@ -154,7 +156,7 @@ class Trial:
     def look(self) -> Look:
         """See where the samples are.
 
-        Cost: four forward passes, one of them of one row; two more where tokens may be routed, two and two backward
+        Cost: four forward passes, one of them of one row; two more where tokens may be routed, three and two backward
         passes for a table that is looked up by one row of ids, and as many again where chance has a part in them. The
         model and the generators of random numbers are left as they were.
 
@@ -218,18 +220,27 @@ class Trial:
         rewind()
         watch = Watch(self._rows, {name})
         try:
-            returned = self._forward(*self._turned(_as_it_is), watch)
+            self._forward(*self._turned(_as_it_is), watch)
         except Exception:  # what it does with one row, it cannot do with more
             return False
         if any(one.startswith(output_name("")) for one in unlike(plain.watch, watch)):
             return False
-        outputs = [
-            one
-            for one in outputs_of(returned).values()
-            if one.requires_grad and _batch_axis(one, self._rows, self._axis) == self._axis
-        ]
-        tables = [one for one in watch.tables[name] if one.requires_grad]
-        return all(comes_back_to(row, self._axis, outputs, tables) for row in (0, self._rows - 1))
+        for evaluate in (False, True):  # a model leaves checkpoints out when it does not train
+            try:
+                with undisturbed(self._model, evaluate=evaluate) as again:
+                    return has_own_rows(partial(self._tensors, name, again), self._rows, self._axis)
+            except RuntimeError:  # of a reentrant checkpoint, which cannot be asked for gradients in it
+                continue
+        return False
+
+    def _tensors(
+        self, name: str, rewind: Callable[[], None], order: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what the model, and a table that is given a row for each sample, returned for rows in some order."""
+        rewind()
+        watch = Watch(self._rows, {name})
+        returned = self._forward(*self._turned(_as_it_is if order is None else _in_order(order, _as_it_is)), watch)
+        return [one for one in outputs_of(returned).values() if one.requires_grad], watch.tables[name]
 
     def _run(self, count: int, turn: Turn) -> _Run:
         """Run the model with its arguments changed so that they hold `count` rows."""

@@ -1,11 +1,9 @@
-"""The tensors in what a model returned, and whose sample's is what comes back from them."""
+"""The tensors in what a model returned."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-
-from timstore.recording.layouts import Axis, only
 
 # Of containers in each other; one may hold itself.
 _DEEPEST = 8
@@ -20,27 +18,6 @@ def outputs_of(returned: Any) -> dict[str, torch.Tensor]:
     for path, tensor in _walk(returned, "", 0):
         found.setdefault(id(tensor), (path, tensor))
     return dict(found.values())
-
-
-def comes_back_to(row: int, axis: int, outputs: Sequence[torch.Tensor], tables: Sequence[torch.Tensor]) -> bool:
-    """Say whether a gradient at one sample's outputs comes back to that row of what tables returned, (rows, T, d).
-
-    More to that one than to any other, which it may reach too where samples are tied together. Where that cannot be
-    tried (a loss alone is returned, a reentrant checkpoint) it is taken to be so.
-    """
-    if not outputs or not tables:
-        return True
-    drawn = [only(torch.randn_like(one), Axis(axis), one.shape[axis], [row]) for one in outputs]
-    try:
-        found = torch.autograd.grad(outputs, tables, drawn, retain_graph=True, allow_unused=True)
-    except RuntimeError:
-        return True
-    sizes = sum(one.flatten(1).double().norm(dim=1) for one in found if one is not None)
-    if not isinstance(sizes, torch.Tensor) or not bool(sizes.any()):
-        return True
-    others = sizes.clone()
-    others[row] = 0.0
-    return bool((2 * others < sizes[row]).all())
 
 
 def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -78,7 +78,8 @@ class Passes:
         if batch.whole and not batch.empty and all(entry.layout is None for entry in batch.entries):
             raise CoverageError(
                 "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
-                "states): the loss alone cannot be told apart"
+                "states): the loss alone cannot be told apart. So does a table that all samples look up by one row of "
+                "ids and do not use row by row"
             )
 
     def _layout(self, path: str, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
