@@ -304,6 +304,19 @@ def test_a_run_that_goes_on_keeps_what_one_without_a_break_keeps(tmp_path: Path,
     assert found[0] == found[1]
 
 
+def test_a_recorder_that_is_entered_again_goes_on_with_its_rows(store: timstore.Store, few: int) -> None:
+    model, (x, y) = classifier(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    recorder = store.record(model, optimizer, samples=[3])
+    for rows in torch.arange(SAMPLES).split(20):
+        with recorder:
+            F.cross_entropy(model(x[rows], sample_ids=rows), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    others = [one for one in range(SAMPLES) if one != 3]
+    assert samples(kept(store)) == set(sorted(others, key=lambda one: places_of([one])[0])[:few])
+
+
 def test_rows_outlive_a_kill_after_a_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import os, sys

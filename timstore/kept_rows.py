@@ -151,6 +151,11 @@ class KeptRows:
         return found
 
 
+def asks_kept(given: Any) -> bool:
+    """Say whether what is given as a probe stands for what a store keeps."""
+    return isinstance(given, str) and given == KEPT
+
+
 def places_of(samples: Sequence[int]) -> np.ndarray:
     """Return each sample's place, uint64, in an order that is as good as random; the first in it are kept."""
     # SplitMix64, whose three rounds leave nothing of the order that ids have.

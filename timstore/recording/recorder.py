@@ -13,7 +13,7 @@ from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
 from timstore.intake import listed, moment, rank_number, sample_id, whole_number
-from timstore.kept_rows import KEPT
+from timstore.kept_rows import KEPT, asks_kept
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -203,9 +203,11 @@ class Recorder:
         )
 
     def _commit(self) -> None:
-        if self._reservoir is not None:
-            self._reservoir.keep(self._store)
-        self._store.commit()
+        try:
+            if self._reservoir is not None:
+                self._reservoir.keep(self._store)
+        finally:  # a device that failed takes the rows that lie there along, and no records
+            self._store.commit()
 
     def _keep(self, last: tuple[int, int] | None) -> None:
         self._commit()
@@ -362,7 +364,7 @@ def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
 
 def _probe(given: Any) -> list[Any] | str | None:
     """Return the batches that are given, or what stands for rows of the training; None for nothing to be kept."""
-    if given is None or given is False or (isinstance(given, str) and given == KEPT):
+    if given is None or given is False or asks_kept(given):
         return given or None
     return [on_host(batch) for batch in listed(given, f"probe, unless it is {KEPT!r} or False,")]
 

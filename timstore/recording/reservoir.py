@@ -54,9 +54,9 @@ class Reservoir:
         """Take the rows that earlier recordings kept."""
         self._see(row.sample for row in kept.rows)
         for row in kept.rows:
-            if self._wants(row.sample):
+            if self._wants(row.sample) and row.sample not in self._rows:
                 self._take(row)
-        self._kept = set(self._rows)
+        self._kept = {row.sample for row in kept.rows} & self._rows.keys()
         self._told = kept.loss, kept.reason
         self.loss.go_on(*self._told)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from timstore.kept_rows import ASKED, KEPT
+from timstore.kept_rows import ASKED, KEPT, asks_kept
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.targets import Target
 from timstore.snapshot import Snapshot
@@ -49,7 +49,7 @@ def probe_to_ask(
     """
     if given is False:
         return Asked(None)
-    if given is not None and given != KEPT:
+    if given is not None and not asks_kept(given):
         return _of(given, snapshot, target, outputs, loss, forgotten)
     held, rows = snapshot.probe(), snapshot.kept_rows()
     if given is None and not target.is_loaded:

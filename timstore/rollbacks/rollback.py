@@ -14,7 +14,7 @@ from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
 from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
-from timstore.kept_rows import KEPT
+from timstore.kept_rows import asks_kept
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
@@ -90,7 +90,7 @@ def rollback(
     budget = Budget.divide(limit_bytes, snapshot)
     run = Run.read(snapshot, request, identity, selection, budget, _DTYPES[accumulate], optimizers)
     if asked.probe is not None and not run.has_coordinates:
-        if probe is not None and probe != KEPT:
+        if probe is not None and not asks_kept(probe):
             raise InvalidInputError(
                 f"the probe filter knows the steps of SGD and Adam, not of {run.optimizers}: leave probe out",
                 kind="no-coordinates",

@@ -50,7 +50,7 @@ class RollbackArguments(_Arguments):
     trajectory_format: str = "auto"
     id_map: Any = None
     missing: str = "error"
-    probe: int | str | None = "auto"
+    probe: int | str | None = AUTO
     method: str = "auto"
     denominator: str = "kept"
     memory_limit: int | str = "512MB"
