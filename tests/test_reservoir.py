@@ -384,3 +384,19 @@ def test_texts_are_asked_together_as_they_are_asked_alone() -> None:
     apart = torch.cat([one.outputs for one in Probe(model, alone).answers(tensors_of(model))])
     assert len(together) == sum((4, 9, 6, 6, 3)) - 5
     torch.testing.assert_close(together.double().sum(0), apart.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_none_are_found(store: timstore.Store) -> None:
+    model = classifier()
+    train(store, model, samples=[3])
+    written = rows_table(kept(store).rows, "cross_entropy", None)
+    column = written.column_names.index("layout")
+    torn = written.set_column(column, "layout", [['[{"name": "x", "shared": false, "dtype": "<f4"}]'] * len(written)])
+    store.keep_rows(torn)
+    store.commit()
+    assert [(found.kind, "rows of a training" in found.message) for found in store.verify().findings] == [
+        ("malformed", True)
+    ]
+    with pytest.raises(timstore.CorruptionError, match="kept is none"):
+        store.rollback(model, [3], dry_run=True)
+    assert store.rollback(model, [3], probe=[data()[0][10:20]], dry_run=True).probe is not None
