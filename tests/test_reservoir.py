@@ -386,6 +386,18 @@ def test_texts_are_asked_together_as_they_are_asked_alone() -> None:
     torch.testing.assert_close(together.double().sum(0), apart.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_what_all_rows_of_a_batch_share_stays_as_long_as_they_are() -> None:
+    numbers = np.arange(6)[None]
+    rows = [
+        KeptRow(sample, 0, 0, None, 4, {"input_ids": numbers, "attention_mask": mask}, {"position_ids": shared})
+        for sample, (mask, shared) in enumerate(
+            [(numbers < 4, numbers), (numbers < 6, numbers), (numbers < 3, numbers + 1)]
+        )
+    ]
+    batches = KeptRows.read([rows_table(rows, "cross_entropy", None)], None).batches()
+    assert [(batch["input_ids"].shape, batch["position_ids"][0, 0]) for batch in batches] == [((2, 6), 0), ((1, 6), 1)]
+
+
 def test_rows_that_are_none_are_found(store: timstore.Store) -> None:
     model = classifier()
     train(store, model, samples=[3])

@@ -66,7 +66,8 @@ class KeptRow:
         mask, tokens = self.by_row.get("attention_mask"), self.by_row.get("input_ids")
         if mask is None or tokens is None or mask.ndim != 2:
             return self
-        if any(one.ndim > 1 and one.shape[:2] != mask.shape for one in self.by_row.values()):
+        beside = any(one.ndim > 1 and one.shape[:2] != mask.shape for one in self.by_row.values())
+        if beside or any(isinstance(one, np.ndarray) and one.ndim for one in self.shared.values()):
             return self
         length = max(1, int(mask[0].astype(bool).nonzero()[0].max(initial=0)) + 1)
         cut = {name: one[:, :length] if one.ndim > 1 else one for name, one in self.by_row.items()}
