@@ -2,13 +2,17 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from timstore.rollbacks.curvature import GaussNewton, probe_filter, probe_losses
+from timstore.rollbacks.curvature import GaussNewton
+from timstore.rollbacks.filtering import Filtered, probe_filter
+from timstore.rollbacks.krylov import krylov
+from timstore.rollbacks.outcome import probe_losses
 from timstore.rollbacks.probe import Answer, Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
@@ -38,11 +42,15 @@ def flat_outputs(model: nn.Module, theta: torch.Tensor, batch: dict[str, torch.T
     return out
 
 
-def dense_gauss_newton(model: nn.Module, loss: str) -> torch.Tensor:
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def dense_gauss_newton(model: nn.Module, loss: str, given: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """J' H_out J from whole Jacobians, position by position."""
-    theta = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+    theta = flat(model)
     total, positions = torch.zeros(len(theta), len(theta), dtype=DOUBLE), 0
-    for batch in batches():
+    for batch in given:
         jacobian = torch.autograd.functional.jacobian(lambda one, b=batch: flat_outputs(model, one, b), theta)
         outputs = flat_outputs(model, theta, batch)
         for row in range(len(outputs)):
@@ -57,20 +65,29 @@ def dense_gauss_newton(model: nn.Module, loss: str) -> torch.Tensor:
     return total / positions
 
 
-def filtered_densely(matrix: torch.Tensor, increments: list[torch.Tensor], lengths: list[torch.Tensor]) -> torch.Tensor:
-    delta = torch.zeros_like(increments[0])
+def divergence_by_hand(model: nn.Module, loss: str, batch: dict[str, torch.Tensor], change: torch.Tensor) -> float:
+    old, new = (flat_outputs(model, theta, batch) for theta in (flat(model), flat(model) + change))
+    if loss == "mse":
+        return float((new - old).square().mean())
+    before, after = (one[batch["labels"] >= 0].log_softmax(-1) for one in (old, new))
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def filtered_densely(
+    matrix: torch.Tensor, increments: list[torch.Tensor], lengths: list[torch.Tensor], damping: float
+) -> torch.Tensor:
+    """One bin after another: what is left of those before decays, the new push is answered while it comes."""
+    whole = torch.stack(lengths).sum(0)
+    scale, moving = whole.sqrt(), whole > 0
+    values, vectors = torch.linalg.eigh(scale[:, None] * matrix * scale[None, :])
+    values = values + damping
+    left = torch.zeros_like(scale)
     for increment, tau in zip(increments, lengths, strict=True):
-        scale = tau.sqrt()
-        moving = scale > 0
-        inner = scale[:, None] * matrix * scale[None, :]
-        values, vectors = torch.linalg.eigh(inner)
-        phi = torch.where(values > 1e-12, -torch.expm1(-values) / values.clamp(min=1e-12), torch.ones_like(values))
-        start = torch.where(moving, increment / scale.where(moving, torch.ones_like(scale)), 0) - scale * (
-            matrix @ delta
-        )
-        step = scale * (vectors @ (phi * (vectors.T @ (start * moving))))
-        delta = delta + torch.where(moving, step, increment)
-    return delta
+        push = vectors.T @ torch.where(moving, increment / scale.where(moving, torch.ones_like(scale)), 0)
+        bent = values * (tau.sum() / whole.sum())
+        answered = torch.where(bent > 1e-12, -torch.expm1(-bent) / bent.clamp(min=1e-12), torch.ones_like(bent))
+        left = torch.exp(-bent) * left + answered * push
+    return torch.where(moving, scale * (vectors @ left), torch.stack(increments).sum(0))
 
 
 def spread(values: dict[str, float], model: nn.Module) -> torch.Tensor:
@@ -90,16 +107,34 @@ def workspace_for(model: nn.Module, limit_bytes: int = 2**26) -> Workspace:
     return Workspace(sizes, dtype=DOUBLE, memory_limit_bytes=limit_bytes)
 
 
+@dataclass(frozen=True)
+class Run:
+    """The filter, and what it was given, flat.
+
+    Attributes:
+        matrices: either half's curvature.
+    """
+
+    found: Filtered
+    delta: torch.Tensor
+    matrices: list[torch.Tensor]
+    increments: list[torch.Tensor]
+    lengths: list[torch.Tensor]
+
+    def densely(self, half: int, damping: float) -> torch.Tensor:
+        return filtered_densely(self.matrices[half], self.increments, self.lengths, damping)
+
+
 def run(
-    model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26, *, adam: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: nn.Module, loss: str, bins: int, limit_bytes: int = 2**26, *, adam: bool = False, size: float = 1.0
+) -> Run:
     torch.manual_seed(2)
     count = sum(parameter.numel() for parameter in model.parameters())
-    increments = [torch.randn(count, dtype=DOUBLE) for _ in range(bins)]
+    increments = [torch.randn(count, dtype=DOUBLE) * size for _ in range(bins)]
     names = [name for name, _ in model.named_parameters()]
-    lengths = [{name: 0.5 * (number + 1) + place for place, name in enumerate(names)} for number in range(bins)]
+    lengths = [{name: (number + 1) * (1 + place) for place, name in enumerate(names)} for number in range(bins)]
     for taus in lengths:
-        taus[names[3]] = 0.0
+        taus[names[3]] = 0
     factors = torch.rand(count, dtype=DOUBLE).square() * 3 if adam else torch.ones(count, dtype=DOUBLE)
     decays = {names[0]: 0.2, names[4]: 0.1} if adam else {}
     probe = [one if loss == "cross_entropy" else {"input": one["input"]} for one in batches()]
@@ -110,34 +145,92 @@ def run(
             lengths,
             Probe(model, probe, loss=loss),
             workspace,
-            steps=120,
+            depth=120,
             coordinates=vector_of(workspace, factors, model) if adam else None,
             decays=decays,
         )
-        got = torch.cat([found.delta.read(name).clone() for name in names])
-    matrix = dense_gauss_newton(model, loss) + torch.diag(
-        spread({name: decays.get(name, 0.0) for name in names}, model)
-    )
-    return got, filtered_densely(matrix, increments, [spread(taus, model) * factors for taus in lengths])
+        delta = torch.cat([found.delta.read(name).clone() for name in names])
+    bent = torch.diag(spread({name: decays.get(name, 0.0) for name in names}, model))
+    matrices = [dense_gauss_newton(model, loss, [half]) + bent for half in batches()]
+    return Run(found, delta, matrices, increments, [spread(taus, model) * factors for taus in lengths])
 
 
+@pytest.mark.parametrize("adam", [False, True], ids=["", "adam"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("bins", [1, 4])
-def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int) -> None:
-    got, want = run(small(), loss, bins)
-    assert float((got - want).norm() / want.norm()) < 1e-6
+def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int, adam: bool) -> None:
+    one = run(small(), loss, bins, adam=adam, size=0.1)
+    first, second = (one.densely(half, one.found.ways[half].damping) for half in (0, 1))
+    want = (first + second) / 2
+    assert float((one.delta - want).norm() / want.norm()) < 1e-6
+    assert one.found.apart == pytest.approx(float((first - want).norm() / want.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("bins", [1, 3])
-def test_in_adam_s_coordinates_every_element_has_its_own_step_length(bins: int) -> None:
-    got, want = run(small(), "cross_entropy", bins, adam=True)
-    assert float((got - want).norm() / want.norm()) < 1e-6
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_the_damping_is_the_curvature_that_the_other_half_shows(loss: str, size: float, half: int) -> None:
+    model = small()
+    one = run(model, loss, 2, size=size)
+    whole, way = torch.stack(one.lengths).sum(0), one.found.ways[half]
+
+    def seen(damping: float) -> float:
+        return divergence_by_hand(model, loss, batches()[1 - half], one.densely(half, damping))
+
+    def missing(damping: float) -> float:
+        moved = torch.where(whole > 0, one.densely(half, damping), 0)
+        x = torch.where(whole > 0, moved / whole.sqrt(), 0)
+        return float((2 * seen(damping) - moved @ one.matrices[half] @ moved) / (x @ x))
+
+    if missing(0.0) <= 0:
+        assert way.damping == 0
+    else:
+        assert missing(way.damping * 1.1) < way.damping * 1.1 and missing(way.damping / 1.1) > way.damping / 1.1
+    assert way.seen == pytest.approx(seen(way.damping), rel=1e-6)
+
+
+def test_what_damps_a_small_change_damps_one_beyond_a_linearisation_more() -> None:
+    """A saturated answer hides its own gradient: the true loss bends where the matrix at the model is flat."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.mul_(20)
+    inputs = [torch.randn(6, 4, dtype=DOUBLE) for _ in range(2)]
+
+    def damping(size: float) -> float:
+        sizes = {name: one.numel() for name, one in model.named_parameters()}
+        with Workspace(sizes, dtype=DOUBLE, memory_limit_bytes=2**20) as workspace:
+            push = vector_of(workspace, -flat(model) * size, model)
+            found = probe_filter(model, [push], [dict.fromkeys(sizes, 1.0)], Probe(model, inputs), workspace, depth=20)
+        return found.ways[0].damping
+
+    assert damping(1.0) > damping(0.5) > damping(0.1)
 
 
 def test_the_spill_file_changes_nothing_but_the_order_of_sums() -> None:
-    in_memory, _ = run(small(), "cross_entropy", 2)
-    spilled, _ = run(small(), "cross_entropy", 2, limit_bytes=1)
-    torch.testing.assert_close(in_memory, spilled, rtol=1e-10, atol=1e-10)
+    in_memory, spilled = (run(small(), "cross_entropy", 2, limit) for limit in (2**26, 1))
+    torch.testing.assert_close(in_memory.delta, spilled.delta, rtol=1e-10, atol=1e-10)
+
+
+def test_a_space_of_several_vectors_holds_their_products() -> None:
+    torch.manual_seed(3)
+    matrix = torch.randn(40, 40, dtype=DOUBLE)
+    matrix = matrix @ matrix.T
+    given = torch.randn(3, 40, dtype=DOUBLE)
+    given[2] = given[0] - 2 * given[1]  # adds nothing
+    with Workspace({"w": 40}, dtype=DOUBLE, memory_limit_bytes=2**20) as workspace:
+        starts = [workspace.new() for _ in given]
+        for vector, numbers in zip(starts, given, strict=True):
+            vector.write("w", 0, numbers)
+        space = krylov(starts, lambda vector: {"w": matrix @ vector.read("w")}, workspace, 3)
+        basis = torch.stack([one.read("w").clone() for one in space.basis])
+    assert len(basis) == 6
+    torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=DOUBLE))
+    torch.testing.assert_close(basis @ matrix @ basis.T, space.matrix)
+    torch.testing.assert_close(basis.T @ space.starts, given.T)
+    for power in range(3):
+        images = torch.linalg.matrix_power(matrix, power) @ given[:2].T
+        torch.testing.assert_close(basis.T @ (basis @ images), images)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
@@ -279,9 +372,9 @@ def test_the_model_comes_back_as_it_was(fails: bool) -> None:
         arguments = (model, [increment], [dict.fromkeys(names, 1.0)], probe, workspace)
         if fails:
             with pytest.raises(RuntimeError, match="the model failed"):
-                probe_filter(*arguments, steps=8)
+                probe_filter(*arguments, depth=8)
         else:
-            probe_filter(*arguments, steps=8)
+            probe_filter(*arguments, depth=8)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(one, other) for one, other in zip(model.buffers(), buffers, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -152,7 +152,7 @@ def test_a_rollback_asks_them_as_if_they_were_given(store: timstore.Store, few: 
     train(store, model, epochs=range(2))
     rows = kept(store)
     forgotten = rows.rows[3].sample
-    given = [torch.from_numpy(np.stack([inputs_of(row) for row in rows.rows if row.sample != forgotten])).split(5)]
+    given = [torch.from_numpy(np.stack([inputs_of(row) for row in rows.rows if row.sample != forgotten])).split(4)]
     by_itself = store.rollback(model, [forgotten], dry_run=True)
     wanted = store.rollback(model, [forgotten], probe=given[0], dry_run=True)
     assert by_itself.rollback_id == wanted.rollback_id
@@ -378,7 +378,7 @@ def test_texts_are_asked_together_as_they_are_asked_alone() -> None:
         rows.append(KeptRow(sample, 0, 0, None, 3, by_row, {"use_cache": False}))
     found = KeptRows.read([rows_table(rows, "cross_entropy", None)], None)
     batches = found.batches()
-    assert [batch["input_ids"].shape for batch in batches] == [(3, 6), (2, 9)]
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 4), (3, 9)]
     together = torch.cat([one.outputs for one in Probe(model, batches).answers(tensors_of(model))])
     alone = [{name: torch.from_numpy(value) for name, value in row.by_row.items()} for row in rows]
     apart = torch.cat([one.outputs for one in Probe(model, alone).answers(tensors_of(model))])

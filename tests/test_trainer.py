@@ -126,8 +126,8 @@ def test_rows_of_the_training_are_kept_and_asked(column: str | None, tmp_path: P
             assert row.epoch == 0
         in_time = [held[ids.index(row.sample)] for row in kept.rows]
         given = [
-            {name: torch.tensor([row[name] for row in in_time[start : start + 3]]) for name in ("input_ids", "labels")}
-            for start in range(0, 10, 3)
+            {name: torch.tensor([row[name] for row in in_time[start:end]]) for name in ("input_ids", "labels")}
+            for start, end in ((0, 2), (2, 5), (5, 8), (8, 10))
         ]
         by_itself = store.rollback(model, ids[3:4], dry_run=True)
         wanted = store.rollback(model, ids[3:4], probe=given, dry_run=True)

@@ -7,6 +7,7 @@ and several processes choose the same ones without a word.
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -139,7 +140,8 @@ class KeptRows:
     def batches(self) -> list[Any]:
         """Return the rows as batches of rows that fit together, no larger than those of the training.
 
-        Texts of about the same length are padded to the longest of their batch.
+        Texts of about the same length are padded to the longest of their batch. Rows of one kind make one batch, or
+        an even number of about equal ones, so that every other batch is half of the rows.
         """
         alike: dict[Any, list[KeptRow]] = {}
         for row in (row.without_padding() for row in self.rows):
@@ -148,7 +150,9 @@ class KeptRows:
         found = []
         for rows in alike.values():
             rows.sort(key=lambda row: row.length)
-            found += [_batch(rows[start : start + most]) for start in range(0, len(rows), most)]
+            count = -(-len(rows) // most)
+            ends = np.linspace(0, len(rows), 1 + count + (count > 1) * count % 2).round().astype(int).tolist()
+            found += [_batch(rows[start:end]) for start, end in pairwise(ends)]
         return found
 
 

@@ -51,7 +51,6 @@ def weights(
     active: np.ndarray,
     fresh: np.ndarray,
     of: str = "parameter",
-    curvature: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return w, shape (T,): the model's final parameters hold `-w[t]` times the gradient consumed in step t.
 
@@ -60,15 +59,10 @@ def weights(
         fresh: (T,) bool; True where the step created the momentum buffer: torch's first buffer is the
             gradient itself, without dampening.
         of: `parameter`, or `buffer`: what the final momentum buffer holds instead.
-        curvature: (T, n), of n directions: what a step's consumed gradient changes by when the parameter has
-            changed by one before it; then the result has that shape.
     """
     steps = len(schedule.lr)
-    bends = np.zeros((steps, 1)) if curvature is None else curvature
-    result = np.zeros(bends.shape)
-    on_parameter, on_buffer = (
-        np.full(bends.shape[1], one) for one in ((1.0, 0.0) if of == "parameter" else (0.0, 1.0))
-    )
+    result = np.zeros(steps)
+    on_parameter, on_buffer = (1.0, 0.0) if of == "parameter" else (0.0, 1.0)
     columns = (getattr(schedule, name).tolist() for name in _COLUMNS)
     rows = list(zip(*columns, active.tolist(), fresh.tolist(), strict=True))
     for step in range(steps - 1, -1, -1):
@@ -77,7 +71,7 @@ def weights(
             continue
         keep = 1 - lr * decay if decoupled else 1.0
         # Coupled decay enters as a gradient; `maximize` turns the data's gradient around and not the decay's.
-        coupled = (0.0 if decoupled else decay) + bends[step]
+        coupled = 0.0 if decoupled else decay
         sign = -1.0 if maximize else 1.0
         if momentum == 0:
             result[step] = sign * on_parameter * lr
@@ -92,7 +86,7 @@ def weights(
             on_parameter * (keep - lr * through * coupled) + on_buffer * taken * coupled,
             -on_parameter * lr * old + on_buffer * carried,
         )
-    return result[:, 0] if curvature is None else result
+    return result
 
 
 def adam_weights(
@@ -100,7 +94,6 @@ def adam_weights(
     active: np.ndarray,
     fresh: np.ndarray,
     of: str = "parameter",
-    curvature: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return w, shape (T,): the final parameters hold `-w[t] / (sqrt(vhat) + eps)` times the gradient of step t.
 
@@ -109,14 +102,10 @@ def adam_weights(
     Args:
         active, fresh: as in `weights`; fresh is where the moments began at zero.
         of: `parameter`, or `buffer`: what the final first moment holds instead, undivided.
-        curvature: as in `weights`, in the coordinates in which Adam's steps are plain ones.
     """
     counts = own_counts(schedule, active, fresh)
-    bends = np.zeros((len(schedule.lr), 1)) if curvature is None else curvature
-    result = np.zeros(bends.shape)
-    on_parameter, on_moment = (
-        np.full(bends.shape[1], one) for one in ((1.0, 0.0) if of == "parameter" else (0.0, -1.0))
-    )
+    result = np.zeros(len(schedule.lr))
+    on_parameter, on_moment = (1.0, 0.0) if of == "parameter" else (0.0, -1.0)
     columns = (getattr(schedule, name).tolist() for name in _ADAM_COLUMNS)
     rows = list(zip(*columns, active.tolist(), fresh.tolist(), counts.tolist(), strict=True))
     for step in range(len(rows) - 1, -1, -1):
@@ -128,8 +117,8 @@ def adam_weights(
         taken = on_moment * (1 - beta1)
         result[step] = -taken if maximize else taken
         on_moment = on_moment * (0.0 if is_fresh else beta1)
-        on_parameter = on_parameter * (1 - lr * decay if decoupled else 1.0) - taken * bends[step]
-    return result[:, 0] if curvature is None else result
+        on_parameter *= 1 - lr * decay if decoupled else 1.0
+    return result
 
 
 def own_counts(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.ndarray:

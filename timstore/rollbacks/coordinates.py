@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from timstore.errors import CoverageError
-from timstore.rollbacks.curvature import phi
+from timstore.rollbacks.filtering import phi
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.states import State

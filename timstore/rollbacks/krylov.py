@@ -1,6 +1,6 @@
-"""A small space that holds what a matrix makes of one vector: Lanczos with full re-orthogonalisation."""
+"""A small space that holds what a matrix makes of some vectors: block Lanczos with full re-orthogonalisation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,39 +9,27 @@ from timstore.rollbacks.vectors import Vector, Workspace
 
 # A symmetric matrix times a vector: parameter to a flat tensor.
 Apply = Callable[[Vector], Mapping[str, torch.Tensor]]
+# What is left of a vector once it is orthogonal to the others is rounding, below this share of it.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Space:
-    """An orthonormal basis, the first of it the start vector's direction, and the matrix within it.
+    """An orthonormal basis of k vectors, and what is known in it.
 
     Attributes:
         matrix: (k, k), symmetric, float64.
-        length: of the start vector.
+        starts: (k, starts), the vectors that it was made from.
     """
 
     basis: list[Vector]
     matrix: torch.Tensor
-    length: float
+    starts: torch.Tensor
 
-    def eigen(self, matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (eigenvalues, not below 0; eigenvectors as columns; the start vector in them) of its own matrix.
-
-        Args:
-            matrix: another one within this space.
-        """
-        values, vectors = torch.linalg.eigh(self.matrix if matrix is None else matrix)
-        return values.clamp(min=0), vectors, self.length * vectors[0]
-
-    def project(self, apply: Apply) -> torch.Tensor:
-        """Return another matrix within this space, (k, k). Cost: one product for every basis vector."""
-        size = len(self.basis)
-        found = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-        for column, vector in enumerate(self.basis):
-            image = apply(vector)
-            for row, other in enumerate(self.basis):
-                found[row, column] = sum(float(one.double() @ other.read(name).double()) for name, one in image.items())
-        return (found + found.T) / 2
+    def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (eigenvalues, not below 0; eigenvectors as columns) of the matrix."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values.clamp(min=0), vectors
 
     def free(self) -> None:
         """Give the vectors back."""
@@ -49,31 +37,47 @@ class Space:
             vector.free()
 
 
-def krylov(start: Vector, apply: Apply, workspace: Workspace, steps: int) -> Space | None:
-    """Return the space of a start vector; None if that is zero. Cost: at most `steps` products and vectors."""
-    length = start.norm()
-    if length == 0:
-        return None
-    basis = [workspace.new()]
-    basis[0].add(start, 1 / length)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        candidate = workspace.new()
-        for name, image in apply(basis[-1]).items():
-            candidate.write(name, 0, image)
-        diagonal.append(candidate.dot(basis[-1]))
-        # Twice: once leaves what rounding put back.
-        for vector in (*basis, *basis):
-            candidate.add(vector, -candidate.dot(vector))
-        size = candidate.norm()
-        if len(basis) >= steps or size <= 1e-10 * max(map(abs, diagonal)):
-            candidate.free()
-            break
-        candidate.scale(1 / size)
-        beside.append(size)
-        basis.append(candidate)
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
-    for number, size in enumerate(beside):
-        matrix[number, number + 1] = matrix[number + 1, number] = size
-    return Space(basis, matrix, length)
+def krylov(starts: Sequence[Vector], apply: Apply, workspace: Workspace, depth: int) -> Space:
+    """Return the space of some vectors and of what `depth` products make of each; the vectors are used up.
+
+    Cost: at most `depth` products and workspace vectors for each that is not zero.
+    """
+    basis: list[Vector] = []
+    given = [_added(one, basis) for one in starts]
+    images: list[list[float]] = []
+    first, last = 0, len(basis)
+    for level in range(depth):
+        for number in range(first, last):
+            image = workspace.new()
+            for name, numbers in apply(basis[number]).items():
+                image.write(name, 0, numbers)
+            images.append(_added(image, basis, keep=level + 1 < depth))
+        first, last = last, len(basis)
+    matrix = _columns(images, len(basis))
+    return Space(basis, (matrix + matrix.T) / 2, _columns(given, len(basis)))
+
+
+def _added(vector: Vector, basis: list[Vector], *, keep: bool = True) -> list[float]:
+    """Take a vector into an orthonormal basis, unless it lies in it or is not kept; return its coefficients."""
+    length = vector.norm()
+    found = [0.0] * len(basis)
+    for _ in range(2):  # once leaves what rounding put back
+        for number, other in enumerate(basis):
+            share = vector.dot(other)
+            vector.add(other, -share)
+            found[number] += share
+    rest = vector.norm()
+    if not keep or rest <= _ROUNDING * length:
+        vector.free()
+        return found
+    vector.scale(1 / rest)
+    basis.append(vector)
+    return [*found, rest]
+
+
+def _columns(found: Sequence[Sequence[float]], size: int) -> torch.Tensor:
+    """Return (size, columns): the columns, each with zeros below."""
+    made = torch.zeros(size, len(found), dtype=torch.float64, device="cpu")
+    for column, numbers in enumerate(found):
+        made[: len(numbers), column] = torch.tensor(numbers, dtype=torch.float64)
+    return made

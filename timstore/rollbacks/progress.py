@@ -14,17 +14,15 @@ class Bar:
     """Two lines of progress: gradients added, products taken.
 
     Args:
-        halves, wholes: products with half of the probe, which come first, and with all of it.
+        products: how many there will be, at most.
     """
 
-    def __init__(self, progress: Shown, gradients: int, halves: int, wholes: int) -> None:
+    def __init__(self, progress: Shown, gradients: int, products: int) -> None:
         self._progress = progress
-        self._units = halves + 2 * wholes
-        self._halves_left = halves
-        self._products = halves + wholes
+        self._products = products
         self._began: float | None = None
         self._added = progress.add_task("adding gradients", total=gradients)
-        self._taken = progress.add_task("curvature", total=self._units, visible=self._units > 0)
+        self._taken = progress.add_task("curvature", total=products, visible=products > 0)
 
     def added(self, gradients: int) -> None:
         """Say that some more gradients were added."""
@@ -34,19 +32,17 @@ class Bar:
         """Say that products with the probe's curvature begin."""
         self._began = time.perf_counter()
         self._say(
-            f"curvature: up to {self._products} products over the probe of {sequences} sequences, each about two of "
-            "its gradients (those of half the probe first)"
+            f"curvature: up to {self._products} products over one or the other half of the probe's {sequences} "
+            "sequences, each about two of their gradients"
         )
 
     def taken(self) -> None:
         """Say that one more product was taken."""
-        units = 1 if self._halves_left > 0 else 2
-        self._halves_left -= 1
         if self._began is not None:
             seconds, self._began = time.perf_counter() - self._began, None
-            whole = span(seconds / units * self._units)
+            whole = span(seconds * self._products)
             self._say(f"curvature: the first product took {span(seconds)}; all of them take about {whole}")
-        self._progress.advance(self._taken, units)
+        self._progress.advance(self._taken, 1)
 
     def _say(self, text: str) -> None:
         self._progress.say(text)
@@ -54,7 +50,7 @@ class Bar:
 
 
 @contextmanager
-def rollback_shown(wanted: bool | None, gradients: int, halves: int = 0, wholes: int = 0) -> Iterator[Bar]:
+def rollback_shown(wanted: bool | None, gradients: int, products: int = 0) -> Iterator[Bar]:
     """Show how far a rollback is, as `timstore.progress.shown` does."""
     with shown(wanted) as progress:
-        yield Bar(progress, gradients, halves, wholes)
+        yield Bar(progress, gradients, products)

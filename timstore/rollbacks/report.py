@@ -10,9 +10,14 @@ class ProbeReport:
 
     Attributes:
         sequences: rows of the probe's batches.
-        products: products of the curvature matrix with a vector; each costs about two gradients of the probe.
-        multiplier: of the step length that the curvature acted over: measured, for momentum's lag and the probe's size.
+        products: products of the curvature matrix with a vector; each costs about two gradients of half the probe.
+        damping: curvature that half the probe does not show and the other half does, measured along the change, in
+            units of one over the run's length; 0 where it shows all, large where the change is far beyond a
+            linearisation.
+        expected, seen: divergence of the other half's answers, before || after: what the curvature tells, and what it
+            is (KL per position, or the mean squared difference). These three are means of both ways round.
         moved: how far the filter moved the first-order change, relative to the result.
+        apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
         left_out: how many of those were left out, since they are to be forgotten or consist of the same.
@@ -20,8 +25,11 @@ class ProbeReport:
 
     sequences: int
     products: int
-    multiplier: float
+    damping: float
+    expected: float
+    seen: float
     moved: float
+    apart: float
     loss_before: float
     loss_after: float
     kept: int | None = None
@@ -105,8 +113,8 @@ class RollbackReport:
             probe = self.probe
             lines.append(
                 f"probe         {probe.sequences} sequences{probe.origin}, {probe.products} products, "
-                f"tau x {probe.multiplier:.2f}; moved the change by {probe.moved:.1%}; "
-                f"its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"damping {probe.damping:.2f}; moved the change by {probe.moved:.1%}, "
+                f"its halves {probe.apart:.1%} apart; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")

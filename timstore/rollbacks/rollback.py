@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from timstore.kept_rows import asks_kept
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
-from timstore.rollbacks.curvature import probe_filter, probe_losses
 from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
-from timstore.rollbacks.matching import multiplier
+from timstore.rollbacks.filtering import probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
+from timstore.rollbacks.outcome import probe_losses
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
@@ -40,7 +41,6 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
-_MATCHING_STEPS = 8
 # How far a replay may end from the model, in lengths of the run: rounding is thousands of times less.
 _OFF = 0.02
 
@@ -102,12 +102,12 @@ def rollback(
     live = _live(target, changed) if optimizers or keep_delta else {}
     if optimizers:
         check_optimizers(optimizers, live, selection.known, run.timelines)
-    # Eight are as good as twenty in each of several bins (docs/design/rollback.md); a single bin takes more.
-    steps = 8 if len(plan.lengths) > 1 else 16
-    halves, wholes = (4 * _MATCHING_STEPS, len(plan.lengths) * (steps + 1) - 1) if asked.probe else (0, 0)
+    # Five are as good as eight for each of several bins (docs/design/curvature.md); a single bin takes more.
+    depth = 5 if len(plan.lengths) > 1 else 16
+    products = 2 * depth * len(plan.lengths) if asked.probe else 0
     device = next(iter(changed.values())).device
     with Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace:
-        with rollback_shown(progress, run.work(plan), halves, wholes) as bar:
+        with rollback_shown(progress, run.work(plan), products) as bar:
             increments = [workspace.new() for _ in plan.lengths]
             replayed = run.sum_up(plan, changed, increments, workspace, bool(optimizers), bar.added)
             if replayed is not None and not identity.is_rolled_back:
@@ -120,7 +120,7 @@ def rollback(
                 largest = into_steps(increments, coordinates)
             decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
             delta, probed = _filtered(
-                target, run, plan, increments, coordinates, decays, asked, steps, limit_bytes, workspace, bar
+                target, run, plan, increments, coordinates, decays, asked, depth, limit_bytes, workspace, bar
             )
         change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
@@ -205,7 +205,7 @@ def _filtered(
     coordinates: Vector | None,
     decays: dict[str, float],
     asked: Asked,
-    steps: int,
+    depth: int,
     keep_bytes: int,
     workspace: Workspace,
     bar: Bar,
@@ -215,7 +215,7 @@ def _filtered(
         if coordinates is not None:
             decayed(increments[0], coordinates, plan)
         return increments[0], None
-    model, response = target.model(), run.response(len(increments))
+    model = target.model()
     bar.curved(probe.sequences)
     try:
         found = probe_filter(
@@ -224,10 +224,9 @@ def _filtered(
             plan.lengths,
             probe,
             workspace,
-            steps=steps,
+            depth=depth,
             coordinates=coordinates,
             decays=decays,
-            match=lambda start, halves: multiplier(start, halves, response, workspace, _MATCHING_STEPS),
             keep_bytes=keep_bytes,
             advance=bar.taken,
         )
@@ -236,12 +235,17 @@ def _filtered(
         if asked.kept is not None:
             error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
         raise
+    ways = found.ways
     return found.delta, ProbeReport(
-        probe.sequences,
-        found.products,
-        found.multiplier,
-        found.moved,
-        *losses,
+        sequences=probe.sequences,
+        products=sum(way.products for way in ways),
+        damping=fmean(way.damping for way in ways),
+        expected=fmean(way.expected for way in ways),
+        seen=fmean(way.seen for way in ways),
+        moved=found.moved,
+        apart=found.apart,
+        loss_before=losses[0],
+        loss_after=losses[1],
         kept=asked.kept,
         left_out=asked.left_out,
     )

@@ -18,7 +18,6 @@ from timstore.rollbacks.optimizer_state import Correction, buffers_of, described
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
 from timstore.rollbacks.replay import Replay, Replayed
 from timstore.rollbacks.request import Request
-from timstore.rollbacks.response import Response
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.tape import Tape, find_tape
 from timstore.rollbacks.targets import Place
@@ -130,19 +129,6 @@ class Run:
         strength = self.request.strength
         plan = make_plan(self.selection, names, self.timelines, self.changes, self.sources, bins, strength)
         return plan if self.tape is None else replace(plan, dense_bytes=self.selection.dense_bytes + self.tape.bytes)
-
-    def response(self, count: int) -> Response:
-        """Return how the run answers pushes where the leaving samples pushed, for a filter of `count` time bins."""
-        group = max(self.timelines, key=lambda one: float(self.timelines[one].lengths("").sum()))
-        timeline, change, leaving = self.timelines[group], self.changes[group], self.selection.leaving
-        members = [one for one in self.selection.known.values() if one.group_id == group]
-        name = max(members, key=lambda one: one.numel).name
-        steps = np.flatnonzero(np.isin(timeline.keys, leaving.keys))
-        sizes = leaving.largest[np.searchsorted(leaving.keys, timeline.keys[steps])]
-        pushes = np.abs(timeline.weights(name)[steps] * change.on_removed[steps]) * sizes
-        shares = pushes / pushes.sum() if pushes.sum() else np.full(len(steps), 1 / max(1, len(steps)))
-        bins = np.searchsorted(bin_edges(self.timelines, count), timeline.keys[steps], side="left")
-        return Response(timeline, name, steps, shares, bins, count)
 
     def work(self, plan: Plan) -> int:
         """Return how often `sum_up` will advance."""

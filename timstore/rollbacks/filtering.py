@@ -1,0 +1,290 @@
+"""The probe filter: let the other samples' gradients answer, by the model's own curvature on a probe.
+
+    d  =  s sum over time bins b of  exp(-(A + c) r_b) phi((A + c) f_b) (inc_b / s),      phi(x) = (1 - exp(-x)) / x
+
+where inc_b is the bin's first-order change, s the square root of the whole run's step length (one number per
+parameter), A = s H s with the Gauss-Newton matrix H of the probe's mean loss, f_b the bin's share of the run's length
+and r_b the share that came after it. It is the closed form of training's linear response with constant curvature:
+steep directions, where later training has undone most of a sample's push already, are damped, flat ones pass.
+
+A is known in a small space, and from half of the probe. It misses what other rows have, what the run's curvature had in
+other directions, and what it becomes far from the model. All of this is seen at once where the change is tried on the
+other half: the mean divergence D of its answers before and after should be x' A x / 2, x = d / s. What it is more,
+divided by |x|^2 / 2, is the curvature c that is missing along x. It damps every direction alike, and x depends on it:
+c is the root of
+
+    c  =  2 (D(x_c) - x_c' A x_c / 2) / |x_c|^2
+
+For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
+the filter works in the coordinates in which Adam's steps are plain ones.
+
+Source: docs/design/curvature.md.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from timstore.rollbacks.curvature import GaussNewton
+from timstore.rollbacks.krylov import Apply, Space, krylov
+from timstore.rollbacks.outcome import divergence
+from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.vectors import Vector, Workspace
+
+# Parameter to s: one number for all its elements, or one each.
+Scale = Callable[[str], Any]
+# The root of c is looked for so far below where it can be at most, and to this factor.
+_RANGE, _EXACT = 1e-4, 1.1
+_MOST = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What came of one half's curvature and the other's divergence.
+
+    Attributes:
+        products: with the first half's curvature.
+        damping: c, in units of one over the run's length.
+        expected, seen: divergence of the other half's answers by that curvature, and as it is.
+    """
+
+    products: int
+    damping: float
+    expected: float
+    seen: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Filtered:
+    """What the filter returns.
+
+    Attributes:
+        moved: |first order - delta| / |delta|, how much curvature mattered.
+        apart: how far the changes of either way are from delta, their mean, over its norm.
+        ways: one for each half; a single one of a probe of one row.
+    """
+
+    delta: Vector
+    moved: float
+    apart: float
+    ways: tuple[Way, ...]
+
+
+def probe_filter(
+    model: torch.nn.Module,
+    increments: Sequence[Vector],
+    lengths: Sequence[Mapping[str, float]],
+    probe: Probe,
+    workspace: Workspace,
+    *,
+    depth: int,
+    coordinates: Vector | None = None,
+    decays: Mapping[str, float] | None = None,
+    keep_bytes: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Filtered:
+    """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
+
+    Cost: `depth` products with each half of the probe for each bin, and as many workspace vectors as bins times depth;
+    up to some fifteen forward passes of each half before and after a change.
+
+    Args:
+        increments: first-order change of each time bin, in order of time; they are used up.
+        lengths: of each bin, parameter to its step length tau; a parameter that has none passes. The bins' shares of
+            the whole are taken to be the same for all parameters.
+        decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
+        coordinates: what multiplies tau element by element (Adam); 1 when None.
+        keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time.
+        advance: called after every product.
+    """
+    pushes = _Pushes.of(increments, lengths, coordinates, workspace)
+    with probe.undisturbed():
+        deltas, ways = [], []
+        for own, others in _halves(probe):
+            curvature = GaussNewton(model, list(workspace.sizes), own, keep_bytes=keep_bytes)
+            space = krylov(pushes.copies(), pushes.bent(curvature, decays or {}, advance), workspace, depth)
+            products = curvature.products
+            del curvature  # and the graphs that it kept
+            delta, way = _damped(model, others, _Changes(pushes, space), products)
+            deltas.append(delta)
+            ways.append(way)
+            space.free()
+    delta, apart = _mean(deltas)
+    moved, norm = pushes.apart_from(delta), delta.norm()
+    pushes.free()
+    return Filtered(delta, moved / norm if norm else 0.0, apart / norm if norm else 0.0, tuple(ways))
+
+
+def _halves(probe: Probe) -> list[tuple[Probe, Probe]]:
+    first, second = probe.halves()
+    return [(first, second)] if first is second else [(first, second), (second, first)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Pushes:
+    """What is to be answered.
+
+    Attributes:
+        each: of each bin, its first-order change over s.
+        first_order: the sum of the changes.
+        shares: (bins,) of the run's length.
+        passing: parameters without a length: nothing answers their change.
+    """
+
+    each: Sequence[Vector]
+    first_order: Vector
+    shares: torch.Tensor
+    scale: Scale
+    passing: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        increments: Sequence[Vector],
+        lengths: Sequence[Mapping[str, float]],
+        coordinates: Vector | None,
+        workspace: Workspace,
+    ) -> "_Pushes":
+        whole = {name: sum(taus[name] for taus in lengths) for name in workspace.sizes}
+        scale, first_order = _scale(whole, coordinates), workspace.new()
+        for increment in increments:
+            first_order.add(increment)
+            _push(increment, scale)
+        passing = frozenset(name for name, tau in whole.items() if tau <= 0)
+        return cls(increments, first_order, _shares(lengths), scale, passing)
+
+    def copies(self) -> list[Vector]:
+        made = [self.first_order.workspace.new() for _ in self.each]
+        for copy, push in zip(made, self.each, strict=True):
+            copy.add(push)
+        return made
+
+    def bent(self, curvature: GaussNewton, decays: Mapping[str, float], advance: Callable[[], None]) -> Apply:
+        """Return products with s H s, and the decays that bend as curvature does."""
+
+        def product(vector: Vector) -> dict[str, torch.Tensor]:
+            scaled = {name: vector.read(name) * self.scale(name) for name in vector.workspace.sizes}
+            bent = curvature.product(scaled)
+            for name, decay in decays.items():
+                bent[name] = bent[name] + decay * scaled[name]
+            advance()
+            return {name: one * self.scale(name) for name, one in bent.items()}
+
+        return product
+
+    def apart_from(self, delta: Vector) -> float:
+        """Return |first order - delta|; the first order is used up."""
+        self.first_order.add(delta, -1.0)
+        return self.first_order.norm()
+
+    def free(self) -> None:
+        for vector in (*self.each, self.first_order):
+            vector.free()
+
+
+class _Changes:
+    """The change that is left, as a function of the damping c."""
+
+    def __init__(self, pushes: _Pushes, space: Space) -> None:
+        self._pushes, self._space = pushes, space
+        self._values, self._vectors = space.eigen()
+        self._starts = self._vectors.T @ space.starts
+        self.workspace = pushes.first_order.workspace
+        self._later = pushes.shares.sum() - pushes.shares.cumsum(0)
+
+    def missing(self, damping: float, seen: float) -> float:
+        """Return the curvature along the change that a divergence shows beyond the space's own; infinite for NaN."""
+        length = float(self._left(damping).square().sum())
+        if not length:
+            return 0.0
+        missing = 2 * (seen - self.expected(damping)) / length
+        return missing if math.isfinite(missing) else math.inf
+
+    def expected(self, damping: float) -> float:
+        """Return x' A x / 2."""
+        return float(self._values @ self._left(damping).square()) / 2
+
+    def write(self, damping: float, result: Vector) -> None:
+        """Write the change."""
+        weights = (self._vectors @ self._left(damping)).tolist()
+        for name in result.workspace.sizes:
+            if name in self._pushes.passing:
+                result.write(name, 0, self._pushes.first_order.read(name))
+                continue
+            total = torch.zeros_like(result.read(name))
+            for vector, weight in zip(self._space.basis, weights, strict=True):
+                total.add_(vector.read(name), alpha=weight)
+            result.write(name, 0, total * self._pushes.scale(name))
+
+    def _left(self, damping: float) -> torch.Tensor:
+        """Return x in the eigenvectors, (k,)."""
+        bent = self._values[:, None] + damping
+        return (torch.exp(-bent * self._later) * phi(bent * self._pushes.shares) * self._starts).sum(1)
+
+
+def _damped(model: torch.nn.Module, others: Probe, changes: _Changes, products: int) -> tuple[Vector, Way]:
+    workspace = changes.workspace
+    delta, names = workspace.new(), list(workspace.sizes)
+
+    def seen(damping: float) -> float:
+        changes.write(damping, delta)
+        return divergence(model, others, delta, names)
+
+    damping = _root(lambda damping: changes.missing(damping, seen(damping)))
+    return delta, Way(products, damping, seen=seen(damping), expected=changes.expected(damping))
+
+
+def _mean(vectors: Sequence[Vector]) -> tuple[Vector, float]:
+    """Return the mean of one or two vectors, written into the first, and how far they are from it."""
+    mean, apart = vectors[0], 0.0
+    for other in vectors[1:]:
+        mean.add(other)
+        mean.scale(0.5)
+        other.add(mean, -1.0)
+        apart = other.norm()
+        other.free()
+    return mean, apart
+
+
+def _root(missing: Callable[[float], float]) -> float:
+    """Return c = missing(c); 0 where nothing is missing at 0."""
+    high = missing(0.0)
+    if high <= 0:
+        return 0.0
+    high = min(high, 1.0)
+    while missing(high) > high and high < _MOST:
+        high *= 4
+    low = high * _RANGE
+    while high / low > _EXACT:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if missing(middle) > middle else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _shares(lengths: Sequence[Mapping[str, float]]) -> torch.Tensor:
+    """Return each bin's share of the run's length, (bins,)."""
+    sums = torch.tensor([sum(taus.values()) for taus in lengths], dtype=torch.float64, device="cpu")
+    return sums / sums.sum() if sums.sum() else torch.full_like(sums, 1 / len(sums))
+
+
+def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
+    if coordinates is None:
+        return lambda name: taus[name] ** 0.5
+    return lambda name: (coordinates.read(name) * taus[name]).sqrt()
+
+
+def _push(change: Vector, scale: Scale) -> None:
+    """Divide a change by s; 0 where an element has no length, and where its parameter has none."""
+    for name in change.workspace.sizes:
+        size, numbers = scale(name), change.read(name)
+        size = size if isinstance(size, torch.Tensor) else torch.full_like(numbers, size)
+        change.write(name, 0, torch.where(size > 0, numbers / size, 0.0))
+
+
+def phi(values: torch.Tensor) -> torch.Tensor:
+    """Return (1 - exp(-x)) / x of every element, x >= 0."""
+    small = values < 1e-8
+    return torch.where(small, 1 - values / 2, -torch.expm1(-values) / torch.where(small, 1.0, values))
