@@ -25,6 +25,7 @@ LAYERS = [
     ["timstore.parts"],
     ["timstore.intake"],
     ["timstore.samples"],
+    ["timstore.kept_rows"],
     ["timstore.snapshot"],
     ["timstore.removal"],
     ["timstore.opening"],

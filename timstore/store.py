@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from timstore import errors, intake, lifetime
+from timstore import errors, intake, kept_rows, lifetime
 from timstore.attempts import CurrentAttempt
 from timstore.batch import Item, rows_items
 from timstore.entries import Entry, record_entry, step_entry
@@ -225,6 +225,11 @@ class Store(Handle):
         self._writing()
         data = pack_probe(intake.listed(batches, "batches"), intake.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
+
+    def keep_rows(self, rows: pa.Table) -> None:
+        """Keep rows of the training stream, as `kept_rows.rows_table` makes them; durability as `append`."""
+        self._writing()
+        self._put(Item(rows.nbytes, tables={kept_rows.KIND: rows}))
 
     def begin_attempt(
         self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None
