@@ -51,7 +51,7 @@ def roll_back(path: Path, layers: int, tokens: int, limit: str, ids: list[int], 
     with timstore.open(path) as store, warnings.catch_warnings():
         warnings.simplefilter("ignore", timstore.TimstoreWarning)  # no probe, no fingerprint
         store.sql("FROM records LIMIT 1").fetchall()
-        return _timed(path, calls, lambda: store.rollback(model, ids, memory_limit=limit, force=True))
+        return _timed(path, calls, lambda: store.rollback(model, ids, memory_limit=limit, force=True, probe=False))
 
 
 def add_up(path: Path, name: str, elements: int, calls: int) -> Answer:

@@ -193,7 +193,7 @@ def main() -> int:
         say("rolling back, first order only, on a copy")
         with measured() as first_order, warnings.catch_warnings():
             warnings.simplefilter("ignore", timstore.TimstoreWarning)  # it warns that a probe is missing
-            store.rollback(models["first order"], text.forget_ids)
+            store.rollback(models["first order"], text.forget_ids, probe=False)
         probe = [{"input_ids": tokens} for tokens in text.pre[torch.randperm(len(text.pre))[:PROBE]].split(16)]
         say(f"rolling back, with a probe of {PROBE} sequences of the pre-training text")
         with measured() as with_probe:

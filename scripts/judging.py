@@ -164,7 +164,7 @@ def _first_order(store: timstore.Store, model: nn.Module, case: Case, probe: str
     rolled = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", timstore.TimstoreWarning)
-        store.rollback(rolled, case.forget, probe=case.probes[probe] if probe else None, progress=False, **options)
+        store.rollback(rolled, case.forget, probe=case.probes[probe] if probe else False, progress=False, **options)
     return rolled
 
 

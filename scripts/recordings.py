@@ -103,7 +103,7 @@ def record(net: Net, path: Path, *, precision: str, tokens: int, records: int, s
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=RATE, momentum=0.9)
     corpus, draw = text(net.vocabulary, tokens), torch.Generator().manual_seed(1)
     chosen = torch.randperm(len(corpus), generator=draw)[:records]
-    with timstore.open(path, precision=precision) as store, store.record(model, optimizer):
+    with timstore.open(path, precision=precision) as store, store.record(model, optimizer, probe=False):
         for ids in chosen.split(BATCH):
             _step(model, optimizer, corpus[ids], masked=masked, draw=draw, sample_ids=ids)
 

@@ -35,11 +35,13 @@ def tokens(rows: int = ROWS, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def record(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> None:
+def record(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, probe: Any = False, **options: Any
+) -> None:
     """Train a language model for four steps, and record it."""
     text = tokens()
     steps = optimizer or torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.2, momentum=0.9)
-    with timstore.open(path) as store, store.record(model, steps, **options):
+    with timstore.open(path) as store, store.record(model, steps, probe=probe, **options):
         for ids in torch.arange(ROWS).repeat(2).split(4):
             answer = model(input_ids=text[ids], sample_ids=ids)
             hidden = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state

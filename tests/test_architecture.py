@@ -26,6 +26,7 @@ LAYERS = [
     ["timstore.arguments"],
     ["timstore.intake"],
     ["timstore.samples"],
+    ["timstore.kept_rows"],
     ["timstore.snapshot"],
     ["timstore.removal"],
     ["timstore.opening"],

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from odd import FOLDER, G, answer_of, fuzzed, odd_call
 
 import timstore
+from timstore.kept_rows import KeptRow, rows_table
 from timstore.records import Parameter
 
 FEW = 5
@@ -42,6 +43,7 @@ CALLS = {
     "append_hashes": dict(hashes={1: "00"}),
     "append_rollback": dict(row={"samples": [1], "digest_after": "00"}, before={"w": G}),
     "keep_probe": dict(batches=[{"x": np.ones(2)}, np.ones(2), [np.ones(2)]], loss="mse"),
+    "keep_rows": dict(rows=rows_table([KeptRow(1, 0, 0, None, 1, {"0": np.ones((1, 3))}, {})], "mse", None)),
     "begin_attempt": dict(from_epoch=3, from_step=0, scope=(1, 2), ranks=1, digest_before="00"),
     "join_attempt": dict(attempt=0),
     "claim_scope": dict(scope=None, ranks=1, digest_before="00"),
@@ -105,7 +107,7 @@ class Tried:
         with timstore.open(self._path, "r") as store:
             for table in TABLES:
                 store.sql(f"FROM {table}").fetchall()
-            store.probe(), store.latest_fingerprints()
+            store.probe(), store.kept_rows(), store.latest_fingerprints()
             for record in store.read():
                 for name in record.gradients:
                     record.dense(name)

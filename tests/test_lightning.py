@@ -226,6 +226,19 @@ def test_rolling_back_all_samples_returns_the_initial_parameters_after_validatio
         torch.testing.assert_close(value, initial[name], rtol=0, atol=1e-6)
 
 
+def test_rows_of_the_training_are_kept_and_asked_once_the_loss_is_named(tmp_path: Path) -> None:
+    module = Automatic()
+    with timstore.open(tmp_path / "s") as store:
+        fitted(module, [TrajectoryCallback(store, [105], id_column="idx")], tmp_path)
+        kept = store.snapshot().kept_rows()
+        assert {row.sample for row in kept.rows} == set(range(100, 112)) - {105}
+        for row in kept.rows:
+            np.testing.assert_array_equal(row.by_row["0"][0], Rows().inputs[row.sample - 100])
+        assert kept.loss is None  # what numbers a mean of squares is held against cannot be seen
+        report = store.rollback(module, [105], loss="mse", dry_run=True)
+        assert report.probe is not None and report.probe.kept == 11
+
+
 def test_what_goes_on_from_a_checkpoint_supersedes_what_came_after_it(tmp_path: Path) -> None:
     def trained(store: Any, ckpt: Path | None = None) -> Any:
         saving = pl.callbacks.ModelCheckpoint(

@@ -163,6 +163,25 @@ def test_the_probe_holds_no_row_that_is_to_be_forgotten(newest: Checkout, tmp_pa
     assert told["probe"]["sequences"] == 3
 
 
+def test_by_default_what_was_kept_of_the_training_is_asked(newest: Checkout, tmp_path: Path) -> None:
+    model = tuned(newest, tmp_path)
+    expected = copy.deepcopy(model)
+    trainer = unlearning(newest, tmp_path, model, retain=None, probe="auto")
+    trainer.train()
+    told = json.loads((tmp_path / "rolled" / "timstore_report.json").read_text())
+    assert told["probe_rows"] == []
+    assert (told["probe"]["kept"], told["probe"]["left_out"]) == (len(RETAIN) + len(FORGET), len(FORGET))
+    report = timstore.rollback(expected, ids_of(FORGET), tmp_path / "tim" / "trajectories.tim", force=True)
+    assert told["rollback_id"] == report.rollback_id
+
+
+def test_where_nothing_was_kept_the_retain_split_is_asked(newest: Checkout, tmp_path: Path) -> None:
+    trainer = unlearning(newest, tmp_path, tuned(newest, tmp_path, probe=None), probe="auto")
+    trainer.train()
+    told = json.loads((tmp_path / "rolled" / "timstore_report.json").read_text())
+    assert len(told["probe_rows"]) == len(RETAIN) and told["probe"]["kept"] is None
+
+
 def test_without_a_probe_it_is_first_order_and_needs_no_retain_split(newest: Checkout, tmp_path: Path) -> None:
     model = tuned(newest, tmp_path)
     expected, asked = copy.deepcopy(model), copy.deepcopy(model)
@@ -292,7 +311,7 @@ def test_what_cannot_be_right_is_told_by_name(newest: Checkout, tmp_path: Path) 
     fails("holds no epoch_N.json", NotFoundError, trajectory_format="json")
     fails("trajectory_format is auto, timstore", trajectory_format="csv")
     fails(r"trainer.method_args.tim_output_dir=", tim_output_dir=None)
-    fails("probe is a number of rows", probe=0)
+    fails("probe is auto, a number of rows", probe=0)
     fails("missing is error or skip", missing="none")
     fails("strength lies between", rollback_strength=2.0)
     fails("method", method="magic")

@@ -119,6 +119,18 @@ def test_gradients_that_are_no_mean_over_the_processes_are_refused(tmp_path: Pat
     assert [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)] == ["gradient-changed"] * 2
 
 
+def test_rows_of_both_processes_are_kept_and_asked(by_trainer: Path) -> None:
+    model = new_model("llama")
+    model.load_state_dict(torch.load(by_trainer / "model-1.pt"))
+    with timstore.open(by_trainer / "s") as store:
+        written = [commit.rank for _, commit in store.snapshot().view.objects_of("kept_rows")]
+        assert set(written) == {0, 1}
+        kept = store.snapshot().kept_rows()
+        assert {row.sample for row in kept.rows} == set(range(100, 112)) and kept.loss == "cross_entropy"
+        report = store.rollback(model, [103, 107], dry_run=True)
+        assert report.probe is not None and (report.probe.sequences, report.probe.left_out) == (10, 2)
+
+
 def test_a_trainer_of_two_processes_killed_and_restarted_leaves_no_hole_and_no_double(
     by_trainer: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +142,7 @@ def test_a_trainer_of_two_processes_killed_and_restarted_leaves_no_hole_and_no_d
     model = new_model("llama")
     model.load_state_dict(torch.load(tmp_path / "cut" / "model-1.pt"))
     with timstore.open(tmp_path / "cut" / "s") as cut:
+        assert len(cut.snapshot().kept_rows()) == 12
         assert cut.rollback(model, [103]).records == 2
 
 

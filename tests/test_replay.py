@@ -95,7 +95,9 @@ class Recorded:
         self.whole: Stream = []
         self.consumed: Stream = []
         self.removed: Stream = []
-        with store.record(self.model, self.optimizer, samples=samples, optimizer_history=history) as recorder:
+        with store.record(
+            self.model, self.optimizer, samples=samples, optimizer_history=history, probe=False
+        ) as recorder:
             for step in range(steps):
                 recorder.epoch = step // 5
                 self.step(step)

@@ -138,7 +138,7 @@ def recorded_mlp(store: timstore.Store, **options: Any) -> tuple[nn.Module, list
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, **options)
     torch.manual_seed(2)
     data, labels = torch.randn(10, 6), torch.randint(0, 3, (10,))
-    with store.record(model, optimizer) as recorder:
+    with store.record(model, optimizer, probe=False) as recorder:
         for step in range(12):
             ids = [(step * 3 + row) % 10 for row in range(5)]
             recorder.batch(ids)

@@ -107,6 +107,34 @@ def test_a_rollback_with_a_probe_works_on_the_model_that_a_trainer_leaves_behind
         assert store.sql("SELECT DISTINCT sample FROM records ORDER BY ALL").fetchall() == [(103,), (104,)]
 
 
+@pytest.mark.parametrize("column", ["idx", None])
+def test_rows_of_the_training_are_kept_and_asked(column: str | None, tmp_path: Path) -> None:
+    # Four batches of 3 an epoch, two to a step; rows differ in how many labels count.
+    model, held = new_model("llama"), rows()
+    ids = [row["idx"] for row in held] if column else content_ids(held)
+    with timstore.open(tmp_path / "s") as store:
+        callback = TrajectoryCallback(store, ids[3:5], id_column=column)
+        trained(model, [callback], tmp_path / "t", gradient_accumulation_steps=2)
+        kept = store.snapshot().kept_rows()
+        assert kept.loss == "cross_entropy"
+        assert {row.sample for row in kept.rows} == set(ids) - set(ids[3:5])
+        for row in kept.rows:
+            drawn = held[ids.index(row.sample)]
+            assert {name: one.tolist() for name, one in row.by_row.items()} == {
+                name: [drawn[name]] for name in ("input_ids", "labels")
+            }
+            assert row.epoch == 0
+        in_time = [held[ids.index(row.sample)] for row in kept.rows]
+        given = [
+            {name: torch.tensor([row[name] for row in in_time[start:end]]) for name in ("input_ids", "labels")}
+            for start, end in ((0, 2), (2, 5), (5, 8), (8, 10))
+        ]
+        by_itself = store.rollback(model, ids[3:4], dry_run=True)
+        wanted = store.rollback(model, ids[3:4], probe=given, dry_run=True)
+        assert by_itself.rollback_id == wanted.rollback_id
+        assert by_itself.probe is not None and by_itself.probe.kept == 10
+
+
 # --- ids ---------------------------------------------------------------------------------------------------
 
 

@@ -199,7 +199,10 @@ def test_each_sample_of_sft_is_its_own_gradient_and_all_add_up(
         chosen = [ids[0], ids[5]]
         steps = store.sql("SELECT sample_ids FROM steps WHERE group_id = 0").fetchall()
         drawn = {one for (step,) in steps for one in step}
-        assert store.rollback(trainer.model, [one for one in chosen if one in drawn] or sorted(drawn)[:1]).records
+        report = store.rollback(trainer.model, [one for one in chosen if one in drawn] or sorted(drawn)[:1])
+        kept = store.snapshot().kept_rows()
+        assert report.records and {row.sample for row in kept.rows} == drawn and kept.loss == "cross_entropy"
+        assert report.probe is not None and report.probe.sequences == len(drawn) - len(report.samples)
 
 
 def told(price: bool) -> Any:
@@ -218,7 +221,7 @@ def test_rolling_back_one_example_of_packed_rows_leaves_what_the_others_did(tmp_
         (drawn,) = store.sql("SELECT sample_ids FROM steps WHERE group_id = 0").fetchall()[0]
         gone = drawn[1]
         gradients = sft_gradients(initial, data, content_ids(data))
-        store.rollback(trainer.model, [gone])
+        store.rollback(trainer.model, [gone], probe=False)
         wanted = dict(initial.named_parameters())
         moved = [gradients[one](drawn) for one in drawn if one != gone]
         for name, one in trainer.model.named_parameters():

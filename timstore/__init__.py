@@ -84,7 +84,7 @@ class Store(_Store):
         samples: Iterable[int] | None = None,
         *,
         resume_from: tuple[int, int] | None = None,
-        probe: Iterable[Any] | None = None,
+        probe: Iterable[Any] | Literal["auto", False] | None = "auto",
         optimizer_history: str = "final",
         scaler: Any = None,
         mean_over: str | None = None,
@@ -112,7 +112,9 @@ class Store(_Store):
             samples: ids to record; all when None. The others cost nothing.
             resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
                 everything recorded from there on. Not needed where recording stopped, nor after a rollback.
-            probe: batches of any data like the training data, kept in the store for `rollback`.
+            probe: what `rollback` asks the model about, kept in the store: `auto`, up to 256 rows (64 MB) of the
+                training itself, drawn from the samples that are not recorded, or from all where all are; or batches of
+                any data like the training data; False or None for nothing. Rows are written where the recorder commits.
             optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
                 parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
                 optimizer, at the price of a model's size per step.
@@ -217,7 +219,7 @@ class Store(_Store):
         method: str = "auto",
         denominator: str = "kept",
         optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
-        probe: Iterable[Any] | Literal[False] | None = None,
+        probe: Iterable[Any] | Literal["auto", False] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
         loss: str | None = None,
@@ -252,11 +254,13 @@ class Store(_Store):
             denominator: `kept`: the mean divides by what it did; `renormalised`: by the samples (tokens) that stay.
             optimizer: the one that trained the model, or a list of all that did: momentum and moments are corrected as
                 far as the records determine them; the report says which.
-            probe: an iterable of what the model takes (mapping, tuple or tensor); the one kept by
-                `record(probe=...)` when None, unless that takes loading a checkpoint; False for none.
+            probe: an iterable of what the model takes (mapping, tuple or tensor); `auto`: the one that
+                `record(probe=...)` was given, or 64 of the rows that it kept of the training, without what is to be
+                forgotten; None: `auto`, unless that takes loading a checkpoint; False for none.
             bins: time bins of the filter.
             outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.
-            loss: the training loss, `cross_entropy` (default) or `mse`, a mean.
+            loss: the training loss, `cross_entropy` or `mse`, a mean; when None what is kept with the probe, else
+                `cross_entropy`. Rows kept of a training whose loss was not recognised are asked only if it is named.
             memory_limit: bytes, or text like "512MB", for everything but the model and its own passes.
             accumulate: `float32` or `float64`.
             missing: `error`, or `skip` to go on without samples that were never recorded.

@@ -9,6 +9,7 @@ import numpy as np
 from timstore import arguments, errors, lifetime
 from timstore.catalog import remove_leftovers
 from timstore.format.place import Place
+from timstore.kept_rows import ASKED
 from timstore.opening import open_settings
 from timstore.reporting import user_path
 from timstore.snapshot import Snapshot, StoredRecord
@@ -93,8 +94,16 @@ class Handle:
         return self.snapshot().latest_fingerprints()
 
     def probe(self) -> tuple[list[Any], str] | None:
-        """Return (batches, loss) of the probe kept last, or None."""
-        return self.snapshot().probe()
+        """Return (batches, loss) of the probe given last; without one, of rows that were kept of the training; or None.
+
+        The loss of such rows may be `unknown`, and what is to be forgotten may be among them: a rollback that is given
+        no probe leaves it out.
+        """
+        given = self.snapshot().probe()
+        if given is not None:
+            return given
+        rows = self.snapshot().kept_rows().spread(ASKED)
+        return (rows.batches(), rows.loss or "unknown") if rows else None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._snapshot.view.commits)} commits"

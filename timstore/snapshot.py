@@ -24,6 +24,7 @@ from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED
 from timstore.format.verified import read_verified
 from timstore.format.view import View, read_view
+from timstore.kept_rows import KIND, KeptRows
 from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024
@@ -151,9 +152,16 @@ class Snapshot:
         return rows[0]["epoch"], rows[0]["step"], {row["parameter"]: row["digest"] for row in rows}
 
     def probe(self) -> tuple[list[Any], str] | None:
-        """Return (batches, loss) of the newest probe that was kept, or None."""
-        found = self.view.newest_object("probe")
-        return None if found is None else unpack_probe(read_verified(self.objects, *found))
+        """Return (batches, loss) of the newest probe that was given, or None."""
+        found = self.view.objects_of("probe")
+        return unpack_probe(read_verified(self.objects, *found[-1])) if found else None
+
+    def kept_rows(self) -> KeptRows:
+        """Return the rows of the training stream that recorders kept by themselves."""
+        scopes = [one.scope for one in self.view.attempts]
+        chosen = [scope for scope in scopes if isinstance(scope, tuple)]
+        tables = (read_rows(self.objects, *found) for found in self.view.objects_of(KIND))
+        return KeptRows.read(tables, None if "all" in scopes else frozenset().union(*chosen))
 
     def _gradients(
         self,

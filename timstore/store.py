@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from timstore import arguments, errors, intake, lifetime
+from timstore import arguments, errors, intake, kept_rows, lifetime
 from timstore.attempts import CurrentAttempt
 from timstore.batch import Item, rows_items
 from timstore.entries import Entry, record_entry, step_entry
@@ -195,8 +195,7 @@ class Store(Handle):
         """
         ledger = self._writing()
         role = arguments.choice(role, ("exp_avg_sq", "gradient", "start_theta", "start_state"), "role")
-        moment = arguments.moment(epoch, step)
-        precision = state_precision(role, self.settings.precision)
+        moment, precision = arguments.moment(epoch, step), state_precision(role, self.settings.precision)
         self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
 
     def append_hashes(self, hashes: Mapping[int, str]) -> None:
@@ -225,6 +224,12 @@ class Store(Handle):
         self._writing()
         data = pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
+
+    def keep_rows(self, rows: pa.Table) -> None:
+        """Keep rows of the training stream, as `kept_rows.rows_table` makes them; durability as `append`."""
+        self._writing()
+        kept_rows.check_table(rows)
+        self._put(Item(rows.nbytes, tables={kept_rows.KIND: rows}))
 
     def begin_attempt(
         self, from_epoch: int, from_step: int, *, scope: Scope = None, ranks: int = 1, digest_before: str | None = None

@@ -29,7 +29,7 @@ def probe_options(given: str, store: Path) -> dict[str, Any]:
         kept = opened.probe()
     if kept is None:
         raise NotFoundError(f"{store} keeps no probe, which record(probe=) would have given it: pass a file")
-    return {"probe": kept[0], "loss": kept[1]}
+    return {"probe": "auto"}
 
 
 def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:

@@ -4,7 +4,7 @@ import re
 
 _SPELLED = {
     "missing='skip'": "--skip-missing",
-    "probe=store.probe()[0]": "--probe kept",
+    'probe="auto"': "--probe kept",
     "names its class: pass model=, an nn.Module of the recorded class; its parameters are then read from the "
     "checkpoint": "names its class: pass the model's folder, with a config.json that does",
     "pass model=": "roll back in Python, and pass model=",

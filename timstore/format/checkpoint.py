@@ -149,10 +149,10 @@ class CoveredObjects:
         sizes = self._columns[1].to_numpy()
         return int(sizes.max()) if len(sizes) else 0
 
-    def newest_of(self, kind: str) -> int | None:
-        """Return the number of the newest commit that has an object of that kind."""
+    def holding(self, kind: str) -> list[int]:
+        """Return the numbers of the commits that have objects of that kind."""
         found = np.flatnonzero(self._columns[3].to_numpy(zero_copy_only=False) == kind)
-        return int(np.searchsorted(self._starts, found[-1], side="right")) - 1 if len(found) else None
+        return np.unique(np.searchsorted(self._starts, found, side="right") - 1).tolist()  # type: ignore[no-any-return]
 
 
 class _Described(Sequence[ObjectInfo]):

@@ -44,15 +44,12 @@ class View:
         sizes = [info.bytes for commit in self.since_checkpoint for info in commit.objects]
         return max([self.covered.largest() if self.covered else 0, *sizes])
 
-    def newest_object(self, kind: str) -> tuple[ObjectInfo, Commit] | None:
-        """Return the newest data object of that kind and its commit."""
-        numbers = range(len(self.commits) - 1, len(self.commits) - len(self.since_checkpoint) - 1, -1)
-        covered = self.covered.newest_of(kind) if self.covered else None
-        for number in (*numbers, *([] if covered is None else [covered])):
-            found = [info for info in self.commits[number].objects if info.kind == kind]
-            if found:
-                return found[-1], self.commits[number]
-        return None
+    def objects_of(self, kind: str) -> list[tuple[ObjectInfo, Commit]]:
+        """Return the data objects of that kind and their commits, in the order of the commits."""
+        covered = self.covered.holding(kind) if self.covered else []
+        numbers = (*covered, *range(len(self.commits) - len(self.since_checkpoint), len(self.commits)))
+        commits = [self.commits[number] for number in numbers]
+        return [(info, commit) for commit in commits for info in commit.objects if info.kind == kind]
 
 
 def read_view(objects: Objects, settings: Settings, previous: View | None = None) -> View:

@@ -1,11 +1,13 @@
 """One commit: all of its objects, its rows, its arrays, and what else lies in its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pyarrow as pa
 
 from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.tables import ROLLED, SCHEMAS
+from timstore.format.tables import ROLLED, SCHEMAS, read_rows
+from timstore.kept_rows import KIND, KeptRows
 from timstore.maintenance.arrays import ArrayCheck
 from timstore.maintenance.chunks import ChunkCheck
 from timstore.maintenance.examiner import Examiner, Fault
@@ -14,6 +16,11 @@ from timstore.maintenance.matrices import Slices, columns
 from timstore.maintenance.rows import Tables, check_rows, samples_of
 from timstore.maintenance.slices import SliceCheck
 from timstore.snapshot import unpack_probe
+
+_OTHER: dict[str, tuple[str, Callable[[bytes, ObjectInfo], Any]]] = {
+    "probe": ("probe", lambda data, info: unpack_probe(data)),
+    KIND: ("rows of a training", lambda data, info: KeptRows.read([read_rows(data, info.path, rows=info.rows)], None)),
+}
 
 
 def check_commit(
@@ -87,11 +94,12 @@ def _check_other(examiner: Examiner, commit: Commit, info: ObjectInfo) -> None:
     data = examiner.read(info)
     if isinstance(data, Fault):
         examiner.add(data.kind, info.path, f"{data.message}. It holds {info.kind}", commit)
-    elif info.kind == "probe":
+    elif info.kind in _OTHER:
+        what, read = _OTHER[info.kind]
         try:
-            unpack_probe(data)
-        except Exception as error:  # whatever numpy, zipfile and json make of bytes that are no probe
-            examiner.add("malformed", info.path, f"it holds no probe: {error!s:.200}", commit)
+            read(data, info)
+        except Exception as error:  # whatever numpy, zipfile, json and arrow make of bytes that are none
+            examiner.add("malformed", info.path, f"it holds no {what}: {error!s:.200}", commit)
 
 
 def _check_folder(examiner: Examiner, commit: Commit) -> None:

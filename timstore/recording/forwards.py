@@ -16,6 +16,7 @@ from timstore.recording.looking import Trial, sizes_of
 from timstore.recording.packing import contents_of, ids_of_tokens, mixes, pieces_of
 from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
+from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 from timstore.store import Store
 
@@ -28,6 +29,7 @@ class Forwards:
         axis: of the batch in the model's arguments.
         keys: the user's own names of samples, None where they have none.
         by_content: a batch without ids is known by what its rows consist of.
+        reservoir: takes rows that are kept for rollbacks; None where none are.
 
     Attributes:
         held: a block names the batch of several forward passes.
@@ -42,6 +44,7 @@ class Forwards:
         axis: int,
         keys: Mapping[str, int] | None,
         by_content: bool,
+        reservoir: Reservoir | None,
     ) -> None:
         self._store = store
         self._model = model
@@ -49,6 +52,7 @@ class Forwards:
         self._axis = axis
         self._keys = keys
         self._by_content = by_content
+        self._reservoir = reservoir
         self._masked = "MaskedLM" in type(model).__name__
         self.held = False
         self._current: MicroBatch | None = None
@@ -107,6 +111,8 @@ class Forwards:
         """Look at the next batch again."""
         self._looked = False
         self._passes.look_again()
+        if self._reservoir is not None:
+            self._reservoir.loss.look_again()
 
     def wait(self) -> None:
         """Return when all that was captured is on the host."""
@@ -147,9 +153,12 @@ class Forwards:
             raise
         batch.tokens = token_counts(module, kwargs, batch.rows_given, batch.layout)
         if batch.layout is None:
-            self._keep_hashes(batch.ids, content_rows(args, kwargs, len(batch.ids), masked=self._masked))
+            contents = content_rows(args, kwargs, len(batch.ids), masked=self._masked)
         else:
-            self._keep_hashes(batch.ids, contents_of(batch.layout, kwargs))
+            contents = contents_of(batch.layout, kwargs)
+        self._keep_hashes(batch.ids, contents)
+        if self._reservoir is not None:
+            self._reservoir.offer(batch, args, kwargs, contents)
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
         if not self._looked and len(batch.ids) > 1:
             self._look(args, kwargs, batch)
@@ -161,6 +170,8 @@ class Forwards:
         batch = self._current
         if batch is not None and output is not None:
             self._passes.watch(output, batch)
+            if self._reservoir is not None:
+                self._reservoir.loss.watch(output, labelled=batch.tokens is not None)
         if self.held:
             return
         if output is None and batch is not None:

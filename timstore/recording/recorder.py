@@ -13,6 +13,7 @@ from timstore.arguments import choice, counting_number, listed, moment, plain_na
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
+from timstore.kept_rows import KEPT, asks_kept
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
@@ -25,6 +26,7 @@ from timstore.recording.misuse import Unentered, note_compiled, refuse_compiled
 from timstore.recording.optimizer import trained_parameters
 from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
+from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
@@ -43,7 +45,7 @@ class Options:
 
     samples: Iterable[int] | None = None
     resume_from: tuple[int, int] | None = None
-    probe: Iterable[Any] | None = None
+    probe: Any = KEPT
     optimizer_history: str = "final"
     scaler: Any = None
     mean_over: str | None = None
@@ -68,14 +70,17 @@ class Recorder:
         self._samples = _chosen(options.samples)
         choice(options.capture, CAPTURES, "capture")
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
-        self._probe = None if options.probe is None else [on_host(batch) for batch in listed(options.probe, "probe")]
+        self._probe = _probe(options.probe)
+        # Rows on another axis could not be joined again.
+        self._axis = counting_number(options.batch_axis, "batch_axis")
+        keeps_rows = self._probe == KEPT and self._axis == 0
+        self._reservoir = Reservoir(self._model, self._samples, lambda: (self.epoch, self.step)) if keeps_rows else None
         rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
         self._trained = trained_parameters(self._model, self._optimizers)
         self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
         names = {id(one): name for name, one in self._parameters.items()}
         self._history = History(store, self._optimizers, names, options.optimizer_history, rank)
         self._stills: list[Standstill] = []
-        self._axis = counting_number(options.batch_axis, "batch_axis")
         self._forwards = Forwards(
             store,
             self._model,
@@ -83,6 +88,7 @@ class Recorder:
             axis=self._axis,
             keys=None if options.id_column is None else _keys(store, plain_name(options.id_column, "id_column")),
             by_content=options.by_content,
+            reservoir=self._reservoir,
         )
         self._options = options
         self._scaler = options.scaler if options.scaler is not None else scaler
@@ -156,7 +162,7 @@ class Recorder:
             if error is None or self._ranks.alone:
                 self._keep(last)
             else:
-                self._store.commit()  # the other processes may never come to an agreement
+                self._commit()  # the other processes may never come to an agreement
         except Exception as failure:
             if error is None:
                 raise
@@ -169,7 +175,7 @@ class Recorder:
     def stop(self) -> None:
         """End recording, and commit; the parameters are not taken for those that the last step left."""
         self._release()
-        self._store.commit()
+        self._commit()
         self._warn()
 
     def _warn(self) -> None:
@@ -196,8 +202,15 @@ class Recorder:
             kind="not-copied",
         )
 
+    def _commit(self) -> None:
+        try:
+            if self._reservoir is not None:
+                self._reservoir.keep(self._store)
+        finally:  # a device that failed takes the rows that lie there along, and no records
+            self._store.commit()
+
     def _keep(self, last: tuple[int, int] | None) -> None:
-        self._store.commit()
+        self._commit()
         if last is None or last == self._kept_at:
             return
         for still in self._stills:
@@ -291,6 +304,8 @@ class Recorder:
         number, self._epoch, self._stepping.step = self._ranks.lead(self._claim)
         self._stepping.epoch = self._epoch
         self._store.join_attempt(number)
+        if self._reservoir is not None:
+            self._reservoir.go_on(self._store.snapshot().kept_rows())
 
     def _claim(self) -> tuple[int, int, int]:
         """Begin the attempt, or go on with it; returns its number and where it goes on."""
@@ -304,7 +319,7 @@ class Recorder:
                 for name, (one, group) in mine.items()
             ]
         )
-        if self._probe is not None:
+        if isinstance(self._probe, list):
             self._store.keep_probe(self._probe, loss="cross_entropy")
         if not self._ranks.alone:
             self._store.commit()
@@ -345,6 +360,13 @@ def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
+
+
+def _probe(given: Any) -> list[Any] | str | None:
+    """Return the batches that are given, or what stands for rows of the training; None for nothing to be kept."""
+    if given is None or given is False or asks_kept(given):
+        return given or None
+    return [on_host(batch) for batch in listed(given, f"probe, unless it is {KEPT!r} or False,")]
 
 
 def _keys(store: Store, column: str) -> dict[str, int]:

@@ -68,7 +68,7 @@ def _recorded_bytes(
         one.grad = None
 
     def fill(temporary: Store) -> None:
-        recorder = Recorder(temporary, model, optimizer, Options(allow_zero=True))
+        recorder = Recorder(temporary, model, optimizer, Options(probe=False, allow_zero=True))
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))

@@ -19,6 +19,8 @@ class ProbeReport:
         moved: how far the filter moved the first-order change, relative to the result.
         apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
+        kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
+        left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """
 
     sequences: int
@@ -30,6 +32,15 @@ class ProbeReport:
     apart: float
     loss_before: float
     loss_after: float
+    kept: int | None = None
+    left_out: int = 0
+
+    @property
+    def origin(self) -> str:
+        """Where the probe comes from, in words; empty where it was given."""
+        if self.kept is None:
+            return ""
+        return f" of {self.kept} kept rows of the training" + f" ({self.left_out} left out)" * bool(self.left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +112,9 @@ class RollbackReport:
         if self.probe is not None:
             probe = self.probe
             lines.append(
-                f"probe         {probe.sequences} sequences, {probe.products} products, damping {probe.damping:.2f}; "
-                f"moved the change by {probe.moved:.1%}, its halves {probe.apart:.1%} apart; its loss "
-                f"{probe.loss_before:.4f} -> {probe.loss_after:.4f}"
+                f"probe         {probe.sequences} sequences{probe.origin}, {probe.products} products, "
+                f"damping {probe.damping:.2f}; moved the change by {probe.moved:.1%}, "
+                f"its halves {probe.apart:.1%} apart; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,7 +15,9 @@ from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
 from timstore.interrupts import CriticalSection
+from timstore.kept_rows import asks_kept
 from timstore.rollbacks.apply import Writes, foresee, moves
+from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
@@ -23,7 +25,6 @@ from timstore.rollbacks.filtering import probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
 from timstore.rollbacks.outcome import probe_losses
 from timstore.rollbacks.plan import Plan
-from timstore.rollbacks.probe import LOSSES, Probe
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ProbeReport, RollbackReport
@@ -32,7 +33,6 @@ from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
 from timstore.rollbacks.targets import Place, Target
 from timstore.rollbacks.vectors import Vector, Workspace
-from timstore.snapshot import Snapshot
 from timstore.states import State
 from timstore.store import Store
 
@@ -58,7 +58,7 @@ def rollback(
     method: str = "auto",
     denominator: str = "kept",
     optimizers: Sequence[torch.optim.Optimizer] = (),
-    probe: Iterable[Any] | Literal[False] | None = None,
+    probe: Given = None,
     bins: int = 4,
     outputs: Callable[[Any], Any] | None = None,
     loss: str | None = None,
@@ -79,22 +79,22 @@ def rollback(
     bins = positive_number(bins, "bins")
     if store.mode == "r" and not dry_run:
         raise ReadOnlyError(f"{store.path} was opened to read, and a rollback is written down: open it with mode 'a'")
-    asked = _probe(store, target, probe, outputs, loss)
     snapshot = store.snapshot()
     before = target.digests()
     recognised = recognise(snapshot, before)
     identity = recognised.taken_for_whole() if force else recognised
     selection = select(snapshot, request, identity)
+    asked = probe_to_ask(snapshot, target, probe, outputs, loss, {*selection.samples, *recognised.removed})
     budget = Budget.divide(limit_bytes, snapshot)
     run = Run.read(snapshot, request, identity, selection, budget, dtype, optimizers)
-    if asked is not None and not run.has_coordinates:
-        if probe is not None:
+    if asked.probe is not None and not run.has_coordinates:
+        if probe is not None and not asks_kept(probe):
             raise InvalidInputError(
                 f"the probe filter knows the steps of SGD and Adam, not of {run.optimizers}: leave probe out",
                 kind="no-coordinates",
             )
-        asked = None
-    plan = run.plan(bins if asked else 1)
+        asked = Asked(None)
+    plan = run.plan(bins if asked.probe else 1)
     if not plan.parameters:
         raise InvalidInputError("parameters names none that these records changed: nothing to remove")
     changed = target.places(plan.parameters)
@@ -104,7 +104,7 @@ def rollback(
         check_optimizers(optimizers, live, selection.known, run.timelines)
     # Five are as good as eight for each of several bins (docs/design/curvature.md); a single bin takes more.
     depth = 5 if len(plan.lengths) > 1 else 16
-    products = 2 * depth * len(plan.lengths) if asked else 0
+    products = 2 * depth * len(plan.lengths) if asked.probe else 0
     device = next(iter(changed.values())).device
     with Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace:
         with rollback_shown(progress, run.work(plan), products) as bar:
@@ -114,7 +114,7 @@ def rollback(
                 _check_replayed(replayed, changed)
             correction, optimizer_text = run.correction(optimizers, replayed, workspace)
             moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
-            coordinates = read_coordinates(plan, moments, workspace) if asked or run.divides else None
+            coordinates = read_coordinates(plan, moments, workspace) if asked.probe or run.divides else None
             largest = dict.fromkeys(sizes, 1.0)
             if coordinates is not None and run.divides:
                 largest = into_steps(increments, coordinates)
@@ -157,12 +157,7 @@ def rollback(
                 [
                     *warnings_of_earlier(snapshot, identity, selection),
                     *run.warnings(recognised),
-                    *_overlap(snapshot, asked, selection.samples),
-                    *_warnings(
-                        probed,
-                        is_kept=not target.is_loaded and snapshot.view.newest_object("probe") is not None,
-                        nothing=not change.norm and not selection.leaving.largest.any(),
-                    ),
+                    *_warnings(asked, probed, nothing=not change.norm and not selection.leaving.largest.any()),
                 ]
             ),
         )
@@ -182,24 +177,6 @@ def rollback(
             "%s: %d samples removed, %s, change %.4g", store.path, len(report.samples), report.method, change.norm
         )
         return section.finish(replace(report, seconds=time.perf_counter() - started))
-
-
-def _probe(
-    store: Store,
-    target: Target,
-    batches: Iterable[Any] | Literal[False] | None,
-    outputs: Callable[[Any], Any] | None,
-    loss: str | None,
-) -> Probe | None:
-    """Return the probe that was given, or the one that the store keeps; none where none is wanted."""
-    if loss is not None:
-        loss = choice(loss, LOSSES, "loss")
-    if batches is False:
-        return None
-    kept = store.probe() if batches is None and target.is_loaded else None
-    if kept is not None:
-        batches, loss = kept[0], loss or kept[1]
-    return None if batches is None else Probe(target.model(), batches, outputs=outputs, loss=loss or "cross_entropy")
 
 
 def _live(target: Target, changed: Iterable[str]) -> dict[str, torch.nn.Parameter]:
@@ -227,31 +204,37 @@ def _filtered(
     increments: Sequence[Vector],
     coordinates: Vector | None,
     decays: dict[str, float],
-    probe: Probe | None,
+    asked: Asked,
     depth: int,
     keep_bytes: int,
     workspace: Workspace,
     bar: Bar,
 ) -> tuple[Vector, ProbeReport | None]:
+    probe = asked.probe
     if probe is None:
         if coordinates is not None:
             decayed(increments[0], coordinates, plan)
         return increments[0], None
     model = target.model()
     bar.curved(probe.sequences)
-    found = probe_filter(
-        model,
-        increments,
-        plan.lengths,
-        probe,
-        workspace,
-        depth=depth,
-        coordinates=coordinates,
-        decays=decays,
-        keep_bytes=keep_bytes,
-        advance=bar.taken,
-    )
-    losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+    try:
+        found = probe_filter(
+            model,
+            increments,
+            plan.lengths,
+            probe,
+            workspace,
+            depth=depth,
+            coordinates=coordinates,
+            decays=decays,
+            keep_bytes=keep_bytes,
+            advance=bar.taken,
+        )
+        losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+    except Exception as error:
+        if asked.kept is not None:
+            error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
+        raise
     ways = found.ways
     return found.delta, ProbeReport(
         sequences=probe.sequences,
@@ -263,42 +246,33 @@ def _filtered(
         apart=found.apart,
         loss_before=losses[0],
         loss_after=losses[1],
+        kept=asked.kept,
+        left_out=asked.left_out,
     )
 
 
-def _overlap(snapshot: Snapshot, probe: Probe | None, samples: Sequence[int]) -> list[str]:
-    """Warn of a probe that holds what is to be forgotten: its curvature would keep it in."""
-    if probe is None or "content_hash" not in snapshot.catalog.rows("SELECT * FROM samples LIMIT 0").column_names:
-        return []
-    forgotten = snapshot.catalog.sql(
-        "SELECT sample, content_hash FROM samples WHERE sample IN (SELECT unnest(?::BIGINT[]))", [list(samples)]
-    ).fetchall()
-    rows = probe.row_hashes()
-    held = [sample for sample, content in forgotten if content in rows]
-    if not held:
-        return []
-    return [
-        f"the probe holds {len(held)} of the samples to be forgotten (the first is {held[0]}): leave them out of it"
-    ]
-
-
-def _warnings(probed: ProbeReport | None, is_kept: bool, nothing: bool) -> list[str]:
+def _warnings(asked: Asked, probed: ProbeReport | None, nothing: bool) -> list[str]:
+    told = []
+    if asked.overlap:
+        told.append(
+            f"the probe holds {len(asked.overlap)} of the samples to be forgotten (the first is {asked.overlap[0]}): "
+            "leave them out of it"
+        )
     if nothing:
-        return ["every gradient of these records is zero: the model is as it was"]
+        return [*told, "every gradient of these records is zero: the model is as it was"]
     if probed is None:
-        kept = ", or probe=store.probe()[0], the one that the store keeps" if is_kept else ""
         return [
             "first order only: the other samples' gradients are taken as recorded, which over-forgets and can damage "
-            f"the model; pass probe= (64 examples of any data like the training data){kept}"
+            f"the model; pass probe= (64 examples of any data like the training data){asked.advice}"
         ]
     # So that NaN counts as damage.
     if probed.loss_before and not probed.loss_after <= probed.loss_before * (1 + _DAMAGE):
-        return [
+        told.append(
             f"the probe's own loss rose from {probed.loss_before:.4f} to {probed.loss_after:.4f}: the change is larger "
             "than one linearisation can carry, and the model is damaged; do not use it without a closer look. A "
             "smaller strength= takes less of these samples away, and does less harm"
-        ]
-    return []
+        )
+    return told
 
 
 def _row(

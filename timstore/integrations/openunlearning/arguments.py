@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from timstore.errors import InvalidInputError
 
+AUTO = "auto"
 FORMATS = ("auto", "timstore", "json", "pickle")
 
 
@@ -37,8 +38,8 @@ class RollbackArguments(_Arguments):
         id_map: the samples' ids by the number of the row in the forget split, as a mapping or a list, or the path of a
             JSON file with one; where None, rows are known by their tokens, or by their count in an older layout.
         missing: `skip` goes on without forget rows that were never recorded.
-        probe: how many rows of the retain split are the probe; None for none, which is first order only unless the
-            store keeps one.
+        probe: `auto`, what the store keeps, or where it keeps nothing that can be asked, 64 rows of the retain split;
+            a number, so many rows of the retain split; None for none, which is first order only.
         method, denominator, memory_limit, keep_delta, force: of `timstore.Store.rollback`.
         lr, scale, allow_pickle: of `import_trajectories`, for an older layout.
         train_after: train on the retain split when the rollback is done.
@@ -49,7 +50,7 @@ class RollbackArguments(_Arguments):
     trajectory_format: str = "auto"
     id_map: Any = None
     missing: str = "error"
-    probe: int | None = 64
+    probe: int | str | None = AUTO
     method: str = "auto"
     denominator: str = "kept"
     memory_limit: int | str = "512MB"
@@ -64,8 +65,8 @@ class RollbackArguments(_Arguments):
         if self.trajectory_format not in FORMATS:
             raise InvalidInputError(f"trajectory_format is {', '.join(FORMATS)}, not {self.trajectory_format!r}")
         probe = self.probe
-        if probe is not None and (isinstance(probe, bool) or not isinstance(probe, int) or probe < 1):
-            raise InvalidInputError(f"probe is a number of rows of the retain split, or null, not {probe!r}")
+        if probe not in (None, AUTO) and (isinstance(probe, bool) or not isinstance(probe, int) or probe < 1):
+            raise InvalidInputError(f"probe is {AUTO}, a number of rows of the retain split, or null, not {probe!r}")
         if self.missing not in ("error", "skip"):
             raise InvalidInputError(f"missing is error or skip, not {self.missing!r}")
         for name in ("allow_pickle", "keep_delta", "force", "train_after"):
@@ -83,6 +84,7 @@ class RecorderArguments(_Arguments):
             set, whose rows are recorded; all rows when None.
         precision, max_rel_error: of `timstore.open`.
         optimizer_history, capture, allow_zero: of `timstore.Store.record`.
+        probe: `auto` keeps rows of the training for rollbacks, as `Store.record` does; None keeps none.
     """
 
     tim_output_dir: str
@@ -92,3 +94,8 @@ class RecorderArguments(_Arguments):
     optimizer_history: str = "final"
     capture: str = "modules"
     allow_zero: bool = False
+    probe: str | None = AUTO
+
+    def __post_init__(self) -> None:
+        if self.probe not in (None, AUTO):
+            raise InvalidInputError(f"probe is {AUTO}, or null, not {self.probe!r}")

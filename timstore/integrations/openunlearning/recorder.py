@@ -53,6 +53,7 @@ class TIMRecorder(OpenUnlearningTrainer):
                 optimizer_history=asked.optimizer_history,
                 capture=asked.capture,
                 allow_zero=asked.allow_zero,
+                probe=asked.probe,
             )
             callback.attach(self)
             self.add_callback(callback)

@@ -3,16 +3,17 @@
 import json
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
+from timstore import Store, rollback
 from timstore import open as open_store
-from timstore import rollback
 from timstore.errors import CoverageError, InvalidInputError
-from timstore.integrations.openunlearning.arguments import RollbackArguments
+from timstore.integrations.openunlearning.arguments import AUTO, RollbackArguments
 from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
 from timstore.integrations.openunlearning.keys import errors_spelled, spelled, warnings_spelled
 from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
@@ -23,6 +24,8 @@ from timstore.reporting import reporting
 from timstore.rollbacks import RollbackReport
 
 REPORT = "timstore_report.json"
+# Rows of the retain split that are asked where the store keeps none of the training.
+RETAINED = 64
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +33,9 @@ logger = logging.getLogger(__name__)
 class TIMParameterRollback(OpenUnlearningTrainer):
     """Rolls the forget split back once, where another trainer would train; saves and evaluates like any.
 
-    The rows of `train_dataset.forget` are found among the recorded samples by their tokens. The probe is drawn from
-    `train_dataset.retain`. `train` returns a `TrainOutput`, logs what was removed, and writes `timstore_report.json`
-    into the output directory.
+    The rows of `train_dataset.forget` are found among the recorded samples by their tokens. The probe is what the store
+    keeps of the training, or drawn from `train_dataset.retain`. `train` returns a `TrainOutput`, logs what was removed,
+    and writes `timstore_report.json` into the output directory.
 
     Args:
         kwargs: the fields of `RollbackArguments`, and what a Trainer takes.
@@ -85,15 +88,18 @@ class TIMParameterRollback(OpenUnlearningTrainer):
     def _roll_back(self, forget: Any, retain: Any) -> tuple[ForgetRows, RetainProbe | None, RollbackReport]:
         asked = self._asked
         hashes = hashes_of(forget, self.data_collator, "forget")
-        probe = None
         if asked.probe is not None:
             self._check_differentiable()
-            batch_rows = self.args.per_device_train_batch_size
-            probe = probe_of(retain, self.data_collator, asked.probe, frozenset(hashes), batch_rows)
         found = trajectories_of(asked)
         with open_store(found.path) as store:
             rows = find_forget_rows(store, hashes, asked.id_map, asked.missing, holds_forget_alone=found.as_original)
             logger.info("%s", rows)
+            is_kept = asked.probe == AUTO and _keeps_probe(store, rows.samples, frozenset(hashes))
+            probe = None
+            if asked.probe is not None and not is_kept:
+                count = RETAINED if asked.probe == AUTO else int(asked.probe)
+                batch_rows = self.args.per_device_train_batch_size
+                probe = probe_of(retain, self.data_collator, count, frozenset(hashes), batch_rows)
             model: Any = self.model
             report = rollback(
                 model,
@@ -102,7 +108,7 @@ class TIMParameterRollback(OpenUnlearningTrainer):
                 strength=asked.rollback_strength,
                 method=asked.method,
                 denominator=asked.denominator,
-                probe=False if probe is None else probe.batches,
+                probe=AUTO if is_kept else False if probe is None else probe.batches,
                 memory_limit=asked.memory_limit,
                 missing=asked.missing,
                 keep_delta=asked.keep_delta,
@@ -148,6 +154,13 @@ class TIMParameterRollback(OpenUnlearningTrainer):
         with reporting("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _keeps_probe(store: Store, samples: Collection[int], hashes: Collection[str]) -> bool:
+    """Say whether a store keeps what a rollback of these samples can ask."""
+    snapshot = store.snapshot()
+    rows = snapshot.kept_rows()
+    return snapshot.probe() is not None or (rows.loss is not None and bool(rows.without(samples, hashes)))
 
 
 def _numbers(report: RollbackReport) -> dict[str, float]:

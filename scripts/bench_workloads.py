@@ -1,0 +1,195 @@
+"""A rollback's size, judged on many workloads: KL to the retrained model, over its noise and over doing nothing.
+
+`scripts/workloads.py` has the trainings. Half of them were set aside: nobody looked at them while the method was made.
+What a workload gives is kept in a folder: the script goes on where it was stopped, and a change of the method is
+judged again without training (--again).
+
+Rows: the rollback with rows of the training stream as its probe (128 and 64 of them), half of its change, the rollback
+without a probe, and another order of the batches, which is retraining's own noise (the floor).
+
+Run: python scripts/bench_workloads.py (--processes 2: ten minutes on two cores; --explored, --aside: one half;
+--json FILE, --plot FILE.svg)
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from workloads import ASIDE, EXPLORED, Trained, Workload, divergence, trained
+
+import timstore
+
+KINDS = ("forget", "held-out", "retain")
+NOTHING, FLOOR, ROLLBACK, FEWER, HALF, FIRST = (
+    "nothing removed",
+    "another order",
+    "rollback, 128 rows",
+    "rollback, 64 rows",
+    "half of it",
+    "no probe",
+)
+Figures = dict[str, dict[str, float]]
+console = Console(width=180, highlight=False)
+
+
+def judged(workload: Workload, folder: Path, again: bool) -> Figures:
+    """Return row to figures of one workload, from the folder if they are there."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", timstore.TimstoreWarning)
+    found = trained(workload, folder)
+    kept = found.store.parent / "figures.json"
+    if kept.exists() and not again:
+        figures: Figures = json.loads(kept.read_text())
+        return figures
+    retrained, start = found.models["retrained"], found.models["trained"]
+    draw = torch.Generator().manual_seed(0)
+    retained = torch.tensor(found.data.retained)
+    rows = retained[torch.randperm(len(retained), generator=draw)[:128]].tolist()
+    figures = {NOTHING: _kl(start, retrained, found), FLOOR: _kl(found.models["other order"], retrained, found)}
+    for name, probe in ((ROLLBACK, rows), (FEWER, rows[:64]), (FIRST, None)):
+        rolled, told = _rolled_back(found, probe)
+        figures[name] = _kl(rolled, retrained, found) | told
+        if name == ROLLBACK:
+            figures[HALF] = _kl(_halved(rolled, start), retrained, found)
+    kept.write_text(json.dumps(figures))
+    return figures
+
+
+def _kl(model: nn.Module, reference: nn.Module, found: Trained) -> dict[str, float]:
+    return divergence(model, reference, found.data)
+
+
+def _rolled_back(found: Trained, rows: Sequence[int] | None) -> tuple[nn.Module, dict[str, float]]:
+    model, begun = copy.deepcopy(found.models["trained"]), time.perf_counter()
+    probe: Any = False if rows is None else found.data.probe(rows)
+    with timstore.open(found.store) as store:
+        report = store.rollback(model, found.data.forget, probe=probe, force=True, progress=False)
+    told = {"seconds": time.perf_counter() - begun, "warnings": float(len(report.warnings))}
+    if report.probe is not None:
+        numbers = ("damping", "expected", "seen", "moved", "apart", "loss_before", "loss_after", "products")
+        told |= {name: float(getattr(report.probe, name)) for name in numbers}
+    return model, told
+
+
+def _halved(rolled: nn.Module, start: nn.Module) -> nn.Module:
+    half = copy.deepcopy(rolled)
+    with torch.no_grad():
+        for parameter, other in zip(half.parameters(), start.parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+    return half
+
+
+def show(results: dict[Workload, Figures]) -> None:
+    table = Table(title="KL(retrained || rolled back), forget / held-out", title_justify="left")
+    for column in ("workload", "", "nothing", "floor", "rollback", "over floor", "over nothing", "half", "no probe"):
+        table.add_column(column, justify="left" if column == "workload" else "right", no_wrap=True)
+    for workload, figures in results.items():
+        both = [figures[row] for row in (NOTHING, FLOOR, ROLLBACK, HALF, FIRST)]
+        nothing, floor, rolled, half, first = (f"{one['forget']:.1e} / {one['held-out']:.1e}" for one in both)
+        over = [_over(figures, row, below) for row, below in ((ROLLBACK, FLOOR), (ROLLBACK, NOTHING))]
+        table.add_row(
+            workload.name, "aside" if workload.aside else "", nothing, floor, rolled, *map(_pair, over), half, first
+        )
+    console.print(table)
+    for title, chosen in (("explored", False), ("set aside", True)):
+        part = [figures for workload, figures in results.items() if workload.aside is chosen]
+        if part:
+            _summary(title, part)
+    _summary("all", list(results.values()))
+
+
+def _over(figures: Figures, row: str, below: str) -> dict[str, float]:
+    return {kind: figures[row][kind] / figures[below][kind] for kind in KINDS}
+
+
+def _pair(one: dict[str, float]) -> str:
+    return f"{one['forget']:.2f} / {one['held-out']:.2f}"
+
+
+def _summary(title: str, part: Sequence[Figures]) -> None:
+    table = Table(title=f"{title}: {len(part)} workloads; median (90th percentile)", title_justify="left")
+    table.add_column("")
+    for below in ("floor", "nothing"):
+        for kind in KINDS:
+            table.add_column(f"{kind} over {below}", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in (ROLLBACK, FEWER, HALF, FIRST, FLOOR):
+        cells = []
+        for below in (FLOOR, NOTHING):
+            for kind in KINDS:
+                numbers = sorted(_over(figures, row, below)[kind] for figures in part)
+                cells.append(f"{statistics.median(numbers):.2f} ({numbers[round(0.9 * (len(numbers) - 1))]:.2f})")
+        seconds = [figures[row]["seconds"] for figures in part if "seconds" in figures[row]]
+        table.add_row(row, *cells, f"{statistics.median(seconds):.1f}" if seconds else "")
+    console.print(table)
+
+
+def plot(results: dict[Workload, Figures], path: Path) -> None:
+    """Draw, for each workload, KL over the floor and over doing nothing, in order of size."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for axis, below, label in zip(axes, (FLOOR, NOTHING), ("another order's", "doing nothing's"), strict=True):
+        for kind, marker in (("forget", "o"), ("held-out", "s")):
+            numbers = sorted((_over(figures, ROLLBACK, below)[kind], one.aside) for one, figures in results.items())
+            for aside, face in ((False, "none"), (True, None)):
+                places = [place for place, (_, mine) in enumerate(numbers) if mine is aside]
+                axis.plot(
+                    [numbers[place][0] for place in places],
+                    [place / max(1, len(numbers) - 1) for place in places],
+                    marker,
+                    color="tab:red" if kind == "forget" else "tab:blue",
+                    markerfacecolor=face,
+                    label=f"{kind} text, {'set aside' if aside else 'explored'}",
+                )
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel=f"KL to the retrained model over {label}")
+    axes[0].set(ylabel="share of the workloads below")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("workloads"), help="where trainings are kept")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--explored", action="store_true", help="only what the method was made on")
+    parser.add_argument("--aside", action="store_true", help="only what was set aside")
+    parser.add_argument("--again", action="store_true", help="roll back anew")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    chosen = [*EXPLORED, *ASIDE] if given.explored == given.aside else list(EXPLORED if given.explored else ASIDE)
+    work = partial(judged, folder=given.folder, again=given.again)
+    if given.processes > 1:
+        with ProcessPoolExecutor(given.processes) as pool:
+            found = list(track(pool.map(work, chosen), "workloads", len(chosen), transient=True))
+    else:
+        found = [work(one) for one in track(chosen, "workloads", transient=True)]
+    results = dict(zip(chosen, found, strict=True))
+    show(results)
+    if given.json:
+        given.json.write_text(json.dumps({one.name: figures for one, figures in results.items()}, indent=1))
+    if given.plot:
+        plot(results, given.plot)
+
+
+if __name__ == "__main__":
+    main()
