@@ -126,7 +126,8 @@ def tensors():
         ]
 
 
-NAMES = ["w", "", "\0", "w\ud800", "\udfff", "é", "w" * 5000, "\u202e\n'\";--", "😀", "sample", "commit", "all", "r"]
+NAMES = ["w", "", "\0", "w\ud800", "\udfff", "é", "w" * 5000, "\u202e\n'\";--", "😀"]
+NAMES += ["sample", "commit", "all", "auto", "r"]
 ODD = [None, True, False, ..., NotImplemented, b"w", {}, [], (), set(), object(), type, Odd, Odd(), deep(), range(3)]
 NUMBERS = [0, 1, 2, -1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 2**70, 10**5000, 0.5, -0.0, 1e308, 1e-320, 1j]
 NUMBERS += [float("nan"), float("inf"), np.int64(3), np.uint64(2**63), np.float64("nan"), np.bool_(True), "512MB", "1"]
@@ -168,9 +169,9 @@ def odd_call(draw, usual, name=None):
     names = sorted(taken)
     for one in {name or draw(st.sampled_from(names)), *draw(st.lists(st.sampled_from(names), max_size=1))}:
         odd = draw(anything)
-        if one in _KEYS and draw(st.booleans()):
+        inside = taken[one]
+        if one in _KEYS and isinstance(inside, list | dict) and draw(st.booleans()):
             key = draw(st.sampled_from(["w", "v", "sample", "owner", "lr", "samples", *NAMES, 1, 2**70]))
-            inside = taken[one]
             odd = [{**inside[0], key: odd}] if isinstance(inside, list) else {**inside, key: odd}
         taken[one] = odd
     return taken

@@ -107,7 +107,7 @@ class Tried:
         with timstore.open(self._path, "r") as store:
             for table in TABLES:
                 store.sql(f"FROM {table}").fetchall()
-            store.probe(), store.kept_rows(), store.latest_fingerprints()
+            store.probe(), store.snapshot().kept_rows(), store.latest_fingerprints()
             for record in store.read():
                 for name in record.gradients:
                     record.dense(name)

@@ -128,7 +128,7 @@ def test_every_argument_of_a_forecast(recorded, data):
         str(answer.value)
 
 
-RECORD = dict(model=None, optimizer=None, samples=[1, 2], resume_from=None, probe=None, optimizer_history="final")
+RECORD = dict(model=None, optimizer=None, samples=[1, 2], resume_from=None, probe="auto", optimizer_history="final")
 RECORD |= dict(scaler=None, mean_over="samples", budget="1GB", steps=3, epochs=1, rank=0, allow_zero=False)
 RECORD |= dict(capture="modules", batch_axis=0, id_column=None, by_content=False, process_group=None)
 # What the `with` block is given: `ids` beside the batch, and the epoch that is set.
