@@ -15,6 +15,8 @@ from timstore.errors import shown
 from timstore.records import Parameter, StepGroup
 
 EXAMPLES = int(os.environ.get("TIMSTORE_FUZZ", "0"))
+# So many examples are tried on one store, before it is checked as a whole.
+TOGETHER = 25
 G = np.arange(6, dtype=np.float32).reshape(2, 3) + 1
 # Where syncing costs nothing, if there is such a place.
 FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import FOLDER, G, answer_of, fuzzed, odd_call
+from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, odd_call
 
 import timstore
 from timstore.kept_rows import KeptRow, rows_table
 from timstore.records import Parameter
 
 FEW = 5
-# So many examples are tried on one store, before it is checked as a whole.
-TOGETHER = 25
 # A sample that is recorded last, and that nothing odd names.
 LAST = 987654321
 

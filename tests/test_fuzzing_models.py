@@ -4,6 +4,7 @@ TIMSTORE_FUZZ=500 runs so many examples of each, drawn anew, instead of the few 
 """
 
 import copy
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import FOLDER, G, answer_of, fuzzed, odd_call
+from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, odd_call
 
 import timstore
 from timstore.fingerprints import digests
@@ -136,25 +137,46 @@ WITHIN = dict(ids=[1, 2], epoch=1)
 
 
 class Recording:
-    """A store under which examples are recorded."""
+    """Stores under which examples are recorded, another one after so many of them."""
 
     def __init__(self, folder):
-        self.store = timstore.open(Path(folder) / "s", durability="os")
-        self.store.append(0, 0, 1, {"w": G}, lr=0.1)
-        self.store.append(0, 0, LAST, {"w": G * 2}, lr=0.1)
+        self._folder, self._number = Path(folder), itertools.count()
+        self._store, self._left = None, 0
 
     def step(self, ids, epoch, **options):
         """Train a step under a recorder."""
+        if not self._left:
+            self._begin()
+        self._left -= 1
         net = torch.nn.Linear(3, 2)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         ours = {"model": net, "optimizer": sgd, "resume_from": (1, 0)}
         options |= {name: one for name, one in ours.items() if options[name] is None}
-        with self.store.record(**options) as recorder:
+        with self._store.record(**options) as recorder:
             recorder.epoch = epoch
             recorder.batch(ids)
             net(torch.ones(2, 3)).square().mean().backward()
             sgd.step()
             recorder.checkpoint()
+
+    def _begin(self):
+        self.end()
+        self._store = timstore.open(self._folder / str(next(self._number)), durability="os")
+        self._store.append(0, 0, 1, {"w": G}, lr=0.1)
+        self._store.append(0, 0, LAST, {"w": G * 2}, lr=0.1)
+        self._left = TOGETHER
+
+    def end(self):
+        """Close the store: all of it can be read, and holds what was accepted first."""
+        if self._store is None:
+            return
+        self._store.close()
+        with timstore.open(self._store.path, "r") as store:
+            for record in store.read():
+                for name in record.gradients:
+                    record.dense(name)
+            assert np.array_equal(store.gradient(0, 0, LAST, "w"), G * 2)
+        assert timstore.verify(self._store.path).sound
 
 
 @pytest.fixture
@@ -162,13 +184,7 @@ def recording():
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         one = Recording(folder)
         yield one
-        one.store.close()
-        with timstore.open(one.store.path, "r") as store:
-            for record in store.read():
-                for name in record.gradients:
-                    record.dense(name)
-            assert np.array_equal(store.gradient(0, 0, LAST, "w"), G * 2)
-        assert timstore.verify(one.store.path).sound
+        one.end()
 
 
 @pytest.mark.parametrize("odd_one", ["record", "recorder"])
