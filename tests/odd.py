@@ -1,5 +1,6 @@
 """Arguments of every kind, right ones and odd ones, and calls of which one argument is odd."""
 
+import inspect
 import os
 import tempfile
 import warnings
@@ -202,3 +203,17 @@ def answer_of(call, arguments):
             error.add_note(f"called with {arguments!r}")
             raise
     return None
+
+
+def left_out(calls):
+    """Return the arguments that calls take and no example exchanges.
+
+    Args:
+        calls: functions, and the arguments that are exchanged in each.
+    """
+    found = []
+    for call, exchanged in calls:
+        taken = inspect.signature(call).parameters.values()
+        named = {one.name for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+        found += [f"{call.__qualname__}: {name}" for name in sorted(named - {"self"} - set(exchanged))]
+    return found

@@ -3,6 +3,7 @@
 TIMSTORE_FUZZ=500 runs so many examples of each, drawn anew, instead of the few that are always the same.
 """
 
+import inspect
 import itertools
 import tempfile
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, odd_call
+from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, left_out, odd_call
 
 import timstore
 from timstore.kept_rows import KeptRow, rows_table
@@ -54,6 +55,16 @@ CALLS = {
 }
 OPEN = dict(path="s", mode="a", precision=None, max_rel_error=None, durability="os", sql_memory="1GB")
 TABLES = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
+
+
+# What is given a model is called in test_fuzzing_models.py.
+_WITH_A_MODEL = {"record", "forecast", "rollback", "undo"}
+
+
+def test_no_argument_is_left_out():
+    methods = {name: one for name, one in inspect.getmembers(timstore.Store, callable) if not name.startswith("_")}
+    calls = [(one, CALLS.get(name, ())) for name, one in methods.items() if name not in _WITH_A_MODEL]
+    assert left_out([*calls, (timstore.open, OPEN), (timstore.Store, OPEN)]) == []
 
 
 def called(store, verb):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, odd_call
+from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, left_out, odd_call
 
 import timstore
 from timstore.fingerprints import digests
@@ -185,6 +185,12 @@ def recording():
         one = Recording(folder)
         yield one
         one.end()
+
+
+def test_no_argument_is_left_out():
+    store = timstore.Store
+    calls = [(store.record, RECORD), (store.forecast, FORECAST), (store.rollback, ROLLBACK), (store.undo, UNDO)]
+    assert left_out(calls) == []
 
 
 @pytest.mark.parametrize("odd_one", ["record", "recorder"])
