@@ -47,7 +47,7 @@ class StoredRecord(Record):
 
     def dense(self, parameter: str) -> np.ndarray:
         """Return one gradient as an array of the parameter's shape, the sum of its parts."""
-        if parameter not in self.gradients:
+        if plain_name(parameter, "parameter") not in self.gradients:
             raise NotFoundError(f"this record has no gradient of {parameter}", parameter=parameter)
         shape = self.shapes[parameter]
         matrix = Parameter(parameter, shape, "").matrix_shape
