@@ -30,10 +30,9 @@ def rehearse(
     optimizer_history: str = "final",
 ) -> Forecast:
     """Measure what recording would write; see `timstore.Store.forecast`."""
-    for name, value in {"samples": samples, "steps": steps, "epochs": epochs}.items():
-        positive_number(value, name)
-    if tokens is not None:
-        positive_number(tokens, "tokens")
+    samples, steps = positive_number(samples, "samples"), positive_number(steps, "steps")
+    epochs = positive_number(epochs, "epochs")
+    tokens = None if tokens is None else positive_number(tokens, "tokens")
     choice(optimizer_history, KINDS, "optimizer_history")
     has_moment = optimizer is None or any(map(is_adam, inner_optimizers(optimizer)[0]))
     inner, _ = inner_model(model)
