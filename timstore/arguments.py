@@ -97,14 +97,14 @@ def plain_name(value: Any, what: str) -> str:
     return checked
 
 
-def listed(values: Any, what: str) -> list[Any]:
-    """Return what can be iterated as a list; text is no list of characters."""
+def listed(values: Any, what: str, kind: str = "a list") -> list[Any]:
+    """Return what can be iterated as a list; text is no list of characters. `kind` says what it should be."""
     try:
         if not isinstance(values, str | bytes):
             return list(values)
     except Exception:  # whatever such an object raises
         pass
-    raise InvalidInputError(f"{what} is a list, not {shown(values)}")
+    raise InvalidInputError(f"{what} is {kind}, not {shown(values)}")
 
 
 def mapped(values: Any, what: str) -> dict[Any, Any]:

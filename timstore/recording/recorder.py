@@ -386,7 +386,7 @@ def _keys(store: Store, column: str) -> dict[str, int]:
 
 
 def _moment(given: Any) -> tuple[int, int]:
-    pair = listed(given, "resume_from")
+    pair = listed(given, "resume_from", "a pair (epoch, step)")
     if len(pair) != 2:
         raise InvalidInputError(f"resume_from is a pair (epoch, step), not {shown(given)}")
     return moment(*pair)

@@ -71,7 +71,7 @@ def _recorded_bytes(
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))
-            with given("this batch"):
+            with given("this batch (of batch=, or of tokens= for a language model)"):
                 returned = model(*args, **kwargs)
                 loss = getattr(returned, "loss", None)
                 if loss is None:

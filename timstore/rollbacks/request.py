@@ -64,4 +64,4 @@ class Request:
 
 
 def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(whole_number(one, what) for one in listed(values, what)))
+    return tuple(dict.fromkeys(whole_number(one, what) for one in listed(values, what, "a list of integers")))
