@@ -4,8 +4,9 @@
 What a workload gives is kept in a folder: the script goes on where it was stopped, and a change of the method is
 judged again without training (--again).
 
-Rows: the rollback with rows of the training stream as its probe (128 and 64 of them), half of its change, the rollback
-without a probe, and another order of the batches, which is retraining's own noise (the floor).
+Rows: the rollback as it is without arguments, by the 128 rows of the training that the store keeps; half of its change;
+with 64 retained rows as its probe, with 64 rows of what was trained on before, without a probe; and another order of
+the batches, which is retraining's own noise (the floor).
 
 Run: python scripts/bench_workloads.py (--processes 2: ten minutes on two cores; --explored, --aside: one half;
 --json FILE, --plot FILE.svg)
@@ -33,12 +34,13 @@ from workloads import ASIDE, EXPLORED, Trained, Workload, divergence, trained
 import timstore
 
 KINDS = ("forget", "held-out", "retain")
-NOTHING, FLOOR, ROLLBACK, FEWER, HALF, FIRST = (
+NOTHING, FLOOR, ROLLBACK, HALF, RETAINED, PUBLIC, FIRST = (
     "nothing removed",
     "another order",
-    "rollback, 128 rows",
-    "rollback, 64 rows",
+    "rollback",
     "half of it",
+    "64 retained rows",
+    "64 public rows",
     "no probe",
 )
 Figures = dict[str, dict[str, float]]
@@ -55,11 +57,13 @@ def judged(workload: Workload, folder: Path, again: bool) -> Figures:
         figures: Figures = json.loads(kept.read_text())
         return figures
     retrained, start = found.models["retrained"], found.models["trained"]
-    draw = torch.Generator().manual_seed(0)
-    retained = torch.tensor(found.data.retained)
-    rows = retained[torch.randperm(len(retained), generator=draw)[:128]].tolist()
+    draw, data = torch.Generator().manual_seed(0), found.data
+    retained = torch.tensor(data.retained)[torch.randperm(len(data.retained), generator=draw)[:64]].tolist()
+    probes = {ROLLBACK: None, RETAINED: data.probe(retained), PUBLIC: data.earlier_probe(64), FIRST: False}
     figures = {NOTHING: _kl(start, retrained, found), FLOOR: _kl(found.models["other order"], retrained, found)}
-    for name, probe in ((ROLLBACK, rows), (FEWER, rows[:64]), (FIRST, None)):
+    for name, probe in probes.items():
+        if probe == []:  # nothing was trained on before
+            continue
         rolled, told = _rolled_back(found, probe)
         figures[name] = _kl(rolled, retrained, found) | told
         if name == ROLLBACK:
@@ -72,15 +76,15 @@ def _kl(model: nn.Module, reference: nn.Module, found: Trained) -> dict[str, flo
     return divergence(model, reference, found.data)
 
 
-def _rolled_back(found: Trained, rows: Sequence[int] | None) -> tuple[nn.Module, dict[str, float]]:
+def _rolled_back(found: Trained, probe: Any) -> tuple[nn.Module, dict[str, float]]:
     model, begun = copy.deepcopy(found.models["trained"]), time.perf_counter()
-    probe: Any = False if rows is None else found.data.probe(rows)
     with timstore.open(found.store) as store:
         report = store.rollback(model, found.data.forget, probe=probe, force=True, progress=False)
     told = {"seconds": time.perf_counter() - begun, "warnings": float(len(report.warnings))}
     if report.probe is not None:
         numbers = ("damping", "expected", "seen", "moved", "apart", "loss_before", "loss_after", "products")
         told |= {name: float(getattr(report.probe, name)) for name in numbers}
+        told["misfit"] = report.probe.misfit or 0.0
     return model, told
 
 
@@ -126,13 +130,14 @@ def _summary(title: str, part: Sequence[Figures]) -> None:
         for kind in KINDS:
             table.add_column(f"{kind} over {below}", justify="right")
     table.add_column("seconds", justify="right")
-    for row in (ROLLBACK, FEWER, HALF, FIRST, FLOOR):
+    for row in (ROLLBACK, HALF, RETAINED, PUBLIC, FIRST, FLOOR):
+        having = [figures for figures in part if row in figures]
         cells = []
         for below in (FLOOR, NOTHING):
             for kind in KINDS:
-                numbers = sorted(_over(figures, row, below)[kind] for figures in part)
+                numbers = sorted(_over(figures, row, below)[kind] for figures in having)
                 cells.append(f"{statistics.median(numbers):.2f} ({numbers[round(0.9 * (len(numbers) - 1))]:.2f})")
-        seconds = [figures[row]["seconds"] for figures in part if "seconds" in figures[row]]
+        seconds = [figures[row]["seconds"] for figures in having if "seconds" in figures[row]]
         table.add_row(row, *cells, f"{statistics.median(seconds):.1f}" if seconds else "")
     console.print(table)
 

@@ -138,11 +138,20 @@ class Data:
         }
 
     def probe(self, ids: Sequence[int]) -> list[object]:
-        """Return batches as the model takes them."""
-        parts = torch.tensor(ids).split(8)
-        if self.inputs.is_floating_point():
-            return [self.inputs[part] for part in parts]
-        return [{"input_ids": self.inputs[part], "labels": self.labels[part]} for part in parts]
+        """Return samples as batches that the model takes."""
+        chosen = torch.tensor(ids)
+        return _batches(self.inputs[chosen], self.labels[chosen])
+
+    def earlier_probe(self, count: int) -> list[object]:
+        """Return the first of what the model was trained on before; nothing if that is nothing."""
+        inputs, labels = self.earlier
+        return _batches(inputs[:count], labels[:count]) if len(inputs) else []
+
+
+def _batches(inputs: torch.Tensor, labels: torch.Tensor) -> list[object]:
+    if inputs.is_floating_point():
+        return list(inputs.split(8))
+    return [{"input_ids": a, "labels": b} for a, b in zip(inputs.split(8), labels.split(8), strict=True)]
 
 
 def logits(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -150,7 +159,7 @@ def logits(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torc
     if inputs.is_floating_point():
         found: torch.Tensor = model(inputs)
         return found
-    answers = model(input_ids=inputs).logits[:, :-1]
+    answers = model(input_ids=inputs, labels=labels).logits[:, :-1]
     return answers[labels[:, 1:] != IGNORED]
 
 
@@ -184,7 +193,7 @@ def train(
         for ids in torch.randperm(len(data.inputs), generator=draw).split(BATCH)
     ]
     asked = (data.labels[:, 0 if data.inputs.is_floating_point() else 1 :] != IGNORED).sum(1)
-    recording = store.record(model, optimizer, samples=data.forget, probe=None) if store else contextlib.nullcontext()
+    recording = store.record(model, optimizer, samples=data.forget) if store else contextlib.nullcontext()
     with recording as recorder:
         for step, (epoch, ids) in enumerate(plan):
             optimizer.param_groups[0]["lr"] = workload.rate * min(1, (step + 1) / 5) * (1 - step / len(plan))

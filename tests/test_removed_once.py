@@ -23,7 +23,7 @@ import timstore
 from timstore.errors import CoverageError, ModelMismatchError, StateError
 
 SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "500"))
-CHUNKS = 20
+CHUNKS = 100
 LONGEST = 8
 WIDTH = 3
 LR = 0.1

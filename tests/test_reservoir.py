@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,17 @@ def test_a_probe_that_is_given_is_asked_and_no_rows_are_kept(store: timstore.Sto
 # --- asked -----------------------------------------------------------------------------------------------
 
 
-def test_a_rollback_asks_them_as_if_they_were_given(store: timstore.Store, few: int) -> None:
+def test_a_rollback_asks_them_as_if_they_were_given(store: timstore.Store, few: int, tmp_path: Path) -> None:
     model = classifier()
     train(store, model, epochs=range(2))
     rows = kept(store)
     forgotten = rows.rows[3].sample
     given = [torch.from_numpy(np.stack([inputs_of(row) for row in rows.rows if row.sample != forgotten])).split(4)]
     by_itself = store.rollback(model, [forgotten], dry_run=True)
-    wanted = store.rollback(model, [forgotten], probe=given[0], dry_run=True)
+    with timstore.open(tmp_path / "keeps none") as other:
+        same = classifier()
+        train(other, same, epochs=range(2), probe=False)
+        wanted = other.rollback(same, [forgotten], probe=given[0], dry_run=True)
     assert by_itself.rollback_id == wanted.rollback_id
     assert by_itself.probe is not None and by_itself.probe.sequences == few - 1
     assert (by_itself.probe.kept, by_itself.probe.left_out) == (few, 1)
@@ -175,6 +179,29 @@ def test_rows_of_the_same_content_as_what_is_forgotten_are_left_out(store: timst
     assert (report.probe.kept, report.probe.left_out) == (SAMPLES - 1, 4)
 
 
+@pytest.mark.parametrize("unlike", [False, True])
+def test_a_probe_that_is_given_is_held_against_them(store: timstore.Store, unlike: bool) -> None:
+    x, _ = data()
+    x = torch.cat([x[:, :2] * 3, torch.zeros(SAMPLES, 2)], 1)  # the last two are never seen in training
+    model, start = classifier(), classifier()
+    train(store, model, samples=[3, 4, 5], inputs=x, epochs=range(4))
+    probe = [torch.cat([torch.zeros(32, 2), torch.ones(32, 2)], 1)] if unlike else [x[20:52]]
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", timstore.TimstoreWarning)
+        report = store.rollback(model, [3, 4, 5], probe=probe)
+    assert report.probe is not None and report.probe.misfit is not None
+    assert any("unlike what was trained on" in one for one in report.warnings) is unlike
+    start.load_state_dict(before)
+    ids = [row.sample for row in kept(store).without(frozenset([3, 4, 5]), set()).rows]
+    # What was measured is what happened to the rows of the training.
+    old, new = (F.log_softmax(one(x[ids]).detach().double(), 1) for one in (start, model))
+    seen = float((old.exp() * (old - new)).sum(1).mean())
+    assert report.probe.seen == pytest.approx(seen, rel=1e-3)
+    old, new = (F.log_softmax(one(torch.cat(probe)).detach().double(), 1) for one in (start, model))
+    assert report.probe.misfit == pytest.approx(seen / float((old.exp() * (old - new)).sum(1).mean()), rel=1e-3)
+
+
 def test_what_was_taken_out_before_is_left_out_too(store: timstore.Store) -> None:
     model = classifier()
     train(store, model)
@@ -183,7 +210,7 @@ def test_what_was_taken_out_before_is_left_out_too(store: timstore.Store) -> Non
     assert report.probe is not None and report.probe.left_out == 3
 
 
-def test_64_rows_are_asked_evenly_spread_over_the_run() -> None:
+def test_as_many_rows_as_are_wanted_are_asked_evenly_spread_over_the_run() -> None:
     rows = [KeptRow(sample, 0, sample, None, 4, {"x": np.full((1, 2), sample)}, {}) for sample in range(200)]
     asked = KeptRows.read([rows_table(rows, "mse", None)], None).spread(64)
     steps = [row.step for row in asked.rows]

@@ -1,10 +1,12 @@
 """Which probe a rollback asks: the one that is given, the one that the store keeps, rows of the training, or none."""
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from timstore.arguments import choice
+from timstore.errors import CorruptionError
 from timstore.kept_rows import ASKED, KEPT, asks_kept
 from timstore.rollbacks.probe import LOSSES, Probe
 from timstore.rollbacks.targets import Target
@@ -21,6 +23,7 @@ class Asked:
         probe: None for none.
         kept: how many rows of the training the store keeps, where the probe is drawn from them.
         left_out: how many of those are to be forgotten, or alike.
+        training: kept rows to hold a probe against that somebody chose; None where there are none.
         overlap: samples to be forgotten that it holds.
         advice: what could be asked instead of nothing.
     """
@@ -28,6 +31,7 @@ class Asked:
     probe: Probe | None
     kept: int | None = None
     left_out: int = 0
+    training: Probe | None = None
     overlap: tuple[int, ...] = ()
     advice: str = ""
 
@@ -53,12 +57,28 @@ def probe_to_ask(
     if given is False:
         return Asked(None)
     if given is not None and not asks_kept(given):
-        return _of(given, snapshot, target, outputs, loss, forgotten)
-    held, rows = snapshot.probe(), snapshot.kept_rows()
+        asked = _of(given, snapshot, target, outputs, loss, forgotten)
+        with suppress(CorruptionError):  # `verify` tells; a probe of one's own needs none of them
+            asked = replace(asked, training=_kept(snapshot, target, outputs, loss, forgotten).probe)
+        return asked
+    held = snapshot.probe()
     if given is None and not target.is_loaded:
-        return Asked(None, advice=f', or probe="{KEPT}", what the store keeps' if held or rows else "")
+        there = held or snapshot.kept_rows()
+        return Asked(None, advice=f', or probe="{KEPT}", what the store keeps' if there else "")
     if held is not None:
         return _of(held[0], snapshot, target, outputs, loss or held[1], forgotten)
+    return _kept(snapshot, target, outputs, loss, forgotten)
+
+
+def _kept(
+    snapshot: Snapshot,
+    target: Target,
+    outputs: Callable[[Any], Any] | None,
+    loss: str | None,
+    forgotten: Collection[int],
+) -> Asked:
+    """Return a probe of rows of the training that the store keeps."""
+    rows = snapshot.kept_rows()
     left = rows.without(frozenset(forgotten), _contents(snapshot, forgotten).keys())
     if not left:
         return Asked(None)

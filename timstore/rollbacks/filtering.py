@@ -83,13 +83,14 @@ def probe_filter(
     depth: int,
     coordinates: Vector | None = None,
     decays: Mapping[str, float] | None = None,
+    judge: Probe | None = None,
     keep_bytes: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Filtered:
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
     Cost: `depth` products with each half of the probe for each bin, and as many workspace vectors as bins times depth;
-    up to some fifteen forward passes of each half before and after a change.
+    up to some fifteen forward passes of each half, or of the judge, before and after a change.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -97,13 +98,15 @@ def probe_filter(
             the whole are taken to be the same for all parameters.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
         coordinates: what multiplies tau element by element (Adam); 1 when None.
+        judge: rows to hold the change against, like the training's, instead of the other half: then all of the probe is
+            one half.
         keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time.
         advance: called after every product.
     """
     pushes = _Pushes.of(increments, lengths, coordinates, workspace)
     with probe.undisturbed():
         deltas, ways = [], []
-        for own, others in _halves(probe):
+        for own, others in _halves(probe) if judge is None else [(probe, judge)]:
             curvature = GaussNewton(model, list(workspace.sizes), own, keep_bytes=keep_bytes)
             space = krylov(pushes.copies(), pushes.bent(curvature, decays or {}, advance), workspace, depth)
             products = curvature.products

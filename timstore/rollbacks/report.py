@@ -19,6 +19,8 @@ class ProbeReport:
         moved: how far the filter moved the first-order change, relative to the result.
         apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
+        misfit: how many times more the change moves the model's answers on rows of the training that the store keeps
+            than on the probe; None where it keeps none, or the probe is of them.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
         left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """
@@ -32,6 +34,7 @@ class ProbeReport:
     apart: float
     loss_before: float
     loss_after: float
+    misfit: float | None = None
     kept: int | None = None
     left_out: int = 0
 

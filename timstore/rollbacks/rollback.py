@@ -23,7 +23,7 @@ from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.filtering import probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
-from timstore.rollbacks.outcome import probe_losses
+from timstore.rollbacks.outcome import divergence, probe_losses
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A rise of the probe's own loss by more than this share says that the model was damaged.
 _DAMAGE = 0.01
+# Probes like the training were at 0.8 to 1.0, unlike ones at 3 to 8 (docs/design/curvature.md).
+_MISFIT = 2.0
 # How far a replay may end from the model, in lengths of the run: rounding is thousands of times less.
 _OFF = 0.02
 
@@ -227,10 +229,13 @@ def _filtered(
             depth=depth,
             coordinates=coordinates,
             decays=decays,
+            judge=asked.training,
             keep_bytes=keep_bytes,
             advance=bar.taken,
         )
-        losses = probe_losses(model, probe, found.delta, list(workspace.sizes))
+        names = list(workspace.sizes)
+        losses = probe_losses(model, probe, found.delta, names)
+        own = divergence(model, probe, found.delta, names) if asked.training is not None else 0.0
     except Exception as error:
         if asked.kept is not None:
             error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
@@ -246,6 +251,7 @@ def _filtered(
         apart=found.apart,
         loss_before=losses[0],
         loss_after=losses[1],
+        misfit=ways[0].seen / own if own else None,
         kept=asked.kept,
         left_out=asked.left_out,
     )
@@ -265,6 +271,12 @@ def _warnings(asked: Asked, probed: ProbeReport | None, nothing: bool) -> list[s
             "first order only: the other samples' gradients are taken as recorded, which over-forgets and can damage "
             f"the model; pass probe= (64 examples of any data like the training data){asked.advice}"
         ]
+    if probed.misfit is not None and not probed.misfit <= _MISFIT:
+        told.append(
+            f"the change moves the model's answers on rows of the training {probed.misfit:.1f} times as much as on the "
+            "probe: it is unlike what was trained on, and its curvature says little of it. Leave probe= out, and the "
+            "rows of the training that the store keeps are asked"
+        )
     # So that NaN counts as damage.
     if probed.loss_before and not probed.loss_after <= probed.loss_before * (1 + _DAMAGE):
         told.append(
