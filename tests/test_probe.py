@@ -89,7 +89,7 @@ def test_outputs_extracts_the_logits_and_batches_are_counted_by_rows() -> None:
         ([], {}, "the probe is empty"),
         (torch.ones(2, 3), {}, "put a single batch into a list"),
         ({"input": torch.ones(2, 3)}, {}, "put a single batch into a list"),
-        (7, {}, "probe is a list, not 7"),
+        (7, {}, "an iterable of batches"),
         ([torch.ones(2, 3), "text"], {}, "probe batch 1 is a str"),
         ([torch.ones(2, 3)], {"loss": "hinge"}, "'cross_entropy' or 'mse', not 'hinge'"),
         ([torch.ones(2, 3)], {"outputs": lambda _: None}, r"outputs= must return .* NoneType"),

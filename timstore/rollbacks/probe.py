@@ -70,7 +70,8 @@ class Probe:
         self._model = model
         self._outputs = _logits if outputs is None else outputs
         self._device = next(model.parameters()).device
-        self._batches = [_normalised(batch, number) for number, batch in enumerate(listed(batches, "probe"))]
+        taken = listed(batches, "probe", "an iterable of batches")
+        self._batches = [_normalised(batch, number) for number, batch in enumerate(taken)]
         if not self._batches:
             raise InvalidInputError("the probe is empty: give it 8 to 64 examples of data like the training data")
 
