@@ -6,6 +6,7 @@ TIMSTORE_FUZZ=500 runs so many examples of each, drawn anew, instead of the few 
 import copy
 import itertools
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from odd import FOLDER, TOGETHER, G, answer_of, fuzzed, left_out, odd_call
+from safetensors.torch import load_file, save_file
 
 import timstore
 from timstore.fingerprints import digests
@@ -101,6 +103,27 @@ def test_every_argument_of_a_rollback(recorded, called, data):
     moved = sum(float((after[name].double() - before[0][name].double()).square().sum()) for name in after) ** 0.5
     assert moved == pytest.approx(report.delta_norm, rel=1e-3, abs=1e-6)
     recorded.put(before)
+
+
+@fuzzed(FEW)
+@given(data=st.data())
+def test_every_argument_of_a_rollback_of_a_checkpoint(recorded, data):
+    checkpoint = Path.cwd() / "model.safetensors"
+    save_file(recorded.model.state_dict(), checkpoint)
+    before = checkpoint.read_bytes()
+    usual = {name: one for name, one in ROLLBACK.items() if name != "target"}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        arguments = data.draw(odd_call(usual | {"output": "out.safetensors"}))
+        if isinstance(arguments["output"], str):
+            arguments["output"] = f"{folder}/{arguments['output'].replace('..', '')}"
+        answer = answer_of(partial(recorded.store.rollback, checkpoint), arguments)
+        written = list(Path(folder).glob("*.safetensors"))
+        if answer is None or answer.value.dry_run:
+            assert checkpoint.read_bytes() == before and not written
+        for one in written:
+            after = copy.deepcopy(recorded.model)
+            after.load_state_dict(load_file(one))
+            assert answer.value.rollback_id == combined_digest(digests(after))
 
 
 @fuzzed(FEW)
