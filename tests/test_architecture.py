@@ -23,6 +23,7 @@ LAYERS = [
     ["timstore.format"],
     ["timstore.catalog"],
     ["timstore.parts"],
+    ["timstore.arguments"],
     ["timstore.intake"],
     ["timstore.samples"],
     ["timstore.kept_rows"],

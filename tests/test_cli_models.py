@@ -219,7 +219,7 @@ def test_forecast_takes_the_precision_of_the_model(model):
     [
         ({"model_type": "nothing"}, 16, "transformers makes no model of"),
         ({"hidden_size": "wide"}, 16, "transformers makes no model of"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, 16, "is no language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, 16, "of tokens= for a language model"),
     ],
 )
 def test_forecast_of_what_is_no_language_model_is_one_sentence(model, changes, tokens, said):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from timstore.errors import InvalidInputError
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.filtering import Filtered, probe_filter
 from timstore.rollbacks.krylov import krylov
@@ -371,7 +372,7 @@ def test_the_model_comes_back_as_it_was(fails: bool) -> None:
         probe = Probe(model, [torch.randn(6, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(3))])
         arguments = (model, [increment], [dict.fromkeys(names, 1.0)], probe, workspace)
         if fails:
-            with pytest.raises(RuntimeError, match="the model failed"):
+            with pytest.raises(InvalidInputError, match="batch 0 of the probe: RuntimeError: the model failed"):
                 probe_filter(*arguments, depth=8)
         else:
             probe_filter(*arguments, depth=8)

@@ -63,6 +63,8 @@ def test_a_batch_of_one_s_own_is_measured(tmp_path: Path) -> None:
             store.forecast(model, samples=10, steps=5)
         with pytest.raises(timstore.InvalidInputError, match="steps"):
             store.forecast(model, samples=10, steps=0, batch=torch.randn(2, 40))
+        with pytest.raises(timstore.InvalidInputError, match="positions that this model has"):
+            store.forecast(llama(), samples=10, steps=5, tokens=2**62)
 
 
 def test_a_recording_over_its_budget_is_refused_with_what_would_fit(tmp_path: Path) -> None:

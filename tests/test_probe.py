@@ -91,7 +91,7 @@ def test_outputs_extracts_the_logits_and_batches_are_counted_by_rows() -> None:
         ({"input": torch.ones(2, 3)}, {}, "put a single batch into a list"),
         (7, {}, "an iterable of batches"),
         ([torch.ones(2, 3), "text"], {}, "probe batch 1 is a str"),
-        ([torch.ones(2, 3)], {"loss": "hinge"}, "cross_entropy, mse, not 'hinge'"),
+        ([torch.ones(2, 3)], {"loss": "hinge"}, "'cross_entropy' or 'mse', not 'hinge'"),
         ([torch.ones(2, 3)], {"outputs": lambda _: None}, r"outputs= must return .* NoneType"),
         ([torch.ones(2, 3)], {"outputs": lambda returned: returned.sum()}, "outputs= must return"),
         ([{"input": torch.ones(2, 3), "labels": torch.ones(3)}], {}, r"labels have shape \(3,\), the outputs \(2, 5\)"),

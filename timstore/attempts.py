@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from timstore.errors import InvalidInputError, StateError
+from timstore.errors import InvalidInputError, StateError, shown
 from timstore.format.commits import Attempt, Scope
 from timstore.format.log import claim_attempt
 from timstore.format.objects import Objects
@@ -74,7 +74,7 @@ class CurrentAttempt:
         self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest: str | None, first: bool = False
     ) -> Attempt:
         if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-            raise InvalidInputError(f"digest_before is 64 hexadecimal digits, or None if unknown, not {digest!r}")
+            raise InvalidInputError(f"digest_before is 64 hexadecimal digits, or None if unknown, not {shown(digest)}")
         return claim_attempt(self._objects, from_epoch, from_step, scope, ranks, first, digest)
 
 

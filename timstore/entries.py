@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from timstore import intake
+from timstore import arguments, intake
 from timstore.batch import Item, rows_items
 from timstore.ledger import Ledger, Moment, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
@@ -52,7 +52,8 @@ def record_entry(
     copy: bool = True,
 ) -> Entry:
     """Return the records of one `append` call; arguments and errors as there."""
-    moment, rank = intake.moment(epoch, step), intake.rank_number(rank)
+    arguments.flags(allow_zero=allow_zero, allow_nonfinite=allow_nonfinite, copy=copy)
+    moment, rank = arguments.moment(epoch, step), arguments.rank_number(rank)
     taken = intake.take_in(
         *moment,
         sample,
@@ -68,7 +69,7 @@ def record_entry(
     )
     samples, names = [record.sample for record in taken.records], frozenset(taken.parameters)
     ledger.check_new(moment, rank, samples, names)
-    group = () if lr is None else (StepGroup(lr=intake.number(lr, "lr")),)
+    group = () if lr is None else (StepGroup(lr=arguments.number(lr, "lr")),)
     steps = ledger.new_steps(Step(*moment, group, rank))
     records = [
         Item(

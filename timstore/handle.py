@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timstore import errors, intake, lifetime
+from timstore import arguments, errors, lifetime
 from timstore.catalog import remove_leftovers
 from timstore.format.place import Place
 from timstore.kept_rows import ASKED
@@ -25,8 +25,6 @@ class Handle:
 
     def __init__(self, path: str | os.PathLike[str], mode: str, options: dict[str, Any], sql_memory: int | str) -> None:
         self.path = user_path(path)
-        if "://" in str(path):
-            raise errors.InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
         self.mode = mode
         self._sql_memory = _sql_memory(sql_memory)
         self._objects, self.settings = open_settings(self.path, mode, options)
@@ -65,7 +63,7 @@ class Handle:
         Raises:
             InvalidInputError: if it is not one SELECT, or DuckDB does not understand it.
         """
-        return self.snapshot().catalog.sql(intake.text(query, "a query"), params)
+        return self.snapshot().catalog.sql(arguments.text(query, "a query"), params)
 
     def read(self, where: str | None = None) -> Iterator[StoredRecord]:
         """Iterate over records, all or those where an SQL condition on the `records` table holds.
@@ -75,7 +73,7 @@ class Handle:
         Raises:
             CorruptionError: if an object is missing or is not what was written.
         """
-        return self.snapshot().read(None if where is None else intake.text(where, "where"))
+        return self.snapshot().read(None if where is None else arguments.text(where, "where"))
 
     def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
         """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.
@@ -83,8 +81,8 @@ class Handle:
         Raises:
             NotFoundError: if it was not recorded.
         """
-        epoch, step = intake.moment(epoch, step)
-        sample, rank = intake.sample_id(sample), intake.rank_number(rank)
+        epoch, step = arguments.moment(epoch, step)
+        sample, rank = arguments.sample_id(sample), arguments.rank_number(rank)
         for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
             return record.dense(parameter)
         raise errors.NotFoundError(
@@ -134,7 +132,9 @@ class Handle:
 
 
 def _sql_memory(size: Any) -> int:
-    taken = intake.byte_count(size, "sql_memory")
+    taken = arguments.byte_count(size, "sql_memory")
     if taken < _LEAST_SQL_MEMORY:
-        raise errors.InvalidInputError(f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {size!r}')
-    return min(taken, 2**62)  # more than DuckDB can count is no limit
+        raise errors.InvalidInputError(
+            f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {errors.shown(size)}'
+        )
+    return taken

@@ -1,162 +1,31 @@
-"""Check what a user hands to a store, all of it here, before any of it is accepted."""
+"""Check what one call hands to a store, all of it, before any of it is accepted."""
 
-import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from timstore.arguments import (
+    choice,
+    counting_number,
+    flag,
+    listed,
+    mapped,
+    moment,
+    number,
+    plain_name,
+    rank_number,
+    sample_id,
+    text,
+    whole_number,
+)
 from timstore.errors import InvalidInputError, shown
 from timstore.format.commits import Scope
 from timstore.parts import OwnedParts, is_finite, is_zero, parameter_of
 from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NAME_BYTES = 4096
-_TEXT_BYTES = 16 * 1024 * 1024
-
 _SCALARS = frozenset(field.name for field in fields(Step)) - {"epoch", "step", "groups", "rank"}
-
-
-def whole_number(value: Any, what: str) -> int:
-    """Return a Python int from any integer of 64 bits, numpy's and 0-d tensors' too; never from a bool or a float.
-
-    Raises:
-        InvalidInputError: naming `what`.
-    """
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
-    try:
-        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-            value = value.item()
-        number = operator.index(value)
-        is_integer = not isinstance(value, bool)
-    except Exception:  # whatever such an object raises
-        is_integer = False
-    if not is_integer:
-        raise InvalidInputError(f"{what} must be an integer, not {shown(value)}", value=value)
-    if not -(2**63) <= number < 2**63:
-        raise InvalidInputError(f"{what} must fit into 64 bits; got {shown(number)}", value=number)
-    return number
-
-
-def counting_number(value: Any, what: str) -> int:
-    """Return an integer from 0 on, of 63 bits: an epoch, a rank, a sample's id."""
-    checked = whole_number(value, what)
-    if checked < 0:
-        raise InvalidInputError(f"{what} starts at 0; got {checked}", value=checked)
-    return checked
-
-
-def positive_number(value: Any, what: str) -> int:
-    """Return an integer from 1 on, of 63 bits: how many there are of something."""
-    checked = whole_number(value, what)
-    if checked < 1:
-        raise InvalidInputError(f"{what} is at least 1; got {checked}", value=checked)
-    return checked
-
-
-def sample_id(value: Any, what: str = "sample") -> int:
-    """Return a sample's id: an integer from 0 on, of 63 bits."""
-    return counting_number(value, what)
-
-
-def number(value: Any, what: str) -> float:
-    """Return a float from any number.
-
-    Raises:
-        InvalidInputError: naming `what`.
-    """
-    try:
-        return float(value)
-    except Exception:  # whatever such an object raises
-        raise InvalidInputError(f"{what} must be a number, not {shown(value)}") from None
-
-
-def text(value: Any, what: str, most: int = _TEXT_BYTES) -> str:
-    """Return text that a file can hold.
-
-    Raises:
-        InvalidInputError: it is none, is too long, or holds half of a surrogate pair.
-    """
-    if not isinstance(value, str):
-        raise InvalidInputError(f"{what} is text, not {shown(value)}")
-    try:
-        size = len(value) if value.isascii() else len(value.encode())
-    except UnicodeEncodeError:
-        raise InvalidInputError(
-            f"{what} holds half of a surrogate pair, which is no character: {shown(value)}"
-        ) from None
-    if size > most:
-        raise InvalidInputError(f"{what} has {size:,} bytes, more than {most:,}: {shown(value)}")
-    return str(value)
-
-
-def plain_name(value: Any, what: str) -> str:
-    """Return a name: text, not empty, without NUL, of at most 4,096 bytes."""
-    checked = text(value, what, _NAME_BYTES)
-    if not checked or "\0" in checked:
-        raise InvalidInputError(f"{what} is text that is not empty and holds no NUL, not {shown(value)}")
-    return checked
-
-
-def listed(values: Any, what: str) -> list[Any]:
-    """Return what can be iterated as a list; text is no list of characters."""
-    try:
-        if not isinstance(values, str | bytes):
-            return list(values)
-    except Exception:  # whatever such an object raises
-        pass
-    raise InvalidInputError(f"{what} is a list, not {shown(values)}")
-
-
-def mapped(values: Any, what: str) -> dict[Any, Any]:
-    """Return a mapping as a dictionary."""
-    if not isinstance(values, Mapping):
-        raise InvalidInputError(f"{what}, not {shown(values)}")
-    return dict(values)
-
-
-def byte_count(size: Any, what: str) -> int:
-    """Return a number of bytes from an integer or from text such as "512MB" or "2 GiB".
-
-    Raises:
-        InvalidInputError: if it is neither, or not positive.
-    """
-    given = size
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
-        if match and match[2] in _UNITS:
-            size = int(float(match[1]) * _UNITS[match[2]])
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise InvalidInputError(f'{what} is a number of bytes or text like "512MB", not {shown(given)}')
-    return size
-
-
-def flags(**given: Any) -> None:
-    """Check that arguments are bools: any text is true, "no" as well.
-
-    Raises:
-        InvalidInputError: naming the argument.
-    """
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is True or False, not {shown(value)}")
-
-
-def moment(epoch: Any, step: Any) -> tuple[int, int]:
-    """Return (epoch, step) as non-negative integers."""
-    checked = whole_number(epoch, "epoch"), whole_number(step, "step")
-    if min(checked) < 0:
-        raise InvalidInputError(f"epoch and step start at 0; got epoch {checked[0]}, step {checked[1]}")
-    return checked
-
-
-def rank_number(rank: Any) -> int:
-    """Return a process's rank as a non-negative integer."""
-    return counting_number(rank, "rank")
 
 
 def scope(given: Any) -> Scope:
@@ -190,12 +59,6 @@ def digests(given: Any) -> dict[str, str]:
     return {plain_name(one, "a parameter's name"): plain_name(digest, f"digest of {one}") for one, digest in pairs}
 
 
-def _flag(value: Any, what: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise InvalidInputError(f"{what} is True or False, not {shown(value)}")
-    return bool(value)
-
-
 def _names(values: Any, what: str) -> tuple[str, ...]:
     return tuple(plain_name(one, what) for one in listed(values, what))
 
@@ -203,7 +66,7 @@ def _names(values: Any, what: str) -> tuple[str, ...]:
 _OF_TYPE: dict[type, Callable[[Any, str], Any]] = {
     int: whole_number,
     float: number,
-    bool: _flag,
+    bool: flag,
     str: text,
     tuple: _names,
 }
@@ -244,9 +107,7 @@ def step_group(group: Any, where: str) -> StepGroup:
 
 def mean_unit(value: Any, where: str) -> str | None:
     """Return what a loss's mean divides by: `samples`, `tokens`, or None where that is not known."""
-    if not (value is None or (isinstance(value, str) and value in ("samples", "tokens"))):
-        raise InvalidInputError(f"{where}: mean_over is 'samples', 'tokens' or None, not {shown(value)}")
-    return value
+    return None if value is None else choice(value, ("samples", "tokens"), f"{where}: mean_over")
 
 
 def step(epoch: Any, number_: Any, groups: Any, rank: Any, scalars: Mapping[str, Any]) -> Step:
@@ -348,8 +209,8 @@ def take_in(
     counts = _per_sample(tokens, len(samples), single, "tokens")
     dots = _per_sample(dot, len(samples), single, "dot")
     records, finite = [], []
-    for number, one in enumerate(samples):
-        parts = {name: rows[number] for name, rows in columns.items()}
+    for place, one in enumerate(samples):
+        parts = {name: rows[place] for name, rows in columns.items()}
         finite.append(is_finite(arrays_of(parts)))
         what = f"epoch {epoch}, step {step}, sample {one}"
         if not finite[-1] and not allow_nonfinite:
@@ -360,7 +221,7 @@ def take_in(
             )
         if not allow_zero and is_zero(parts):
             raise _all_zero(what, one)
-        records.append(Record(epoch, step, one, parts, rank, losses[number], counts[number], dot=dots[number]))
+        records.append(Record(epoch, step, one, parts, rank, losses[place], counts[place], dot=dots[place]))
     return Taken(records, finite, parameters, [one for name, one in parameters.items() if name not in known])
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from timstore.errors import CorruptionError
+from timstore.errors import CorruptionError, InvalidInputError, shown
 
 KIND = "kept_rows"
 # What stands for them where a probe may be given.
@@ -185,6 +185,16 @@ def rows_table(rows: Iterable[KeptRow], loss: str | None, reason: str | None) ->
         told = {"loss": loss, "reason": reason, "layout": json.dumps(layout), "data": b"".join(data)}
         written.append({**{name: getattr(row, name) for name in _SCHEMA.names if name not in told}, **told})
     return pa.Table.from_pylist(written, _SCHEMA)
+
+
+def check_table(rows: Any) -> None:
+    """Refuse what `rows_table` did not make.
+
+    Raises:
+        InvalidInputError: it is no table, or has other columns.
+    """
+    if not isinstance(rows, pa.Table) or not rows.schema.equals(_SCHEMA):
+        raise InvalidInputError(f"rows of the training stream are a table as rows_table makes it, not {shown(rows)}")
 
 
 def _row(written: Mapping[str, Any]) -> KeptRow:

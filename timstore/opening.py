@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from timstore.arguments import choice
 from timstore.encoding import PRECISIONS
 from timstore.errors import (
     AlreadyExistsError,
@@ -15,6 +16,7 @@ from timstore.errors import (
     NotFoundError,
     ReadOnlyError,
     TimstoreWarning,
+    shown,
 )
 from timstore.format import layout
 from timstore.format.objects import LocalObjects
@@ -74,7 +76,7 @@ def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObject
         kept = getattr(settings, name)
         if value is not None and value != kept:
             raise InvalidInputError(
-                f"{path} was made with {name}={kept!r}, not {value!r}: leave {name} out, or make another store",
+                f"{path} was made with {name}={kept!r}, not {shown(value)}: leave {name} out, or make another store",
                 path=str(path),
             )
     if mode != "r":
@@ -103,13 +105,13 @@ def _is_free(path: Path) -> bool:
 
 
 def _check(mode: str, options: dict[str, Any]) -> None:
-    if mode not in ("r", "a", "x", "w"):
+    if not isinstance(mode, str) or mode not in ("r", "a", "x", "w"):
         raise InvalidInputError(
-            f"mode is 'r' (read), 'a' (open or create), 'x' (create) or 'w' (start over), not {mode!r}"
+            f"mode is 'r' (read), 'a' (open or create), 'x' (create) or 'w' (start over), not {shown(mode)}"
         )
     for name, choices in _CHOICES.items():
-        if options[name] is not None and options[name] not in choices:
-            raise InvalidInputError(f"{name} is one of {', '.join(choices)}, not {options[name]!r}")
+        if options[name] is not None:
+            choice(options[name], choices, name)
     limit = options["max_rel_error"]
     if limit is not None and not (isinstance(limit, float | int) and 0 < limit < 1):
-        raise InvalidInputError(f"max_rel_error lies between 0 and 1, not {limit!r}")
+        raise InvalidInputError(f"max_rel_error lies between 0 and 1, not {shown(limit)}")

@@ -19,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from timstore import errors
+
 LINE_SECONDS = 10.0
 """How far lines are apart."""
 
@@ -30,8 +32,10 @@ class Shown(Progress):
     """The progress of some work, as `shown` makes it."""
 
     def __init__(self, wanted: bool | None, columns: list[ProgressColumn]) -> None:
+        if not (wanted is None or isinstance(wanted, bool)):
+            raise errors.InvalidInputError(f"progress is True, False or None, not {errors.shown(wanted)}")
         terminal = sys.stderr.isatty()
-        self._in_lines = bool(wanted) and not terminal
+        self._in_lines = wanted is True and not terminal
         super().__init__(
             *columns, console=Console(stderr=True), transient=True, disable=not terminal or wanted is False
         )

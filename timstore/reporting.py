@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from timstore.errors import InvalidInputError, NotFoundError, ReadOnlyError, StorageError, TimstoreError
+from timstore.errors import InvalidInputError, NotFoundError, ReadOnlyError, StorageError, TimstoreError, shown
 
 _READS = ("read", "open")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,14 +23,17 @@ def user_path(given: Any) -> Path:
     try:
         path = os.fspath(given)
     except TypeError:
-        raise InvalidInputError(f"a path is text or a pathlib.Path, not {given!r:.80}") from None
+        raise InvalidInputError(f"a path is text or a pathlib.Path, not {shown(given)}") from None
     if not isinstance(path, str) or not path:
-        raise InvalidInputError(f"a path is text or a pathlib.Path, not {given!r:.80}")
+        raise InvalidInputError(f"a path is text or a pathlib.Path, not {shown(given)}")
+    if "://" in path:
+        message = f"{shown(path)}: this version knows local files, and keeps stores in local directories"
+        raise InvalidInputError(message, path=path)
     try:
         if b"\0" in os.fsencode(path):
-            raise InvalidInputError(f"{path!r:.80} holds a NUL character, which no path may", path=path)
+            raise InvalidInputError(f"{shown(path)} holds a NUL character, which no path may", path=path)
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"{path!r:.80} cannot name a file: {error.reason}", path=path) from None
+        raise InvalidInputError(f"{shown(path)} cannot name a file: {error.reason}", path=path) from None
     with reporting("open", Path(path)):
         Path(path).absolute()
     return Path(path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import listed, plain_name
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.encoding import densify
 from timstore.errors import CorruptionError, InvalidInputError, NotFoundError, shown
@@ -23,7 +24,6 @@ from timstore.format.settings import Settings
 from timstore.format.tables import ROLLED
 from timstore.format.verified import read_verified
 from timstore.format.view import View, read_view
-from timstore.intake import listed, plain_name
 from timstore.kept_rows import KIND, KeptRows
 from timstore.records import Gradient, Parameter, Record
 
@@ -47,7 +47,7 @@ class StoredRecord(Record):
 
     def dense(self, parameter: str) -> np.ndarray:
         """Return one gradient as an array of the parameter's shape, the sum of its parts."""
-        if parameter not in self.gradients:
+        if plain_name(parameter, "parameter") not in self.gradients:
             raise NotFoundError(f"this record has no gradient of {parameter}", parameter=parameter)
         shape = self.shapes[parameter]
         matrix = Parameter(parameter, shape, "").matrix_shape

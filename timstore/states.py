@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from timstore.arguments import mapped, plain_name
 from timstore.batch import Item
 from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
@@ -14,7 +15,6 @@ from timstore.encoding.products import norm
 from timstore.errors import CorruptionError, InvalidInputError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
-from timstore.intake import mapped, plain_name
 from timstore.ledger import table
 from timstore.records import BFLOAT16, Parameter, as_array, narrow, widen
 from timstore.snapshot import Snapshot

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from timstore import errors, intake, kept_rows, lifetime
+from timstore import arguments, errors, intake, kept_rows, lifetime
 from timstore.attempts import CurrentAttempt
 from timstore.batch import Item, rows_items
 from timstore.entries import Entry, record_entry, step_entry
@@ -154,6 +154,8 @@ class Store(Handle):
             StateError, StorageError: as `append`; never for what the entries hold.
         """
         ledger = self._writing()
+        if not all(isinstance(entry, Entry) for entry in entries):
+            raise errors.InvalidInputError("an entry is what record_entry or step_entry returned")
         self._put(*(item for entry in entries for item in entry.items))
         for entry in entries:
             entry.accepted(ledger)
@@ -164,14 +166,14 @@ class Store(Handle):
         Raises:
             InvalidInputError: if one is known with another shape.
         """
-        ledger, given = self._writing(), intake.listed(parameters, "parameters")
+        ledger, given = self._writing(), arguments.listed(parameters, "parameters")
         new = ledger.new_parameters(given)
         self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
         ledger.know(new)
 
     def append_fingerprints(self, epoch: int, step: int, digests: Mapping[str, str]) -> None:
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
-        moment, attempt = intake.moment(epoch, step), self._writing().attempt
+        moment, attempt = arguments.moment(epoch, step), self._writing().attempt
         shared = {"attempt": attempt, "epoch": moment[0], "step": moment[1]}
         rows = [{**shared, "parameter": name, "digest": one} for name, one in intake.digests(digests).items()]
         self._put(*rows_items("fingerprints", rows, moment))
@@ -192,11 +194,8 @@ class Store(Handle):
             name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
         ledger = self._writing()
-        if not isinstance(role, str) or role not in ("exp_avg_sq", "gradient", "start_theta", "start_state"):
-            message = f"role is exp_avg_sq, gradient, start_theta or start_state, not {errors.shown(role)}"
-            raise errors.InvalidInputError(message)
-        moment = intake.moment(epoch, step)
-        precision = state_precision(role, self.settings.precision)
+        role = arguments.choice(role, ("exp_avg_sq", "gradient", "start_theta", "start_state"), "role")
+        moment, precision = arguments.moment(epoch, step), state_precision(role, self.settings.precision)
         self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
 
     def append_hashes(self, hashes: Mapping[int, str]) -> None:
@@ -212,10 +211,10 @@ class Store(Handle):
             before: the parameters that will change, as they are, for `undo`; they stay until this returns.
         """
         moment, attempt = self.frontier or (0, 0), self._writing().attempt
-        row = intake.mapped(row, "a row of `rollbacks` is a mapping")
+        row = arguments.mapped(row, "a row of `rollbacks` is a mapping")
         items = rows_items("rollbacks", [row])
         if before is not None:
-            rollback_id = intake.plain_name(row.get("digest_after"), "digest_after")
+            rollback_id = arguments.plain_name(row.get("digest_after"), "digest_after")
             items.append(state_item(moment, attempt, "theta", before, "exact", rollback_id=rollback_id))
         self._put(*items)
         self.commit()
@@ -223,12 +222,13 @@ class Store(Handle):
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
         """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
         self._writing()
-        data = pack_probe(intake.listed(batches, "batches"), intake.plain_name(loss, "loss"))
+        data = pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
     def keep_rows(self, rows: pa.Table) -> None:
         """Keep rows of the training stream, as `kept_rows.rows_table` makes them; durability as `append`."""
         self._writing()
+        kept_rows.check_table(rows)
         self._put(Item(rows.nbytes, tables={kept_rows.KIND: rows}))
 
     def begin_attempt(
@@ -240,7 +240,7 @@ class Store(Handle):
         """
         known = dict(self._writing().parameters())
         self._check_same()
-        start, count = intake.moment(from_epoch, from_step), intake.positive_number(ranks, "ranks")
+        start, count = arguments.moment(from_epoch, from_step), arguments.positive_number(ranks, "ranks")
         taken = intake.scope(scope)
         self._end_writer()
         attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
@@ -253,7 +253,7 @@ class Store(Handle):
     def join_attempt(self, attempt: int) -> None:
         """Go on in an attempt that another process began; what was appended before is committed first."""
         self._check_writable()
-        attempt = intake.counting_number(attempt, "attempt")
+        attempt = arguments.counting_number(attempt, "attempt")
         if self._attempt.get().attempt != attempt or self._ledger is None:
             self._end_writer()
             self.refresh()
@@ -266,7 +266,7 @@ class Store(Handle):
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(intake.scope(scope), intake.positive_number(ranks, "ranks"), digest_before)
+        self._attempt.claim(intake.scope(scope), arguments.positive_number(ranks, "ranks"), digest_before)
 
     @property
     def attempt(self) -> int:

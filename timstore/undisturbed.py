@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from timstore.errors import InvalidInputError, TimstoreError
+
 
 class RandomState:
     """Where the generators of random numbers are: torch's, for the host and for some devices, Python's and numpy's.
@@ -79,3 +81,14 @@ def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[Callable
 
 def _same(one: Any, other: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def given(what: str) -> Iterator[None]:
+    """Have what a model raises about its input say what that was, in an error of ours."""
+    try:
+        yield
+    except (TimstoreError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model raises
+        raise InvalidInputError(f"the model does not take {what}: {type(error).__name__}: {error}") from error

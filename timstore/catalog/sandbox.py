@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 
 from timstore.catalog.answers import Answer, as_answer, in_our_words
-from timstore.errors import InvalidInputError, StorageError, TimstoreError
+from timstore.errors import InvalidInputError, StorageError, TimstoreError, shown
 
 VIEWS = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
 _TABLES = f"The tables are {', '.join(VIEWS)}"
@@ -86,7 +86,7 @@ def ask(cursor: duckdb.DuckDBPyConnection, query: str, params: object) -> Answer
     except InvalidInputError as error:
         raise InvalidInputError(f"{error}\n{_TABLES}; DESCRIBE names a table's columns", kind=error.kind) from error
     except (TypeError, ValueError, RuntimeError) as error:  # whatever a parameter of the query raises
-        what = "params is a list or a mapping" if isinstance(query, str) else f"a question is text, not {query!r:.80}"
+        what = "params is a list or a mapping" if isinstance(query, str) else f"a question is text, not {shown(query)}"
         raise InvalidInputError(f"{what}: {error}", kind="sql") from error
     raise InvalidInputError(f"one SELECT at a time, and nothing else. {_TABLES}", kind="not-a-select")
 

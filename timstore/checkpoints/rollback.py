@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from timstore.arguments import byte_count, flags
 from timstore.checkpoints.cut_off import take_back
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
@@ -14,7 +15,6 @@ from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
-from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
 from timstore.records import Parameter
 from timstore.reporting import user_path
@@ -43,9 +43,9 @@ def rollback(
     **options: Any,
 ) -> RollbackReport:
     """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
+    path = user_path(path)
     _check(path, output, in_place, optimizer, keep_delta, dry_run)
     header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
-    path = user_path(path)
     said = take_back(path, in_place=in_place and not dry_run) if os.path.isdir(path) else []
     with opened(path, header_bytes) as checkpoint:
         chosen = None
@@ -80,8 +80,6 @@ def rollback(
 
 def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: bool, dry_run: bool) -> None:
     flags(in_place=in_place, keep_delta=keep_delta, dry_run=dry_run)
-    if "://" in str(path):
-        raise InvalidInputError(f"{path}: this version rolls back checkpoints in local files", path=str(path))
     if output is not None and in_place:
         raise InvalidInputError("say where the checkpoint goes: output=, or in_place=True, and not both")
     if output is None and not in_place and not dry_run:

@@ -11,7 +11,6 @@ import typer
 import timstore
 from timstore.cli.options import AsJson
 from timstore.cli.output import print_json
-from timstore.errors import InvalidInputError, TimstoreError
 
 EXAMPLES = """\b
 Examples:
@@ -69,15 +68,9 @@ def run(
         tempfile.TemporaryDirectory(prefix="timstore-") as folder,
         timstore.open(Path(folder, "s"), precision=precision.value, durability="os") as store,
     ):
-        try:
-            found = store.forecast(
-                network, samples=samples, steps=steps, tokens=tokens, epochs=epochs, optimizer_history=optimizer_history
-            )
-        except TimstoreError:
-            raise
-        # Whatever a model raises that is asked something else, or for more tokens than it has positions.
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise InvalidInputError(f"{model} is no language model for {tokens} tokens: {error}") from error
+        found = store.forecast(
+            network, samples=samples, steps=steps, tokens=tokens, epochs=epochs, optimizer_history=optimizer_history
+        )
     if as_json:
         print_json({**asdict(found), "total_bytes": found.total_bytes})
     else:

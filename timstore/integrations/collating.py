@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from timstore.arguments import whole_number
 from timstore.content import is_pair, row_hash, row_ids, row_tokens
 from timstore.errors import InvalidInputError
-from timstore.intake import whole_number
 from timstore.recording.packing import pieces_of
 from timstore.samples import sample_named
 

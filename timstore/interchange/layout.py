@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timstore.arguments import number, whole_number
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
-from timstore.intake import number, whole_number
 from timstore.reporting import reporting
 
 INFO = "global_info.json"

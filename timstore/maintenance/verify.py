@@ -78,8 +78,6 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
 
 
 def _objects(path: str | os.PathLike[str]) -> LocalObjects:
-    if "://" in str(path):
-        raise InvalidInputError(f"{path}: this version keeps stores in local directories", path=str(path))
     root = user_path(path)
     with reporting("read", root):
         if not root.exists():

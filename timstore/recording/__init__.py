@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from timstore.arguments import byte_count, flags, listed, positive_number
 from timstore.errors import InvalidInputError
-from timstore.intake import byte_count, flags, listed, mean_unit, positive_number
+from timstore.intake import mean_unit
 from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Options, Recorder
 from timstore.recording.rehearsal import rehearse

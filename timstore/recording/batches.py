@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from timstore.errors import InvalidInputError
-from timstore.intake import sample_id as checked_id
+from timstore.arguments import plain_name
+from timstore.arguments import sample_id as checked_id
+from timstore.errors import InvalidInputError, shown
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Owners, owners_of
@@ -206,15 +207,20 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
     Raises:
         InvalidInputError: if they are anything else.
     """
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else ids
-    if not isinstance(values, list) or not values or isinstance(ids, str):
-        raise InvalidInputError(f"sample_ids holds one integer per row of the batch, not {ids!r}", kind="wrong-ids")
+    try:
+        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    except Exception:  # whatever such an object raises
+        values = None
+    if not isinstance(values, list) or not values or isinstance(ids, str | bytes):
+        raise InvalidInputError(
+            f"sample_ids holds one integer per row of the batch, not {shown(ids)}", kind="wrong-ids"
+        )
     if isinstance(values[0], list):
         try:
             packed = torch.as_tensor(values, device="cpu")
-        except (ValueError, TypeError):
+        except Exception:  # rows of several lengths, too deep a list, numbers beyond 64 bits, no numbers
             raise _not_integers(values[0]) from None
-        if packed.ndim != 2 or packed.is_floating_point() or packed.dtype == torch.bool or not (packed >= 0).any():
+        if packed.ndim != 2 or packed.dtype != torch.int64 or not (packed >= 0).any():
             raise _not_integers(values[0])
         return Ids.of_tokens(packed)
     named = [sample_named(one, keys) if isinstance(one, str) else checked_id(one, "sample id") for one in values]
@@ -224,7 +230,7 @@ def sample_ids(ids: Any, keys: Mapping[str, int] | None = None) -> Ids:
 def _not_integers(ids: Any) -> InvalidInputError:
     return InvalidInputError(
         f"sample_ids for packed rows is (rows, tokens), an integer sample id for every token, negative for none; not "
-        f"{ids!r:.80}",
+        f"{shown(ids)}",
         kind="wrong-ids",
     )
 
@@ -273,15 +279,27 @@ def on_host(batch: Any) -> Any:
     Raises:
         InvalidInputError: if it is no mapping, sequence, tensor or array.
     """
-    if isinstance(batch, torch.Tensor):
-        return (batch.float() if batch.dtype == torch.bfloat16 else batch).detach().cpu().numpy()
     if hasattr(batch, "items"):
-        return {str(name): on_host(value) for name, value in batch.items() if name != "sample_ids"}
+        return {
+            plain_name(name, "a name in a batch"): _numbers(value)
+            for name, value in batch.items()
+            if name != "sample_ids"
+        }
     if isinstance(batch, tuple | list):
-        return tuple(on_host(value) for value in batch)
-    if isinstance(batch, np.ndarray):
-        return batch
-    raise InvalidInputError(f"a probe batch is a mapping, a tuple or a tensor, not {type(batch).__name__}")
+        return tuple(_numbers(value) for value in batch)
+    return _numbers(batch)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInputError(f"a probe batch is a mapping or a tuple of tensors, or a tensor, not of {shown(value)}")
+    try:
+        numbers: np.ndarray = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    except (TypeError, RuntimeError) as error:  # of a dtype or a layout that numpy has not
+        raise InvalidInputError(f"a batch holds plain tensors, not {shown(value)}: {error}") from error
+    return numbers
 
 
 def apart(records: Mapping[int, Mapping[str, list[Gradient]]]) -> dict[int, dict[str, list[Gradient]]]:

@@ -16,6 +16,7 @@ from timstore.store import Store
 # Whole parameters are measured on no more numbers than this; the rest compresses alike.
 _MEASURED_NUMEL = 4_000_000
 _MEASURED_STEPS = 64
+_MEASURED_IDS = 4096
 
 Records = Mapping[int, Mapping[str, Sequence[Gradient]]]
 
@@ -88,10 +89,12 @@ def predict(
     moment = share * states_bytes(precision, "exp_avg_sq", {name: one.square() for name, one in sample.items()})
     start = share * states_bytes(precision, "start_theta", sample)
 
+    ids_written = min(batch_size, _MEASURED_IDS)
+
     def scalars(temporary: Store) -> None:
         group = {"optimizer": "AdamW", "lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "options": "{}" * 100}
         for step in range(_MEASURED_STEPS):
-            ids = [(step * 7919 + row * 104729) % 2**20 for row in range(batch_size)]
+            ids = [(step * 7919 + row * 104729) % 2**20 for row in range(ids_written)]
             temporary.append_step(0, step, [{**group, "lr": 0.1 / (step + 1)}], sample_ids=ids, grad_norm=step / 7)
 
     return Forecast(
@@ -100,7 +103,7 @@ def predict(
         records=records,
         record_bytes=record_bytes,
         steps=steps,
-        step_bytes=written(precision, scalars) / _MEASURED_STEPS,
+        step_bytes=written(precision, scalars) / _MEASURED_STEPS * (batch_size / ids_written),
         gradients_bytes=steps * whole + start if optimizer_history == "gradients" else 0.0,
         checkpoint_bytes=moment * has_moment + 64 * fingerprints,
     )
@@ -194,9 +197,9 @@ class Budget:
         )
 
 
-def is_adam(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Say whether an optimizer keeps a second moment; one that is not known is taken to."""
-    return optimizer is None or "betas" in optimizer.param_groups[0]
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer keeps a second moment."""
+    return "betas" in optimizer.param_groups[0]
 
 
 def _some(gradients: Mapping[str, torch.Tensor], numel: int) -> tuple[dict[str, torch.Tensor], float]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.arguments import choice
 from timstore.errors import InvalidInputError
 from timstore.optimizers import SGD_FAMILY, class_name
 from timstore.recording.optimizer import amp_scales
@@ -32,9 +33,7 @@ class History:
         kind: str,
         rank: int,
     ) -> None:
-        if kind not in KINDS:
-            raise InvalidInputError(f"optimizer_history is {' or '.join(map(repr, KINDS))}, not {kind!r}")
-        self.needs_products = kind == "gradients"
+        self.needs_products = choice(kind, KINDS, "optimizer_history") == "gradients"
         self.keeps_gradients = self.needs_products and rank == 0
         self._keeps_moments = rank == 0
         self._store = store

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from timstore.arguments import choice, counting_number, listed, moment, plain_name, rank_number, sample_id, whole_number
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.intake import listed, moment, rank_number, sample_id, whole_number
 from timstore.kept_rows import KEPT, asks_kept
 from timstore.ranks import Ranks
 from timstore.recording.batches import on_host
@@ -68,12 +68,12 @@ class Recorder:
         self._optimizers, scaler = inner_optimizers(optimizers)
         self._ranks = Ranks(options.process_group if options.process_group is not None else group)
         self._samples = _chosen(options.samples)
-        if not isinstance(options.capture, str) or options.capture not in CAPTURES:
-            raise InvalidInputError(f"capture is {' or '.join(map(repr, CAPTURES))}, not {shown(options.capture)}")
+        choice(options.capture, CAPTURES, "capture")
         self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
         self._probe = _probe(options.probe)
         # Rows on another axis could not be joined again.
-        keeps_rows = self._probe == KEPT and options.batch_axis == 0
+        self._axis = counting_number(options.batch_axis, "batch_axis")
+        keeps_rows = self._probe == KEPT and self._axis == 0
         self._reservoir = Reservoir(self._model, self._samples, lambda: (self.epoch, self.step)) if keeps_rows else None
         rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
         self._trained = trained_parameters(self._model, self._optimizers)
@@ -85,8 +85,8 @@ class Recorder:
             store,
             self._model,
             samples=self._samples,
-            axis=whole_number(options.batch_axis, "batch_axis"),
-            keys=None if options.id_column is None else _keys(store, options.id_column),
+            axis=self._axis,
+            keys=None if options.id_column is None else _keys(store, plain_name(options.id_column, "id_column")),
             by_content=options.by_content,
             reservoir=self._reservoir,
         )
@@ -245,7 +245,7 @@ class Recorder:
             self._parameters,
             capture,
             by_sample=by_sample,
-            axis=options.batch_axis,
+            axis=self._axis,
             scale=scale,
             arriving=[one.pending.accumulation.settle_later for one in trained],
         )
@@ -386,8 +386,7 @@ def _keys(store: Store, column: str) -> dict[str, int]:
 
 
 def _moment(given: Any) -> tuple[int, int]:
-    try:
-        epoch, step = given
-    except (TypeError, ValueError):
-        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {given!r}") from None
-    return moment(epoch, step)
+    pair = listed(given, "resume_from", "a pair (epoch, step)")
+    if len(pair) != 2:
+        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {shown(given)}")
+    return moment(*pair)

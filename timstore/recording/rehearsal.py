@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.errors import InvalidInputError
-from timstore.intake import positive_number
+from timstore.arguments import choice, positive_number
+from timstore.errors import InvalidInputError, shown
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
+from timstore.recording.history import KINDS
 from timstore.recording.recorder import Options, Recorder
 from timstore.store import Store
-from timstore.undisturbed import undisturbed
+from timstore.undisturbed import given, undisturbed
+from timstore.wrappers import inner_model, inner_optimizers
 
 
 def rehearse(
@@ -28,10 +30,14 @@ def rehearse(
     optimizer_history: str = "final",
 ) -> Forecast:
     """Measure what recording would write; see `timstore.Store.forecast`."""
-    for name, value in {"samples": samples, "steps": steps, "epochs": epochs}.items():
-        positive_number(value, name)
-    rows = _rows(model, tokens, batch)
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    samples, steps = positive_number(samples, "samples"), positive_number(steps, "steps")
+    epochs = positive_number(epochs, "epochs")
+    tokens = None if tokens is None else positive_number(tokens, "tokens")
+    choice(optimizer_history, KINDS, "optimizer_history")
+    has_moment = optimizer is None or any(map(is_adam, inner_optimizers(optimizer)[0]))
+    inner, _ = inner_model(model)
+    rows = _rows(inner, tokens, batch)
+    trained = {name: one for name, one in inner.named_parameters() if one.requires_grad}
     with undisturbed(model):
         # What one record adds to others, since every commit has a size of its own.
         few, gradients = _recorded_bytes(store, model, trained, rows, 2)
@@ -44,7 +50,7 @@ def rehearse(
         gradients=gradients,
         numel=sum(one.numel() for one in trained.values()),
         fingerprints=len(list(model.named_parameters())),
-        has_moment=is_adam(optimizer),
+        has_moment=has_moment,
         optimizer_history=optimizer_history,
         precision=store.settings.precision,
     )
@@ -65,11 +71,12 @@ def _recorded_bytes(
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))
-            returned = model(*args, **kwargs)
-            loss = getattr(returned, "loss", None)
-            if loss is None:
-                loss = getattr(returned, "logits", returned).float().logsumexp(-1).mean()
-            loss.backward()
+            with given("this batch (of batch=, or of tokens= for a language model)"):
+                returned = model(*args, **kwargs)
+                loss = getattr(returned, "loss", None)
+                if loss is None:
+                    loss = getattr(returned, "logits", returned).float().logsumexp(-1).mean()
+                loss.backward()
             gradients.update({name: one.grad.detach().cpu() for name, one in trained.items() if one.grad is not None})
             optimizer.step()
 
@@ -85,21 +92,26 @@ def _rows(model: nn.Module, tokens: int | None, batch: Any) -> Callable[[int], A
     """Return a function from a number of rows to the model's arguments."""
     device = next(model.parameters()).device
     if batch is None:
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        config = getattr(model, "config", None)
+        vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
         if vocabulary is None or tokens is None:
             raise InvalidInputError(
                 "forecast measures on a batch: pass batch=, as the model takes it, or tokens= for a language model of "
                 "transformers"
             )
+        if longest is not None and tokens > longest:
+            raise InvalidInputError(f"tokens is at most the {longest:,} positions that this model has; got {tokens:,}")
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (4, tokens), generator=draw, device="cpu").to(device)
         return lambda count: ((), {"input_ids": ids[:count], "labels": ids[:count]})
     host = on_host(batch)
 
     def cut(value: Any, count: int) -> Any:
-        array = torch.from_numpy(value)
-        repeated = torch.cat([array] * -(-count // len(array)))[:count]
-        return repeated.to(device)
+        try:
+            array = torch.from_numpy(value)
+            return torch.cat([array] * -(-count // len(array)))[:count].to(device)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InvalidInputError(f"a batch holds arrays of one row or more, not {shown(value)}: {error}") from error
 
     def taken(count: int) -> Any:
         if isinstance(host, dict):

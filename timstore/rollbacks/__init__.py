@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.arguments import flags
 from timstore.errors import InvalidInputError, TimstoreWarning
-from timstore.intake import flags
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.difference import explained
 from timstore.rollbacks.report import ProbeReport, RollbackReport

@@ -5,9 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from timstore.arguments import choice
 from timstore.errors import CorruptionError
 from timstore.kept_rows import ASKED, KEPT, asks_kept
-from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.probe import LOSSES, Probe
 from timstore.rollbacks.targets import Target
 from timstore.snapshot import Snapshot
 
@@ -49,8 +50,10 @@ def probe_to_ask(
         forgotten: samples that leave, or left before.
 
     Raises:
-        InvalidInputError: what is given is no probe.
+        InvalidInputError: what is given is no probe, or no loss.
     """
+    if loss is not None:
+        choice(loss, LOSSES, "loss")
     if given is False:
         return Asked(None)
     if given is not None and not asks_kept(given):

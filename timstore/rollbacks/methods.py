@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from timstore.errors import CoverageError, InvalidInputError
+from timstore.arguments import choice
+from timstore.errors import CoverageError
 from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.timeline import Timeline
 
@@ -47,9 +48,7 @@ def check_method(asked: str) -> str:
         InvalidInputError: for any other name.
     """
     names = [AUTO, *(method.name for method in METHODS)]
-    if asked not in names:
-        raise InvalidInputError(f"method is one of {', '.join(names)}, not {asked!r}")
-    return asked
+    return choice(asked, names, "method")
 
 
 def approximated(method: Method, touched: int, steps: int, sequences: int | None) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from timstore.arguments import choice, listed
 from timstore.content import content_rows, row_hash
-from timstore.errors import InvalidInputError
-from timstore.undisturbed import undisturbed
+from timstore.errors import InvalidInputError, shown
+from timstore.undisturbed import given, undisturbed
 
 LOSSES = ("cross_entropy", "mse")
 _IGNORED = -100
@@ -61,15 +62,16 @@ class Probe:
         outputs: Callable[[Any], Any] | None = None,
         loss: str = "cross_entropy",
     ) -> None:
-        if loss not in LOSSES:
-            raise InvalidInputError(f"loss is one of {', '.join(LOSSES)}, not {loss!r}")
-        if isinstance(batches, torch.Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        self.loss = choice(loss, LOSSES, "loss")
+        if isinstance(batches, torch.Tensor | np.ndarray | Mapping | str):
             raise InvalidInputError("probe is an iterable of batches; put a single batch into a list")
-        self.loss = loss
+        if not (outputs is None or callable(outputs)):
+            raise InvalidInputError(f"outputs is a function of what the model returns, not {shown(outputs)}")
         self._model = model
-        self._outputs = outputs or _logits
+        self._outputs = _logits if outputs is None else outputs
         self._device = next(model.parameters()).device
-        self._batches = [_normalised(batch, number) for number, batch in enumerate(batches)]
+        taken = listed(batches, "probe", "an iterable of batches")
+        self._batches = [_normalised(batch, number) for number, batch in enumerate(taken)]
         if not self._batches:
             raise InvalidInputError("the probe is empty: give it 8 to 64 examples of data like the training data")
 
@@ -99,11 +101,12 @@ class Probe:
 
     def answers(self, tensors: Mapping[str, torch.Tensor], first: int = 0) -> Iterator[Answer]:
         """Yield the model's answer to each batch from the first on, computed with these parameters and buffers."""
-        for args, kwargs in self._batches[first:]:
+        for number, (args, kwargs) in enumerate(self._batches[first:], first):
             args = tuple(_moved(value, self._device) for value in args)
             kwargs = {name: _moved(value, self._device) for name, value in kwargs.items()}
             labels = kwargs.pop("labels", None)
-            returned = functional_call(self._model, dict(tensors), args, kwargs)
+            with given(f"batch {number} of the probe"):
+                returned = functional_call(self._model, dict(tensors), args, kwargs)
             outputs = self._outputs(returned)
             if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
                 raise InvalidInputError(

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from timstore.errors import InvalidInputError
-from timstore.intake import sample_id, whole_number
+from timstore.arguments import choice, listed, plain_name, sample_id, text, whole_number
+from timstore.errors import InvalidInputError, shown
 from timstore.rollbacks.methods import check_method
 
 DENOMINATORS = ("kept", "renormalised")
@@ -49,26 +49,19 @@ class Request:
         for one in checked or ():
             sample_id(one, "a sample id")
         if not (isinstance(strength, float | int) and 0 <= strength <= 1):
-            raise InvalidInputError(f"strength lies between 0 and 1, not {strength!r}")
-        if missing not in ("error", "skip"):
-            raise InvalidInputError(f"missing is 'error' or 'skip', not {missing!r}")
-        if denominator not in DENOMINATORS:
-            raise InvalidInputError(f"denominator is {' or '.join(DENOMINATORS)}, not {denominator!r}")
-        if isinstance(parameters, str):
-            raise InvalidInputError("parameters is a list of names, not one string")
+            raise InvalidInputError(f"strength lies between 0 and 1, not {shown(strength)}")
+        names = None if parameters is None else listed(parameters, "parameters")
         return cls(
             checked,
-            where,
+            None if where is None else text(where, "where"),
             None if epochs is None else _integers(epochs, "epochs"),
-            None if parameters is None else frozenset(parameters),
+            None if names is None else frozenset(plain_name(one, "a parameter's name") for one in names),
             float(strength),
-            missing,
+            choice(missing, ("error", "skip"), "missing"),
             check_method(method),
-            denominator,
+            choice(denominator, DENOMINATORS, "denominator"),
         )
 
 
 def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise InvalidInputError(f"{what} is a list of integers, not {values!r}")
-    return tuple(dict.fromkeys(whole_number(one, what) for one in values))
+    return tuple(dict.fromkeys(whole_number(one, what) for one in listed(values, what, "a list of integers")))

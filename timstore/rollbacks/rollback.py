@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from timstore.arguments import byte_count, choice, flags, positive_number
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.identity import combined_digest, recognise
-from timstore.intake import byte_count, flags
 from timstore.interrupts import CriticalSection
 from timstore.kept_rows import asks_kept
 from timstore.rollbacks.apply import Writes, foresee, moves
@@ -77,10 +77,8 @@ def rollback(
     flags(keep_delta=keep_delta, dry_run=dry_run, force=force)
     request = Request.check(ids, where, epochs, parameters, strength, missing, method, denominator)
     limit_bytes = byte_count(memory_limit, "memory_limit")
-    if accumulate not in _DTYPES:
-        raise InvalidInputError(f"accumulate is {' or '.join(_DTYPES)}, not {accumulate!r}")
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise InvalidInputError(f"bins is a number of time bins, 1 or more, not {bins!r}")
+    dtype = _DTYPES[choice(accumulate, tuple(_DTYPES), "accumulate")]
+    bins = positive_number(bins, "bins")
     if store.mode == "r" and not dry_run:
         raise ReadOnlyError(f"{store.path} was opened to read, and a rollback is written down: open it with mode 'a'")
     snapshot = store.snapshot()
@@ -90,7 +88,7 @@ def rollback(
     selection = select(snapshot, request, identity)
     asked = probe_to_ask(snapshot, target, probe, outputs, loss, {*selection.samples, *recognised.removed})
     budget = Budget.divide(limit_bytes, snapshot)
-    run = Run.read(snapshot, request, identity, selection, budget, _DTYPES[accumulate], optimizers)
+    run = Run.read(snapshot, request, identity, selection, budget, dtype, optimizers)
     if asked.probe is not None and not run.has_coordinates:
         if probe is not None and not asks_kept(probe):
             raise InvalidInputError(
@@ -99,6 +97,8 @@ def rollback(
             )
         asked = Asked(None)
     plan = run.plan(bins if asked.probe else 1)
+    if not plan.parameters:
+        raise InvalidInputError("parameters names none that these records changed: nothing to remove")
     changed = target.places(plan.parameters)
     sizes = {name: parameter.numel for name, parameter in plan.parameters.items()}
     live = _live(target, changed) if optimizers or keep_delta else {}

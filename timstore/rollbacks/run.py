@@ -118,6 +118,8 @@ class Run:
 
     def plan(self, bins: int) -> Plan:
         """Return what changes, and for a sum what is read with which weights."""
+        # No bin without a step.
+        bins = min(bins, max((len(timeline.keys) for timeline in self.timelines.values()), default=1))
         names = self.selection.names(self.request.parameters)
         if self.method is REPLAY or any(change.on_whole.any() for change in self.changes.values()):
             # Another clip factor changes every parameter, whether the leaving samples reached it or not.

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from timstore.arguments import plain_name
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
 from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
@@ -28,6 +29,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
     """Give a model back what `rollback(keep_delta=True)` changed, and return its id; see `timstore.Store.undo`."""
     if store.mode == "r":
         raise ReadOnlyError(f"{store.path} was opened to read, and an undo is written down: open it with mode 'a'")
+    rollback_id = plain_name(rollback_id, "rollback_id")
     snapshot = store.snapshot()
     rows = snapshot.catalog.rows(
         "SELECT * FROM rollbacks WHERE digest_after = ? AND method != 'undo'", [rollback_id]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from timstore.arguments import whole_number
 from timstore.errors import CoverageError, InvalidInputError, NotFoundError, TimstoreWarning
-from timstore.intake import whole_number
 from timstore.samples import names_of_samples, sample_named
 from timstore.store import Store
 
