@@ -109,6 +109,7 @@ def test_rollback_equals_retraining_when_the_loss_is_linear(
     assert distance(model, retrained) <= limit
 
 
+@pytest.mark.usefixtures("none_open")
 def test_decoupled_decay_recorded_by_hand_equals_its_own_recurrence(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     gradients = random.standard_normal((6, 2, 5))

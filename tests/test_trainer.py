@@ -130,9 +130,13 @@ def test_rows_of_the_training_are_kept_and_asked(column: str | None, tmp_path: P
             for start, end in ((0, 2), (2, 5), (5, 8), (8, 10))
         ]
         by_itself = store.rollback(model, ids[3:4], dry_run=True)
-        wanted = store.rollback(model, ids[3:4], probe=given, dry_run=True)
-        assert by_itself.rollback_id == wanted.rollback_id
-        assert by_itself.probe is not None and by_itself.probe.kept == 10
+    with timstore.open(tmp_path / "keeps none") as store:
+        same = new_model("llama")
+        callback = TrajectoryCallback(store, ids[3:5], id_column=column, probe=False)
+        trained(same, [callback], tmp_path / "u", gradient_accumulation_steps=2)
+        wanted = store.rollback(same, ids[3:4], probe=given, dry_run=True)
+    assert by_itself.rollback_id == wanted.rollback_id
+    assert by_itself.probe is not None and by_itself.probe.kept == 10
 
 
 # --- ids ---------------------------------------------------------------------------------------------------

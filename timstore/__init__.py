@@ -255,7 +255,7 @@ class Store(_Store):
             optimizer: the one that trained the model, or a list of all that did: momentum and moments are corrected as
                 far as the records determine them; the report says which.
             probe: an iterable of what the model takes (mapping, tuple or tensor); `auto`: the one that
-                `record(probe=...)` was given, or 64 of the rows that it kept of the training, without what is to be
+                `record(probe=...)` was given, or 128 of the rows that it kept of the training, without what is to be
                 forgotten; None: `auto`, unless that takes loading a checkpoint; False for none.
             bins: time bins of the filter.
             outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.

@@ -20,7 +20,7 @@ class ProbeReport:
         apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
         misfit: how many times more the change moves the model's answers on rows of the training that the store keeps
-            than on the probe; None where it keeps none, or the probe is of them.
+            than on the probe; None where it keeps none, the probe is of them, or either has fewer than 16.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
         left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """

@@ -43,6 +43,8 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _DAMAGE = 0.01
 # Probes like the training were at 0.8 to 1.0, unlike ones at 3 to 8 (docs/design/curvature.md).
 _MISFIT = 2.0
+# Of fewer rows, one row decides.
+_FEW = 16
 # How far a replay may end from the model, in lengths of the run: rounding is thousands of times less.
 _OFF = 0.02
 
@@ -235,7 +237,8 @@ def _filtered(
         )
         names = list(workspace.sizes)
         losses = probe_losses(model, probe, found.delta, names)
-        own = divergence(model, probe, found.delta, names) if asked.training is not None else 0.0
+        compares = asked.training is not None and min(asked.training.sequences, probe.sequences) >= _FEW
+        own = divergence(model, probe, found.delta, names) if compares else 0.0
     except Exception as error:
         if asked.kept is not None:
             error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
