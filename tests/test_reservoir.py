@@ -219,6 +219,15 @@ def test_as_many_rows_as_are_wanted_are_asked_evenly_spread_over_the_run() -> No
     assert [len(batch["x"]) for batch in asked.batches()] == [4] * 16  # as many as the training held at once
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("count", range(1, 12))
+def test_batches_hold_every_row_once_and_none_is_empty(count: int, at_once: int) -> None:
+    rows = [KeptRow(sample, 0, 0, None, at_once, {"x": np.full((1, 2), sample)}, {}) for sample in range(count)]
+    batches = KeptRows.read([rows_table(rows, "mse", None)], None).batches()
+    assert sorted(int(one) for batch in batches for one in batch["x"][:, 0]) == list(range(count))
+    assert all(0 < len(batch["x"]) <= at_once for batch in batches)
+
+
 # --- the kind of loss --------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ class KeptRows:
         """Return the rows as batches of rows that fit together, no larger than those of the training.
 
         Texts of about the same length are padded to the longest of their batch. Rows of one kind make one batch, or
-        an even number of about equal ones, so that every other batch is half of the rows.
+        an even number of about equal ones (if there are as many rows), so that every other batch is half of the rows.
         """
         alike: dict[Any, list[KeptRow]] = {}
         for row in (row.without_padding() for row in self.rows):
@@ -151,7 +151,9 @@ class KeptRows:
         for rows in alike.values():
             rows.sort(key=lambda row: row.length)
             count = -(-len(rows) // most)
-            ends = np.linspace(0, len(rows), 1 + count + (count > 1) * count % 2).round().astype(int).tolist()
+            if count > 1:
+                count = min(count + count % 2, len(rows))
+            ends = np.linspace(0, len(rows), 1 + count).round().astype(int).tolist()
             found += [_batch(rows[start:end]) for start, end in pairwise(ends)]
         return found
 
