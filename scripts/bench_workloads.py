@@ -161,7 +161,7 @@ def plot(results: dict[Workload, Figures], path: Path) -> None:
                     marker,
                     color="tab:red" if kind == "forget" else "tab:blue",
                     markerfacecolor=face,
-                    label=f"{kind} text, {'set aside' if aside else 'explored'}",
+                    label=f"{'forgotten' if kind == 'forget' else kind} data, {'set aside' if aside else 'explored'}",
                 )
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"KL to the retrained model over {label}")
