@@ -45,7 +45,7 @@ from transformers import LlamaForCausalLM
 
 import timstore
 
-LR, DECAY, PROBE = 2e-4, 0.01, 64
+LR, DECAY = 2e-4, 0.01
 JSON_RECORDS = 4
 
 QUESTIONS = {
@@ -194,10 +194,9 @@ def main() -> int:
         with measured() as first_order, warnings.catch_warnings():
             warnings.simplefilter("ignore", timstore.TimstoreWarning)  # it warns that a probe is missing
             store.rollback(models["first order"], text.forget_ids, probe=False)
-        probe = [{"input_ids": tokens} for tokens in text.pre[torch.randperm(len(text.pre))[:PROBE]].split(16)]
-        say(f"rolling back, with a probe of {PROBE} sequences of the pre-training text")
+        say("rolling back, by rows of the training that the store kept")
         with measured() as with_probe:
-            report = store.rollback(model, text.forget_ids, probe=probe)
+            report = store.rollback(model, text.forget_ids)
         console.print(str(report), markup=False)
 
         say("fine-tuning again without the forgotten sequences")
