@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from llama import with_lora
+from llama import adamw, sgd, with_lora
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -181,12 +181,7 @@ def train(
     Samples left out keep their places in the batches and in the loss's denominator.
     """
     draw, out = torch.Generator().manual_seed(order), torch.tensor(sorted(without), dtype=torch.long)
-    trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(trained, workload.rate, momentum=0.9)
-        if workload.optimizer == "sgd"
-        else torch.optim.AdamW(trained, workload.rate)
-    )
+    optimizer = (sgd if workload.optimizer == "sgd" else adamw)(workload.rate)(model)
     plan = [
         (epoch, ids)
         for epoch in range(workload.epochs)
@@ -204,7 +199,7 @@ def train(
             inputs, labels = data.inputs[kept], data.labels[kept]
             loss = F.cross_entropy(logits(model, inputs, labels), targets(inputs, labels), reduction="sum")
             (loss / asked[ids].sum()).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -383,8 +378,3 @@ def divergence(model: nn.Module, reference: nn.Module, data: Data) -> dict[str, 
         own, truth = (logits(one, inputs, labels).double().log_softmax(-1) for one in (model, reference))
         found[name] = float((truth.exp() * (truth - own)).sum(-1).mean())
     return found
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(F.cross_entropy(logits(model, inputs, labels), targets(inputs, labels)))

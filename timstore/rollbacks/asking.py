@@ -1,6 +1,6 @@
 """Which probe a rollback asks: the one that is given, the one that the store keeps, rows of the training, or none."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -56,56 +56,55 @@ def probe_to_ask(
         choice(loss, LOSSES, "loss")
     if given is False:
         return Asked(None)
+    asking = _Asking(snapshot, target, outputs, loss, forgotten, _contents(snapshot, forgotten))
     if given is not None and not asks_kept(given):
-        asked = _of(given, snapshot, target, outputs, loss, forgotten)
+        asked = asking.of(given, loss)
         with suppress(CorruptionError):  # `verify` tells; a probe of one's own needs none of them
-            asked = replace(asked, training=_kept(snapshot, target, outputs, loss, forgotten).probe)
+            asked = replace(asked, training=asking.kept().probe)
         return asked
     held = snapshot.probe()
     if given is None and not target.is_loaded:
         there = held or snapshot.kept_rows()
         return Asked(None, advice=f', or probe="{KEPT}", what the store keeps' if there else "")
-    if held is not None:
-        return _of(held[0], snapshot, target, outputs, loss or held[1], forgotten)
-    return _kept(snapshot, target, outputs, loss, forgotten)
+    return asking.kept() if held is None else asking.of(held[0], loss or held[1])
 
 
-def _kept(
-    snapshot: Snapshot,
-    target: Target,
-    outputs: Callable[[Any], Any] | None,
-    loss: str | None,
-    forgotten: Collection[int],
-) -> Asked:
-    """Return a probe of rows of the training that the store keeps."""
-    rows = snapshot.kept_rows()
-    left = rows.without(frozenset(forgotten), _contents(snapshot, forgotten).keys())
-    if not left:
-        return Asked(None)
-    loss = loss or rows.loss
-    if loss is None:
-        return Asked(
-            None,
-            advice=f". The store keeps {len(rows)} rows of the training itself, which are asked where loss= says what "
-            f"its loss is: that was not recognised ({rows.reason or 'no gradient came to the outputs'})",
-        )
-    probe = Probe(target.model(), left.spread(ASKED).batches(), outputs=outputs, loss=loss)
-    return Asked(probe, len(rows), len(rows) - len(left))
+@dataclass(frozen=True, eq=False, slots=True)
+class _Asking:
+    """What a rollback asks with.
 
+    Attributes:
+        contents: content hashes of the samples that leave, or left before, and whose they are.
+    """
 
-def _of(
-    batches: Iterable[Any],
-    snapshot: Snapshot,
-    target: Target,
-    outputs: Callable[[Any], Any] | None,
-    loss: str | None,
-    forgotten: Collection[int],
-) -> Asked:
-    """Return a probe of batches that somebody chose."""
-    probe = Probe(target.model(), batches, outputs=outputs, loss=loss or "cross_entropy")
-    rows = probe.row_hashes()
-    held = [sample for content, sample in _contents(snapshot, forgotten).items() if content in rows]
-    return Asked(probe, overlap=tuple(sorted(held)))
+    snapshot: Snapshot
+    target: Target
+    outputs: Callable[[Any], Any] | None
+    loss: str | None
+    forgotten: Collection[int]
+    contents: Mapping[str, int]
+
+    def of(self, batches: Iterable[Any], loss: str | None) -> Asked:
+        """Return a probe of batches that somebody chose."""
+        probe = Probe(self.target.model(), batches, outputs=self.outputs, loss=loss or "cross_entropy")
+        rows = probe.row_hashes()
+        return Asked(probe, overlap=tuple(sorted(one for content, one in self.contents.items() if content in rows)))
+
+    def kept(self) -> Asked:
+        """Return a probe of rows of the training that the store keeps."""
+        rows = self.snapshot.kept_rows()
+        left = rows.without(frozenset(self.forgotten), self.contents.keys())
+        if not left:
+            return Asked(None)
+        loss = self.loss or rows.loss
+        if loss is None:
+            return Asked(
+                None,
+                advice=f". The store keeps {len(rows)} rows of the training itself, which are asked where loss= says "
+                f"what its loss is: that was not recognised ({rows.reason or 'no gradient came to the outputs'})",
+            )
+        probe = Probe(self.target.model(), left.spread(ASKED).batches(), outputs=self.outputs, loss=loss)
+        return Asked(probe, len(rows), len(rows) - len(left))
 
 
 def _contents(snapshot: Snapshot, samples: Collection[int]) -> dict[str, int]:
