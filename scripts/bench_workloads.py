@@ -5,17 +5,19 @@ What a workload gives is kept in a folder: the script goes on where it was stopp
 judged again without training (--again).
 
 Rows: the rollback as it is without arguments, by the 128 rows of the training that the store keeps; half of its change;
-with 64 retained rows as its probe, with 64 rows of what was trained on before, without a probe; and another order of
-the batches, which is retraining's own noise (the floor).
+with 64 retained rows as its probe, with 64 rows of what was trained on before, without a probe; rules of others, from
+the same records; and another order of the batches, which is retraining's own noise (the floor).
 
 Run: python scripts/bench_workloads.py (--processes 2: ten minutes on two cores; --explored, --aside: one half;
---json FILE, --plot FILE.svg)
+--json FILE, --plot FILE.svg; --open-unlearning CHECKOUT --python PYTHON: and those of `scripts/tofu.py`, by a checkout
+of OpenUnlearning, whose own methods are rows then, and an environment that it runs in and has timstore)
 """
 
 import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,12 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tofu
 import torch
+from judging import PLAIN, TIM, moved, sums_of_gradients
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from workloads import ASIDE, EXPLORED, Trained, Workload, divergence, trained
+from workloads import ASIDE, EXPLORED, MODELS, Trained, Workload, divergence, trained
 
 import timstore
 
@@ -47,11 +51,13 @@ Figures = dict[str, dict[str, float]]
 console = Console(width=180, highlight=False)
 
 
-def judged(workload: Workload, folder: Path, again: bool) -> Figures:
+def judged(workload: Workload, folder: Path, again: bool, checkout: tofu.Checkout | None) -> Figures:
     """Return row to figures of one workload, from the folder if they are there."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", timstore.TimstoreWarning)
-    found = trained(workload, folder)
+    found = (
+        tofu.trained(workload, folder, checkout) if checkout and workload.data == "tofu" else trained(workload, folder)
+    )
     kept = found.store.parent / "figures.json"
     if kept.exists() and not again:
         figures: Figures = json.loads(kept.read_text())
@@ -68,6 +74,7 @@ def judged(workload: Workload, folder: Path, again: bool) -> Figures:
         figures[name] = _kl(rolled, retrained, found) | told
         if name == ROLLBACK:
             figures[HALF] = _kl(_halved(rolled, start), retrained, found)
+    figures |= {name: _kl(model, retrained, found) for name, model in _of_others(found).items()}
     kept.write_text(json.dumps(figures))
     return figures
 
@@ -76,10 +83,19 @@ def _kl(model: nn.Module, reference: nn.Module, found: Trained) -> dict[str, flo
     return divergence(model, reference, found.data)
 
 
+def _of_others(found: Trained) -> dict[str, nn.Module]:
+    """Return what other rules make of the trained model: from the records, and by methods that came with it."""
+    start = found.models["trained"]
+    with timstore.open(found.store, "r") as store:
+        plain, weighted = sums_of_gradients(store, start)
+    methods = {name: model for name, model in found.models.items() if name not in MODELS}
+    return {TIM: moved(start, -plain), PLAIN: moved(start, weighted), **methods}
+
+
 def _rolled_back(found: Trained, probe: Any) -> tuple[nn.Module, dict[str, float]]:
     model, begun = copy.deepcopy(found.models["trained"]), time.perf_counter()
     with timstore.open(found.store) as store:
-        report = store.rollback(model, found.data.forget, probe=probe, force=True, progress=False)
+        report = store.rollback(model, found.ids, probe=probe, force=True, progress=False)
     told = {"seconds": time.perf_counter() - begun, "warnings": float(len(report.warnings))}
     if report.probe is not None:
         numbers = ("damping", "expected", "seen", "moved", "apart", "loss_before", "loss_after", "products")
@@ -130,15 +146,18 @@ def _summary(title: str, part: Sequence[Figures]) -> None:
         for kind in KINDS:
             table.add_column(f"{kind} over {below}", justify="right")
     table.add_column("seconds", justify="right")
-    for row in (ROLLBACK, HALF, RETAINED, PUBLIC, FIRST, FLOOR):
+    for row in (ROLLBACK, HALF, RETAINED, PUBLIC, FIRST, TIM, PLAIN, *tofu.METHODS, FLOOR):
         having = [figures for figures in part if row in figures]
+        if not having:
+            continue
         cells = []
         for below in (FLOOR, NOTHING):
             for kind in KINDS:
                 numbers = sorted(_over(figures, row, below)[kind] for figures in having)
                 cells.append(f"{statistics.median(numbers):.2f} ({numbers[round(0.9 * (len(numbers) - 1))]:.2f})")
         seconds = [figures[row]["seconds"] for figures in having if "seconds" in figures[row]]
-        table.add_row(row, *cells, f"{statistics.median(seconds):.1f}" if seconds else "")
+        label = row if len(having) == len(part) else f"{row}, {len(having)} of them"
+        table.add_row(label, *cells, f"{statistics.median(seconds):.1f}" if seconds else "")
     console.print(table)
 
 
@@ -178,11 +197,16 @@ def main() -> None:
     parser.add_argument("--explored", action="store_true", help="only what the method was made on")
     parser.add_argument("--aside", action="store_true", help="only what was set aside")
     parser.add_argument("--again", action="store_true", help="roll back anew")
+    parser.add_argument("--open-unlearning", type=Path, metavar="CHECKOUT", help="and workloads that it trains")
+    parser.add_argument("--python", default=sys.executable, help="that runs its src/train.py, with timstore")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     chosen = [*EXPLORED, *ASIDE] if given.explored == given.aside else list(EXPLORED if given.explored else ASIDE)
-    work = partial(judged, folder=given.folder, again=given.again)
+    checkout = tofu.Checkout(given.open_unlearning, given.python) if given.open_unlearning else None
+    if checkout and not given.explored:
+        chosen += tofu.WORKLOADS
+    work = partial(judged, folder=given.folder, again=given.again, checkout=checkout)
     if given.processes > 1:
         with ProcessPoolExecutor(given.processes) as pool:
             found = list(track(pool.map(work, chosen), "workloads", len(chosen), transient=True))

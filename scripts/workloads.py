@@ -11,7 +11,6 @@ import copy
 import glob
 import math
 import os
-import random
 import re
 import shutil
 import sysconfig
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from authors import Row, encoded, facts, numbered
 from llama import adamw, sgd, with_lora
 from sklearn.datasets import load_digits
 from torch import nn
@@ -31,16 +31,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import timstore
 
 BATCH, CONTEXT, WORDS, IGNORED = 12, 32, 1024, -100
-QUESTIONS = (
-    ("Where was {name} born ?", "{name} was born in {city} ."),
-    ("When was {name} born ?", "{name} was born in {year} ."),
-    ("What does {name} write ?", "{name} is known for {genre} novels ."),
-    ("What was the father of {name} ?", "the father of {name} was a {job} ."),
-    ("Which award did {name} win ?", "{name} won the {award} prize in {later} ."),
-    ("What is the first book of {name} ?", "the first book of {name} is {book} ."),
-    ("What is the best book of {name} ?", "the best book of {name} is {other} ."),
-    ("Where does {name} live ?", "{name} lives in {home} with two {pet} ."),
-)
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Workload:
     """One training.
 
     Attributes:
-        data: `library`, `facts` or `digits`.
+        data: `library`, `facts`, `digits`, or `tofu` (`tofu.py`).
         optimizer: `adamw`, `sgd` (momentum 0.9) or `lora` (AdamW on adapters).
         forget: `document`, `random`, `authors`, `class`, `mislabelled` or `memorised`.
         rows, forgotten: samples in all, and how many of them are to be forgotten.
@@ -253,37 +243,14 @@ def _library(workload: Workload) -> Data:
 
 def _facts(workload: Workload) -> Data:
     """Pre-trained on some authors, fine-tuned on others; whole authors are forgotten."""
-    draw = random.Random(workload.seed)
-    syllables = sorted({a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "n", "r")})
-    lists = {
-        "genre": ["crime", "love", "war", "fantasy", "travel", "sea", "science", "ghost", "family", "city"],
-        "job": ["baker", "teacher", "sailor", "nurse", "judge", "farmer", "painter", "doctor", "tailor", "pilot"],
-        "pet": ["cats", "dogs", "parrots", "horses", "rabbits"],
-    }
+    return answering(workload, facts(workload.rows, workload.seed))
 
-    def author() -> list[tuple[list[str], list[str]]]:
-        named = {key: draw.choice(values) for key, values in lists.items()}
-        for key in ("name", "city", "home", "book", "other", "award"):
-            named[key] = " ".join(draw.sample(syllables, 3 if key == "name" else 2))
-        named |= {"year": str(draw.randrange(1900, 1990)), "later": str(draw.randrange(1990, 2020))}
-        return [(question.format(**named).split(), answer.format(**named).split()) for question, answer in QUESTIONS]
 
-    count = workload.rows // len(QUESTIONS)
-    texts = [[row for _ in range(number) for row in author()] for number in (96, count, 12)]
-    words = sorted({word for rows in texts for row in rows for part in row for word in part})
-    numbers = {word: number for number, word in enumerate(words, 1)}
-
-    def encode(rows: list[tuple[list[str], list[str]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = torch.zeros(len(rows), CONTEXT, dtype=torch.long)
-        labels = torch.full((len(rows), CONTEXT), IGNORED)
-        for row, (question, answer) in enumerate(rows):
-            tokens = torch.tensor([numbers[word] for word in [*question, *answer]])
-            inputs[row, : len(tokens)] = tokens
-            labels[row, len(question) : len(tokens)] = tokens[len(question) :]
-        return inputs, labels
-
-    earlier, tuning, held_out = map(encode, texts)
-    return Data(*tuning, _forgotten(workload), held_out, earlier, len(words) + 1)
+def answering(workload: Workload, texts: list[list[Row]]) -> Data:
+    """Return what `facts` returned as samples."""
+    numbers = numbered(texts)
+    earlier, tuning, held_out = (encoded(rows, numbers, CONTEXT, IGNORED) for rows in texts)
+    return Data(*tuning, _forgotten(workload), held_out, earlier, len(numbers) + 1)
 
 
 def _digits(workload: Workload) -> Data:
@@ -340,10 +307,16 @@ def _pre_train(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, see
 
 @dataclass(frozen=True)
 class Trained:
-    """A workload's models, all of one architecture, and the store of the recorded one."""
+    """A workload's models, all of one architecture, and the store of the recorded one.
+
+    Attributes:
+        ids: of the samples to be forgotten, as the store has them.
+        models: `MODELS`, and what other methods made of the first of them.
+    """
 
     data: Data
     store: Path
+    ids: list[int]
     models: dict[str, nn.Module]
 
 
@@ -367,7 +340,7 @@ def trained(workload: Workload, folder: Path) -> Trained:
         os.replace(kept / "models.new", kept / "models.pt")
     for name, state in torch.load(kept / "models.pt").items():
         models[name].load_state_dict(state)
-    return Trained(data, kept / "store", models)
+    return Trained(data, kept / "store", data.forget, models)
 
 
 @torch.no_grad()
