@@ -70,12 +70,12 @@ def judge(figures: Sequence[Figures], title: str) -> Table:
     table = Table(title=f"{title}: the constants that stand, {len(figures)} trainings", title_justify="left")
     for column in ("", "Spearman", "spread", "over noise", "told", "told without need", "of"):
         table.add_column(column)
-    pairs = ("forgotten", "forget"), ("staying", "held-out"), ("staying", "retain")
+    pairs = ("forgotten", "forgotten", "forget"), ("staying", "other", "held-out"), ("staying", "other", "retain")
     everything: list[tuple[float, float]] = []
-    for name, kind in pairs:
+    for name, doubted, kind in pairs:
         of, noise = true(figures, "rollback", [kind]), true(figures, "another order", [kind])
         expected = np.log([getattr(one, name).value for one in found])
-        told = np.array([getattr(one, name).high > getattr(one, f"noise_{name}").value for one in found])
+        told = np.array([any(f"on {doubted} data" in doubt for doubt in one.doubts) for one in found])
         over = of > noise
         everything += zip(expected.tolist(), of.tolist(), strict=True)
         table.add_row(

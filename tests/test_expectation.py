@@ -4,6 +4,7 @@ import contextlib
 import copy
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import timstore
+from timstore.rollbacks.expectation import expected_kl
 
 ROWS, EPOCHS, BATCH = 96, 4, 8
 
@@ -67,8 +69,8 @@ def test_the_noise_is_that_of_retraining_in_other_orders(
         report = store.rollback(model, [0], dry_run=True)
     models = [training.run(order)[0] for order in range(1, 25)]
     noise = fmean(training.divergence(a, b) for a, b in zip(models[::2], models[1::2], strict=True))
-    assert report.expected_kl is not None
-    assert noise / within < report.expected_kl.noise < noise * within
+    assert report.probe is not None and report.probe.noise is not None
+    assert noise / within < report.probe.noise < noise * within
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
@@ -85,3 +87,45 @@ def test_the_rise_is_that_of_the_samples_losses_where_they_were_first_used(
     assert report.expected_kl.rise == pytest.approx(
         fmean(float((first[one] * delta).sum()) for one in forget), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("rise", "faded", "seen", "doubted"),
+    [
+        (0.05, 0.9, 1e-4, []),
+        (2.5, 0.4, 1e-4, ["forgotten"]),
+        (2.5, 0.4, 2e-2, ["forgotten", "other"]),
+        (-1.0, 1.0, 0.0, []),
+    ],
+)
+def test_what_may_be_farther_than_another_retraining_is_doubted(
+    rise: float, faded: float, seen: float, doubted: list[str]
+) -> None:
+    expected = expected_kl(rise, faded, seen, noise=4e-3)
+    assert [doubt.split(" data ")[0] for doubt in expected.doubts] == [f"on {data}" for data in doubted]
+    for one in (expected.forgotten, expected.staying, expected.noise_forgotten, expected.noise_staying):
+        assert one.low <= one.value <= one.high
+
+
+def test_the_doubts_are_warnings_of_the_rollback(tmp_path: Path) -> None:
+    training = Training(torch.optim.SGD, 0.05)
+    with timstore.open(tmp_path / "s") as store:
+        model, _ = training.run(0, store)
+        with pytest.warns(timstore.TimstoreWarning, match="on forgotten data the model may be farther"):
+            report = store.rollback(model, [0, 2, 3])
+    assert report.expected_kl is not None and report.expected_kl.doubts
+    assert set(report.expected_kl.doubts) <= set(report.warnings)
+    assert f"forgotten data {report.expected_kl.forgotten}" in str(report)
+    assert report.to_dict()["expected_kl"]["forgotten"]["value"] == report.expected_kl.forgotten.value
+
+
+@pytest.mark.filterwarnings("ignore:first order only")
+@pytest.mark.parametrize("options", [{"strength": 0.5}, {"epochs": [0]}, {"parameters": ["weight"]}, {"probe": False}])
+def test_of_a_part_and_without_rows_of_the_training_nothing_is_expected(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    training = Training(torch.optim.SGD, 0.05)
+    with timstore.open(tmp_path / "s") as store:
+        model, _ = training.run(0, store)
+        assert store.rollback(model, [0], dry_run=True).expected_kl is not None
+        assert store.rollback(model, [0], dry_run=True, **options).expected_kl is None
