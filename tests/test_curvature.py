@@ -186,23 +186,29 @@ def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them(half: int
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_the_damping_is_the_curvature_that_the_other_half_shows(loss: str, size: float, half: int) -> None:
+def test_the_damping_leaves_least_of_what_curvature_misses_and_of_what_is_taken_back(
+    loss: str, size: float, half: int
+) -> None:
     model = small()
     one = run(model, loss, 2, size=size)
     whole, way = torch.stack(one.lengths).sum(0), one.found.ways[half]
+    scale = whole.sqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * one.matrices[half] * scale[None, :])
+    values = values.clamp(min=0)
+    passing = torch.where(values > 1e-8, -torch.expm1(-values) / values.clamp(min=1e-12), 1.0)
+
+    def x_of(damping: float) -> torch.Tensor:
+        return vectors.T @ torch.where(whole > 0, one.densely(half, damping) / scale, 0)
 
     def seen(damping: float) -> float:
         return divergence_by_hand(model, loss, batches()[1 - half], one.densely(half, damping))
 
-    def missing(damping: float) -> float:
-        moved = torch.where(whole > 0, one.densely(half, damping), 0)
-        x = torch.where(whole > 0, moved / whole.sqrt(), 0)
-        return float((2 * seen(damping) - moved @ one.matrices[half] @ moved) / (x @ x))
+    def left(damping: float) -> float:
+        x, back = x_of(damping), x_of(damping) - x_of(0.0)
+        return seen(damping) - float(values @ x.square()) / 2 + float((back.square() / passing).sum()) / 2
 
-    if missing(0.0) <= 0:
-        assert way.damping == 0
-    else:
-        assert missing(way.damping * 1.1) < way.damping * 1.1 and missing(way.damping / 1.1) > way.damping / 1.1
+    others = [left(10**power) for power in torch.linspace(-3, 4, 40, dtype=DOUBLE).tolist()]
+    assert left(way.damping) <= min(others) + 0.02 * abs(min(others))
     assert way.seen == pytest.approx(seen(way.damping), rel=1e-6)
 
 

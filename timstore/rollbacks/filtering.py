@@ -9,11 +9,14 @@ steep directions, where later training has undone most of a sample's push alread
 
 A is known in a small space, and from half of the probe. It misses what other rows have, what the run's curvature had in
 other directions, and what it becomes far from the model. All of this is seen at once where the change is tried on the
-other half: the mean divergence D of its answers before and after should be x' A x / 2, x = d / s. What it is more,
-divided by |x|^2 / 2, is the curvature c that is missing along x. It damps every direction alike, and x depends on it:
-c is the root of
+other half: the mean divergence D of its answers before and after should be x' A x / 2, x = d / s. With x_0 the change
+by A alone, nearly the one that knows the rest as well has the least
 
-    c  =  2 (D(x_c) - x_c' A x_c / 2) / |x_c|^2
+    D(x) - x' A x / 2  +  (x - x_0)' phi(A)^-1 (x - x_0) / 2
+
+and the damping is the c, the same for all directions, whose x has less of it than any other. (It is not the curvature
+that is missing along x: where few directions hold most of that, it is large, and would take the change back in all the
+others.)
 
 For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
 the filter works in the coordinates in which Adam's steps are plain ones.
@@ -36,9 +39,8 @@ from timstore.rollbacks.vectors import Vector, Workspace
 
 # Parameter to s: one number for all its elements, or one each.
 Scale = Callable[[str], Any]
-# The root of c is looked for so far below where it can be at most, and to this factor.
-_RANGE, _EXACT = 1e-4, 1.1
-_MOST = 1e6
+# Where c is looked for, and by which factors nearer.
+_DAMPINGS, _NEARER = (0.0, *(4.0**power for power in range(-5, 7))), (2.0, 2**0.5, 2**0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +203,11 @@ class _Changes:
         """Return (value, weight) pairs: the trace of f(A) is about the sum of weight f(value)."""
         return list(zip(self._values.tolist(), self._signs.square().tolist(), strict=True))
 
-    def missing(self, damping: float, seen: float) -> float:
-        """Return the curvature along the change that a divergence shows beyond the space's own; infinite for NaN."""
-        length = float(self._left(damping).square().sum())
-        if not length:
-            return 0.0
-        missing = 2 * (seen - self.expected(damping)) / length
-        return missing if math.isfinite(missing) else math.inf
+    def loss(self, damping: float, seen: float) -> float:
+        """Return what the right change has the least of; infinite for NaN."""
+        taken_back = (self._left(damping) - self._left(0.0)).square() / phi(self._values)
+        loss = seen - self.expected(damping) + float(taken_back.sum()) / 2
+        return loss if math.isfinite(loss) else math.inf
 
     def expected(self, damping: float) -> float:
         """Return x' A x / 2."""
@@ -255,7 +255,7 @@ def _one_way(
         changes.write(damping, delta)
         return divergence(model, others, delta, names)
 
-    damping = _root(lambda damping: changes.missing(damping, seen(damping)))
+    damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     way = Way(products, damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
     space.free()
     return delta, way
@@ -273,19 +273,15 @@ def _mean(vectors: Sequence[Vector]) -> tuple[Vector, float]:
     return mean, apart
 
 
-def _root(missing: Callable[[float], float]) -> float:
-    """Return c = missing(c); 0 where nothing is missing at 0."""
-    high = missing(0.0)
-    if high <= 0:
-        return 0.0
-    high = min(high, 1.0)
-    while missing(high) > high and high < _MOST:
-        high *= 4
-    low = high * _RANGE
-    while high / low > _EXACT:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if missing(middle) > middle else (low, middle)
-    return math.sqrt(low * high)
+def _least(loss: Callable[[float], float]) -> float:
+    """Return the c of the least loss, which may have more than one valley."""
+    found = {damping: loss(damping) for damping in _DAMPINGS}
+    for factor in _NEARER:
+        best = min(found, key=found.__getitem__)
+        for damping in (best / factor, best * factor):
+            if damping not in found:
+                found[damping] = loss(damping)
+    return min(found, key=found.__getitem__)
 
 
 def _shares(lengths: Sequence[Mapping[str, float]]) -> torch.Tensor:

@@ -11,8 +11,8 @@ class ProbeReport:
     Attributes:
         sequences: rows of the probe's batches.
         products: products of the curvature matrix with a vector; each costs about two gradients of half the probe.
-        damping: curvature that half the probe does not show and the other half does, measured along the change, in
-            units of one over the run's length; 0 where it shows all, large where the change is far beyond a
+        damping: curvature, the same in all directions, for what half the probe does not show and the other half does,
+            in units of one over the run's length; 0 where it shows all, large where the change is far beyond a
             linearisation.
         expected, seen: divergence of the other half's answers, before || after: what the curvature tells, and what it
             is (KL per position, or the mean squared difference). These three are means of both ways round.
