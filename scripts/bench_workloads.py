@@ -55,9 +55,8 @@ def judged(workload: Workload, folder: Path, again: bool, checkout: tofu.Checkou
     """Return row to figures of one workload, from the folder if they are there."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", timstore.TimstoreWarning)
-    found = (
-        tofu.trained(workload, folder, checkout) if checkout and workload.data == "tofu" else trained(workload, folder)
-    )
+    make = partial(tofu.trained, checkout=checkout) if checkout and workload.data == "tofu" else trained
+    found = make(workload, folder)
     kept = found.store.parent / "figures.json"
     if kept.exists() and not again:
         figures: Figures = json.loads(kept.read_text())

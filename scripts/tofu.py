@@ -7,6 +7,7 @@ checkout's own methods: their settings are those that they come with, their rate
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ class Checkout:
         Raises:
             RuntimeError: with the last lines of what it said.
         """
-        command = [self.python, "-W", "ignore", str(self.path.resolve() / "src" / "train.py"), *options]
+        python = os.path.abspath(shutil.which(self.python) or self.python)
+        command = [python, "-W", "ignore", str(self.path.resolve() / "src" / "train.py"), *options]
         answer = subprocess.run(
             [*command, f"paths.output_dir='{folder}'", f"task_name={folder.name}"],
             capture_output=True,
