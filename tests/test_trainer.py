@@ -94,7 +94,8 @@ def test_the_mean_over_tokens_is_taken_again_over_all_micro_batches(bound: float
         trained(
             model, [recorder(store, probe=False)], tmp_path / "t", gradient_accumulation_steps=2, max_grad_norm=bound
         )
-        steps = [ids for (ids,) in store.sql("SELECT sample_ids FROM steps WHERE group_id = 0 ORDER BY step").fetchall()]
+        drawn = store.sql("SELECT sample_ids FROM steps WHERE group_id = 0 ORDER BY step")
+        steps = [ids for (ids,) in drawn.fetchall()]
         forget = steps[0][:3]  # all of a micro-batch
         with pytest.warns(timstore.TimstoreWarning, match="several micro-batches"):
             store.rollback(model, forget, denominator="renormalised", accumulate="float64")
