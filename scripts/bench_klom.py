@@ -5,9 +5,9 @@ other starts and in other orders. Of every row the margins (the label's logit le
 compared by KL over models (20 bins, smoothing 1e-5); a figure is the 95th percentile over rows. The floor is that of N
 further oracles. Protocol: arXiv 2602.16400 and 2410.23232; what came out: docs/design/klom.md.
 
-Rollbacks are as they are without arguments. The rivals' settings were picked on one forget set with five models
-(--choose); what each does is in scripts/rivals.py. A share of a retrain is a whole schedule over that share of the
-epochs. What was trained is kept in a folder: the script goes on where it was stopped.
+Rollbacks are as they are without arguments. The rivals' settings were picked on one forget set, with models of other
+seeds (--choose); what each does is in scripts/rivals.py. A share of a retrain is a whole schedule over that share of
+the epochs. What was trained is kept in a folder: the script goes on where it was stopped.
 
 Run: python scripts/bench_klom.py (--net conv, --optimizer adamw, --models 20, --processes 2, --sets "random 50")
 """
@@ -32,6 +32,7 @@ from klom import (
     KINDS,
     NETS,
     ORACLES,
+    PICKED,
     Ensemble,
     Forget,
     Training,
@@ -145,15 +146,17 @@ def show(results: dict[str, Figures], title: str) -> None:
 
 def choose(forget: Forget, models: int) -> None:
     """Print what each setting of each rival gives on one forget set."""
-    seeds = range(models)
+    seeds = range(PICKED, PICKED + models)
     oracles = margins(forget.training, _retrain(forget, seeds, ORACLES))
     start = train(forget.training, seeds)
-    table = Table(title=f"{forget.training.name}, {forget.name}, {models} models: mean KLoM", title_justify="left")
+    table = Table(
+        title=f"{forget.training.name}, {forget.name}, {models} models: 95th percentile of KLoM", title_justify="left"
+    )
     for column in ("", "settings", *GOALS, "sum"):
         table.add_column(column, justify="left" if column in ("", "settings") else "right")
 
     def add(name: str, settings: dict[str, Any], weights: Ensemble) -> None:
-        found = judged(margins(forget.training, weights), oracles, forget, torch.mean)
+        found = judged(margins(forget.training, weights), oracles, forget)
         table.add_row(name, str(settings or ""), *(f"{one:.2f}" for one in (*found.values(), sum(found.values()))))
 
     add(NOTHING, {}, start)

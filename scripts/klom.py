@@ -18,8 +18,9 @@ import timstore
 
 ROWS, BATCH, EPOCHS, WARM_UP = 1000, 50, 10, 10
 BINS, SMOOTHING, LARGEST = 20, 1e-5, 100.0
-# Seeds: of the trained models from 0 on, of the oracles, of the further ones, and of the one that shows hidden states.
-ORACLES, FURTHER, SHOWN = 100_000, 200_000, 300_000
+# Seeds: those of the trained models begin at 0, these are where the others' begin: of the oracles, of the further ones,
+# of the model that shows hidden states, of those that the rivals' settings are picked with.
+ORACLES, FURTHER, SHOWN, PICKED = 100_000, 200_000, 300_000, 400_000
 CLASS = 3
 # Of the models that are asked about all samples at once: bounds memory.
 CHUNK = 10
@@ -42,6 +43,8 @@ def conv() -> nn.Module:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"mlp": MODELS["MLP"], "conv": conv}
+# The nets without numbers: those are an ensemble's.
+_SHAPES = {name: make().to("meta") for name, make in NETS.items()}
 # What they are called in scripts/digits.py, whose rates are used.
 KINDS = {"sgd": "momentum", "adamw": "AdamW + clip"}
 
@@ -214,14 +217,9 @@ def single(training: Training, weights: Ensemble, number: int) -> nn.Module:
     return model
 
 
-@cache
-def _shape_of(net: str) -> nn.Module:
-    return NETS[net]().to("meta")
-
-
 def ask(net: str, weights: Mapping[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     """Return one model's logits, (rows, classes)."""
-    found: torch.Tensor = functional_call(_shape_of(net), weights, pixels)
+    found: torch.Tensor = functional_call(_SHAPES[net], weights, pixels)
     return found
 
 
@@ -259,13 +257,8 @@ def klom(unlearned: torch.Tensor, oracles: torch.Tensor) -> torch.Tensor:
     return torch.xlogy(found, found / wanted.clamp(min=SMOOTHING)).sum(-1)
 
 
-def judged(
-    unlearned: torch.Tensor,
-    oracles: torch.Tensor,
-    forget: Forget,
-    over_rows: Callable[[torch.Tensor], torch.Tensor] = lambda distances: distances.quantile(0.95),
-) -> dict[str, float]:
+def judged(unlearned: torch.Tensor, oracles: torch.Tensor, forget: Forget) -> dict[str, float]:
     """Return the distance of margins to the oracles', the 95th percentile over the rows of each kind."""
     distances = klom(unlearned, oracles)
     kinds = {"forget": list(forget.ids), "retained": forget.retained, "held-out": slice(ROWS, None)}
-    return {kind: float(over_rows(distances[rows])) for kind, rows in kinds.items()}
+    return {kind: float(distances[rows].quantile(0.95)) for kind, rows in kinds.items()}

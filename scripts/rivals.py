@@ -1,7 +1,7 @@
 """Other ways to make trained models forget, none of which asks what was recorded, on many models at once.
 
 Each takes the forget set, the trained models, their seeds, and settings. `CHOSEN` holds the settings, picked from
-`GRIDS` on one forget set with five models (`bench_klom.py --choose`).
+`GRIDS` on one forget set, with models of other seeds (`bench_klom.py --choose --sets "random 50"`).
 """
 
 from collections.abc import Callable, Sequence
@@ -221,10 +221,16 @@ RIVALS: dict[str, Rival] = {
     "K-FAC": kfac,
 }
 GRIDS: dict[str, list[dict[str, Any]]] = {
-    "gradient ascent": [{"rate": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2)],
+    "gradient ascent": [{"rate": rate} for rate in (3e-3, 1e-2, 3e-2, 1e-1)],
     "fine-tuning": [{"share": share, "epochs": epochs} for share in (0.1, 0.3, 1.0) for epochs in (1, 3)],
     "SCRUB": [{"rate": rate} for rate in (5e-4, 2e-3, 5e-3, 1e-2)],
-    "Hessian-free (CG)": [{"damping": damping} for damping in (1e-3, 1e-2, 1e-1, 1.0)],
-    "K-FAC": [{"damping": damping, "steps": steps} for damping in (1e-3, 1e-2, 1e-1) for steps in (1, 3)],
+    "Hessian-free (CG)": [{"damping": damping} for damping in (3e-3, 1e-2, 3e-2, 1e-1)],
+    "K-FAC": [{"damping": damping, "steps": steps} for damping in (1e-2, 3e-2, 1e-1) for steps in (1, 3)],
 }
-CHOSEN: dict[str, dict[str, Any]] = {}
+CHOSEN: dict[str, dict[str, Any]] = {
+    "gradient ascent": {"rate": 0.03},
+    "fine-tuning": {"share": 0.3, "epochs": 1},
+    "SCRUB": {"rate": 5e-3},
+    "Hessian-free (CG)": {"damping": 0.01},
+    "K-FAC": {"damping": 0.1, "steps": 3},
+}

@@ -10,6 +10,9 @@ import pytest
 import rivals
 import torch
 
+# torch.func.jvp has some of its rules scripted.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 def distance(unlearned: np.ndarray, oracles: np.ndarray) -> float:
     """KL of two histograms over shared bins."""
