@@ -232,5 +232,5 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "fine-tuning": {"share": 0.3, "epochs": 1},
     "SCRUB": {"rate": 5e-3},
     "Hessian-free (CG)": {"damping": 0.01},
-    "K-FAC": {"damping": 0.1, "steps": 3},
+    "K-FAC": {"damping": 0.03, "steps": 1},
 }
