@@ -21,7 +21,7 @@ from pathlib import Path
 import digits
 import goals
 import llama
-from judging import Case, Row, run
+from judging import KEPT, Case, Row, run
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +30,10 @@ PARTS = ("digits-lr", "digits-mlp", "llama-adamw", "llama-lora", "llama-sgd")
 FORGETS = (*llama.FORGETS, *digits.FORGETS[1:])
 # A filter over 64 sequences takes half a minute: only a document, from the first start, with the first seed, has
 # every row.
-FEW_ROWS = ("first order", "first order + 64 public")
+FEW_ROWS = ("first order", f"first order + {KEPT}", "first order + 64 public")
 ALL_ROWS = (
     "first order",
+    f"first order + {KEPT}",
     *(f"first order + {name}" for name in llama.PROBES),
     "exact replay",
     "exact replay + 64 public",
@@ -41,6 +42,7 @@ ALL_ROWS = (
 NONSENSE_ROWS = (
     "prototype + 32 public",
     "first order",
+    f"first order + {KEPT}",
     "first order + 32 public",
     "exact replay",
     "exact replay + 32 public",
@@ -121,7 +123,7 @@ def chosen(given: argparse.Namespace, part: str, forgotten: str) -> bool:
 
 
 def digits_comparison(model: str, optimizer: str, regime: str, forgotten: str, seeds: Sequence[int]) -> Comparison:
-    probes = ["", " + 64 held-out", *[" + 64 held-out, no threes"] * (forgotten == "class")]
+    probes = ["", f" + {KEPT}", " + 64 held-out", *[" + 64 held-out, no threes"] * (forgotten == "class")]
     what = {"random": "random images", "mislabelled": "mislabelled images", "class": "all threes"}[forgotten]
     return Comparison(
         f"digits, {model}, {optimizer}, {regime}, {what} forgotten",

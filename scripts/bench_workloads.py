@@ -85,6 +85,8 @@ def _rolled_back(found: Trained, probe: Any) -> tuple[nn.Module, dict[str, float
         numbers = ("damping", "expected", "seen", "moved", "apart", "loss_before", "loss_after", "products")
         told |= {name: float(getattr(report.probe, name)) for name in numbers}
         told["misfit"] = report.probe.misfit or 0.0
+    if report.probe is not None and report.expected_kl is not None:
+        told |= {"rise": report.expected_kl.rise, "faded": report.expected_kl.faded, "noise": report.probe.noise or 0.0}
     return model, told
 
 
@@ -175,13 +177,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("workloads"), help="where trainings are kept")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="trainings of each kind, with other data and another start"
+    )
     parser.add_argument("--explored", action="store_true", help="only what the method was made on")
     parser.add_argument("--aside", action="store_true", help="only what was set aside")
     parser.add_argument("--again", action="store_true", help="roll back anew")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
-    chosen = [*EXPLORED, *ASIDE] if given.explored == given.aside else list(EXPLORED if given.explored else ASIDE)
+    kinds = [*EXPLORED, *ASIDE] if given.explored == given.aside else list(EXPLORED if given.explored else ASIDE)
+    chosen = [seeded for one in kinds for seeded in one.seeds(given.seeds)]
     work = partial(judged, folder=given.folder, again=given.again)
     if given.processes > 1:
         with ProcessPoolExecutor(given.processes) as pool:

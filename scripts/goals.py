@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from judging import Row
+from judging import KEPT, Row
 from rich.table import Table
 
 FLOOR_SHARE, LOSS_GAP, ACCURACY_GAP = 0.2, 0.005, 0.01
@@ -57,9 +57,12 @@ def _accuracy(rows: Rows) -> Iterable[Finding]:
 
 
 def _floor(rows: Rows) -> Iterable[Finding]:
-    name = "first order + 64 public"
-    if name not in rows:
-        return
+    for name in (f"first order + {KEPT}", "first order + 64 public"):
+        if name in rows:
+            yield from _within_the_floor(rows, name)
+
+
+def _within_the_floor(rows: Rows, name: str) -> Iterable[Finding]:
     for one in ("forget", "held-out"):
         share = rows[name][f"KL {one}"] / rows["other order"][f"KL {one}"]
         yield f"{name}, KL {one} at most {FLOOR_SHARE} of the floor's", f"{share:.3f}", share <= FLOOR_SHARE

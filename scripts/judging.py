@@ -19,6 +19,8 @@ import timstore
 
 Row = dict[str, float]
 TIM, AMNESIAC, PLAIN = "TIM rule (theta -= gradient)", "Amnesiac (undo whole steps)", "lr x gradient"
+# The rows of the training that the store keeps by itself.
+KEPT = "kept rows"
 AfterStep = Callable[[torch.Tensor], None]
 
 
@@ -161,10 +163,10 @@ def _record(case: Case, model: nn.Module, order: int, store: timstore.Store) -> 
 
 
 def _first_order(store: timstore.Store, model: nn.Module, case: Case, probe: str, **options: Any) -> nn.Module:
-    rolled = copy.deepcopy(model)
+    rolled, asked = copy.deepcopy(model), {"": False, KEPT: "auto"} | case.probes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", timstore.TimstoreWarning)
-        store.rollback(rolled, case.forget, probe=case.probes[probe] if probe else False, progress=False, **options)
+        store.rollback(rolled, case.forget, probe=asked[probe], progress=False, **options)
     return rolled
 
 

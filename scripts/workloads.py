@@ -17,7 +17,7 @@ import shutil
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +71,10 @@ class Workload:
             f"{self.data} {self.optimizer} {self.rate:g} x{self.epochs} "
             f"{self.forget} {self.forgotten}/{self.rows} s{self.seed}"
         )
+
+    def seeds(self, count: int) -> list["Workload"]:
+        """Return it with other data and other starts; itself first."""
+        return [replace(self, seed=self.seed + 4 * number) for number in range(count)]
 
 
 EXPLORED = (

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from timstore.errors import InvalidInputError
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.filtering import Filtered, probe_filter
-from timstore.rollbacks.krylov import krylov
+from timstore.rollbacks.krylov import krylov, random_signs
 from timstore.rollbacks.outcome import probe_losses
 from timstore.rollbacks.probe import Answer, Probe
 from timstore.rollbacks.vectors import Vector, Workspace
@@ -165,6 +165,22 @@ def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int, adam: boo
     want = (first + second) / 2
     assert float((one.delta - want).norm() / want.norm()) < 1e-6
     assert one.found.apart == pytest.approx(float((first - want).norm() / want.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them(half: int) -> None:
+    model = small()
+    one = run(model, "cross_entropy", 2, size=0.1)
+    scale = torch.stack(one.lengths).sum(0).sqrt()
+    matrix = scale[:, None] * one.matrices[half] * scale
+    with workspace_for(model) as workspace:
+        signs = random_signs(workspace)
+        vector = torch.cat([signs.read(name).clone() for name in workspace.sizes])
+    assert set(vector.tolist()) == {-1.0, 1.0}
+    assert len(vector) / 4 < float((vector > 0).sum()) < len(vector) * 3 / 4
+    for power in (1, 2, 3):
+        want = float(vector @ torch.linalg.matrix_power(matrix, power) @ vector)
+        assert sum(weight * value**power for value, weight in one.found.ways[half].spectrum) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("half", [0, 1])

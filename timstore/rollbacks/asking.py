@@ -35,6 +35,11 @@ class Asked:
     overlap: tuple[int, ...] = ()
     advice: str = ""
 
+    @property
+    def knows_training(self) -> bool:
+        """Whether a change is held against rows of the training."""
+        return self.kept is not None or self.training is not None
+
 
 def probe_to_ask(
     snapshot: Snapshot,

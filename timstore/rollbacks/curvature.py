@@ -61,10 +61,10 @@ class GaussNewton:
         self._free_bytes = keep_bytes
         self._kept: list[_Graph] = []
         self._keeping = True
-        self._positions = 0
+        self.positions = 0
         with torch.no_grad():
             for number, answer in enumerate(probe.answers(self._tensors)):
-                self._positions += len(answer.outputs)
+                self.positions += len(answer.outputs)
                 if not bool(torch.isfinite(answer.outputs).all()):
                     raise InvalidInputError(
                         f"the model's outputs on probe batch {number} hold NaN or Inf: leave that batch out",
@@ -80,7 +80,7 @@ class GaussNewton:
         total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in self._leaves.items()}
         for graph in self._graphs():
             (pushed,) = torch.autograd.grad(graph.pulled, graph.dummy, direction, retain_graph=True)
-            bent = self._second_derivative(graph.outputs.detach(), pushed) / self._positions
+            bent = self._second_derivative(graph.outputs.detach(), pushed) / self.positions
             grads = torch.autograd.grad(graph.outputs, wanted, bent, retain_graph=True, materialize_grads=True)
             for name, grad in zip(self._leaves, grads, strict=True):
                 total[name] += grad.reshape(-1)

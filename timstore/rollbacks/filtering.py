@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from timstore.rollbacks.curvature import GaussNewton
-from timstore.rollbacks.krylov import Apply, Space, krylov
+from timstore.rollbacks.krylov import Apply, Space, krylov, random_signs
 from timstore.rollbacks.outcome import divergence
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.vectors import Vector, Workspace
@@ -49,12 +49,16 @@ class Way:
         products: with the first half's curvature.
         damping: c, in units of one over the run's length.
         expected, seen: divergence of the other half's answers by that curvature, and as it is.
+        spectrum: (value, weight) pairs of A's eigenvalues by the first half.
+        positions: for which the model answers, per row of the first half.
     """
 
     products: int
     damping: float
     expected: float
     seen: float
+    spectrum: Sequence[tuple[float, float]]
+    positions: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -89,8 +93,9 @@ def probe_filter(
 ) -> Filtered:
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
-    Cost: `depth` products with each half of the probe for each bin, and as many workspace vectors as bins times depth;
-    up to some fifteen forward passes of each half, or of the judge, before and after a change.
+    Cost: `depth` products with each half of the probe for each bin and once more, and as many workspace vectors; up to
+    some fifteen forward passes of each half, or of the judge, before and after a
+    change.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -105,20 +110,13 @@ def probe_filter(
     """
     pushes = _Pushes.of(increments, lengths, coordinates, workspace)
     with probe.undisturbed():
-        deltas, ways = [], []
-        for own, others in _halves(probe) if judge is None else [(probe, judge)]:
-            curvature = GaussNewton(model, list(workspace.sizes), own, keep_bytes=keep_bytes)
-            space = krylov(pushes.copies(), pushes.bent(curvature, decays or {}, advance), workspace, depth)
-            products = curvature.products
-            del curvature  # and the graphs that it kept
-            delta, way = _damped(model, others, _Changes(pushes, space), products)
-            deltas.append(delta)
-            ways.append(way)
-            space.free()
+        halves = _halves(probe) if judge is None else [(probe, judge)]
+        found = [_one_way(model, *half, pushes, decays or {}, depth, keep_bytes, advance) for half in halves]
+    deltas, ways = zip(*found, strict=True)
     delta, apart = _mean(deltas)
     moved, norm = pushes.apart_from(delta), delta.norm()
     pushes.free()
-    return Filtered(delta, moved / norm if norm else 0.0, apart / norm if norm else 0.0, tuple(ways))
+    return Filtered(delta, moved / norm if norm else 0.0, apart / norm if norm else 0.0, ways)
 
 
 def _halves(probe: Probe) -> list[tuple[Probe, Probe]]:
@@ -194,9 +192,14 @@ class _Changes:
     def __init__(self, pushes: _Pushes, space: Space) -> None:
         self._pushes, self._space = pushes, space
         self._values, self._vectors = space.eigen()
-        self._starts = self._vectors.T @ space.starts
+        *starts, signs = (self._vectors.T @ space.starts).T
+        self._starts, self._signs = torch.stack(starts, 1), signs
         self.workspace = pushes.first_order.workspace
         self._later = pushes.shares.sum() - pushes.shares.cumsum(0)
+
+    def spectrum(self) -> list[tuple[float, float]]:
+        """Return (value, weight) pairs: the trace of f(A) is about the sum of weight f(value)."""
+        return list(zip(self._values.tolist(), self._signs.square().tolist(), strict=True))
 
     def missing(self, damping: float, seen: float) -> float:
         """Return the curvature along the change that a divergence shows beyond the space's own; infinite for NaN."""
@@ -228,16 +231,34 @@ class _Changes:
         return (torch.exp(-bent * self._later) * phi(bent * self._pushes.shares) * self._starts).sum(1)
 
 
-def _damped(model: torch.nn.Module, others: Probe, changes: _Changes, products: int) -> tuple[Vector, Way]:
-    workspace = changes.workspace
+def _one_way(
+    model: torch.nn.Module,
+    own: Probe,
+    others: Probe,
+    pushes: _Pushes,
+    decays: Mapping[str, float],
+    depth: int,
+    keep_bytes: int,
+    advance: Callable[[], None],
+) -> tuple[Vector, Way]:
+    """Return the change by the curvature of `own`, damped by what it makes of the answers of `others`."""
+    workspace = pushes.first_order.workspace
     delta, names = workspace.new(), list(workspace.sizes)
+    curvature = GaussNewton(model, names, own, keep_bytes=keep_bytes)
+    bent = pushes.bent(curvature, decays, advance)
+    space = krylov([*pushes.copies(), random_signs(workspace)], bent, workspace, depth)
+    products, positions = curvature.products, curvature.positions / own.sequences
+    del curvature, bent  # and the graphs that they kept
+    changes = _Changes(pushes, space)
 
     def seen(damping: float) -> float:
         changes.write(damping, delta)
         return divergence(model, others, delta, names)
 
     damping = _root(lambda damping: changes.missing(damping, seen(damping)))
-    return delta, Way(products, damping, seen=seen(damping), expected=changes.expected(damping))
+    way = Way(products, damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
+    space.free()
+    return delta, way
 
 
 def _mean(vectors: Sequence[Vector]) -> tuple[Vector, float]:

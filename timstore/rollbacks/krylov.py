@@ -57,6 +57,15 @@ def krylov(starts: Sequence[Vector], apply: Apply, workspace: Workspace, depth: 
     return Space(basis, (matrix + matrix.T) / 2, _columns(given, len(basis)))
 
 
+def random_signs(workspace: Workspace) -> Vector:
+    """Return a vector of signs: the mean of its products with f(A) is the trace of f(A)."""
+    draw, result = torch.Generator().manual_seed(0), workspace.new()
+    for name, size in workspace.sizes.items():
+        signs = torch.randint(0, 2, (size,), generator=draw, device="cpu") * 2 - 1
+        result.write(name, 0, signs.to(workspace.device, workspace.dtype))
+    return result
+
+
 def _added(vector: Vector, basis: list[Vector], *, keep: bool = True) -> list[float]:
     """Take a vector into an orthonormal basis, unless it lies in it or is not kept; return its coefficients."""
     length = vector.norm()

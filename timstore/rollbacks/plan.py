@@ -213,8 +213,13 @@ def bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
     """Return the last moment of each bin but the last, so that every bin covers the same step length."""
     if not timelines or bins == 1:
         return np.zeros(0, np.int64)
-    timeline = max(timelines.values(), key=lambda one: float(one.lengths("").sum()))
+    timeline = longest(timelines)
     covered = np.cumsum(timeline.lengths(""))
     shares = covered[-1] * np.arange(1, bins) / bins
     edges: np.ndarray = timeline.keys[np.minimum(np.searchsorted(covered, shares), len(covered) - 1)]
     return edges
+
+
+def longest(timelines: dict[int, Timeline]) -> Timeline:
+    """Return the timeline that went farthest, which speaks for all where they have to be one."""
+    return max(timelines.values(), key=lambda one: float(one.lengths("").sum()))

@@ -19,6 +19,8 @@ class ProbeReport:
         moved: how far the filter moved the first-order change, relative to the result.
         apart: how far the changes by either half are from their mean, relative to it.
         loss_before, loss_after: the probe's own mean loss; a rise by more than 1 % means damage.
+        noise: KL of the answers of one retraining || another, in another order of the batches, on data that stays; None
+            where it is not known how many rows each step drew.
         misfit: how many times more the change moves the model's answers on rows of the training that the store keeps
             than on the probe; None where it keeps none, the probe is of them, or either has fewer than 16.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
@@ -34,6 +36,7 @@ class ProbeReport:
     apart: float
     loss_before: float
     loss_after: float
+    noise: float | None = None
     misfit: float | None = None
     kept: int | None = None
     left_out: int = 0
@@ -44,6 +47,61 @@ class ProbeReport:
         if self.kept is None:
             return ""
         return f" of {self.kept} kept rows of the training" + f" ({self.left_out} left out)" * bool(self.left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number that was not measured.
+
+    Attributes:
+        low, high: in two of three trainings that it was fitted on, the true number lay between them.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1e} ({self.low:.1e} to {self.high:.1e})"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedKL:
+    """How far from the retrained model a rollback is expected to end: KL(retrained || model), a mean over positions.
+
+    Attributes:
+        forgotten, staying: of the rolled-back model, on what was forgotten and on other data.
+        noise_forgotten, noise_staying: of another retraining, in another order of the batches.
+        rise: how much the change raises the forgotten samples' mean loss at their first use, to first order.
+        faded: the norm of the forgotten samples' gradients at their last use, over that at their first.
+    """
+
+    forgotten: Estimate
+    staying: Estimate
+    noise_forgotten: Estimate
+    noise_staying: Estimate
+    rise: float
+    faded: float
+
+    @property
+    def doubts(self) -> list[str]:
+        """Say where the model may be farther from a retrained one than another retraining.
+
+        On forgotten data, where a wrong claim costs most, already where the upper estimate is.
+        """
+        told = []
+        if self.forgotten.high > self.noise_forgotten.value:
+            told.append(_doubt("forgotten", self.forgotten, self.noise_forgotten))
+        if self.staying.value > self.noise_staying.value:
+            told.append(_doubt("other", self.staying, self.noise_staying))
+        return told
+
+
+def _doubt(data: str, own: Estimate, noise: Estimate) -> str:
+    return (
+        f"on {data} data the model may be farther from a retrained one, by KL {own}, than retraining in another order "
+        f"of the batches is, {noise}: where that matters, retrain without these samples"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +123,9 @@ class RollbackReport:
         optimizer: what became of the optimizer's state; None where no optimizer was given.
         left_out: how many records that were asked for were not in the model any more, taken out by an earlier rollback.
         rollback_id: the digest of the model afterwards, as in the `rollbacks` table.
+        expected_kl: how far from the retrained model this is expected to end, beside retraining's own noise; None where
+            only a part is removed, no rows of the training are asked, the loss is mse, or nobody told how many rows a
+            step drew.
         checkpoint: which files are changed, and where the new ones are; None for a model in memory.
     """
 
@@ -90,6 +151,7 @@ class RollbackReport:
     replay_off: float | None = None
     optimizer: str | None = None
     probe: ProbeReport | None = None
+    expected_kl: ExpectedKL | None = None
     checkpoint: str | None = None
     warnings: tuple[str, ...] = field(default=())
 
@@ -119,6 +181,12 @@ class RollbackReport:
                 f"damping {probe.damping:.2f}; moved the change by {probe.moved:.1%}, "
                 f"its halves {probe.apart:.1%} apart; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )
+        if self.expected_kl is not None:
+            kl = self.expected_kl
+            lines += [
+                f"expected      KL to a retrained model: forgotten data {kl.forgotten}, other data {kl.staying}",
+                f"noise         of retraining in another order: {kl.noise_forgotten}, {kl.noise_staying}",
+            ]
         if self.replay_off is not None:
             lines.append(f"replay        ended within {self.replay_off:.1e} of the run's length of the model")
         if self.optimizer is not None:

@@ -23,6 +23,11 @@ class Request:
     method: str
     denominator: str
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that the samples did is to be removed."""
+        return self.strength == 1 and self.parameters is None and self.epochs is None
+
     @classmethod
     def check(
         cls,

@@ -21,13 +21,14 @@ from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
+from timstore.rollbacks.expectation import expected_kl, faded, order_noise
 from timstore.rollbacks.filtering import probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
 from timstore.rollbacks.outcome import divergence, probe_losses
-from timstore.rollbacks.plan import Plan
+from timstore.rollbacks.plan import Plan, longest
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
-from timstore.rollbacks.report import ProbeReport, RollbackReport
+from timstore.rollbacks.report import ExpectedKL, ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
@@ -108,7 +109,7 @@ def rollback(
         check_optimizers(optimizers, live, selection.known, run.timelines)
     # Five are as good as eight for each of several bins (docs/design/curvature.md); a single bin takes more.
     depth = 5 if len(plan.lengths) > 1 else 16
-    products = 2 * depth * len(plan.lengths) if asked.probe else 0
+    products = 2 * depth * (len(plan.lengths) + 1) if asked.probe else 0
     device = next(iter(changed.values())).device
     with Workspace(sizes, dtype=run.dtype, memory_limit_bytes=budget.deltas_bytes, device=device) as workspace:
         with rollback_shown(progress, run.work(plan), products) as bar:
@@ -126,6 +127,9 @@ def rollback(
             delta, probed = _filtered(
                 target, run, plan, increments, coordinates, decays, asked, depth, limit_bytes, workspace, bar
             )
+            expected = None
+            if request.is_whole and asked.knows_training and probed is not None and probed.noise is not None:
+                expected = expected_kl(run.rise(plan, delta), faded(selection), probed.seen, probed.noise)
         change = foresee(changed, delta, workspace, budget.workers)
         if not change.finite:
             raise StateError(
@@ -156,12 +160,15 @@ def rollback(
             replay_off=None if replayed is None else replayed.relative_off,
             optimizer=optimizer_text,
             probe=probed,
+            expected_kl=expected,
             checkpoint=target.text,
             warnings=tuple(
                 [
                     *warnings_of_earlier(snapshot, identity, selection),
                     *run.warnings(recognised),
-                    *_warnings(asked, probed, nothing=not change.norm and not selection.leaving.largest.any()),
+                    *_warnings(
+                        asked, probed, expected, nothing=not change.norm and not selection.leaving.largest.any()
+                    ),
                 ]
             ),
         )
@@ -254,13 +261,14 @@ def _filtered(
         apart=found.apart,
         loss_before=losses[0],
         loss_after=losses[1],
+        noise=order_noise(ways, longest(run.timelines)) if probe.loss == "cross_entropy" else None,
         misfit=ways[0].seen / own if own else None,
         kept=asked.kept,
         left_out=asked.left_out,
     )
 
 
-def _warnings(asked: Asked, probed: ProbeReport | None, nothing: bool) -> list[str]:
+def _warnings(asked: Asked, probed: ProbeReport | None, expected: ExpectedKL | None, nothing: bool) -> list[str]:
     told = []
     if asked.overlap:
         told.append(
@@ -287,6 +295,7 @@ def _warnings(asked: Asked, probed: ProbeReport | None, nothing: bool) -> list[s
             "than one linearisation can carry, and the model is damaged; do not use it without a closer look. A "
             "smaller strength= takes less of these samples away, and does less harm"
         )
+    told += expected.doubts if expected is not None else []
     return told
 
 

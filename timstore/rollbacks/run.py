@@ -13,6 +13,7 @@ from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.changes import changes_of, sources_of
 from timstore.rollbacks.consumed import Change
 from timstore.rollbacks.engine import Budget, Readers, stream
+from timstore.rollbacks.expectation import first_use
 from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, approximated, choose
 from timstore.rollbacks.optimizer_state import Correction, buffers_of, described
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
@@ -161,6 +162,21 @@ class Run:
             strength=self.request.strength,
             keep_states=keep_states,
         ).run(places, increments, self.readers, self.budget, workspace, advance)
+
+    def rise(self, plan: Plan, delta: Vector) -> float:
+        """Return how much a change raises the leaving samples' mean loss at their first use, to first order.
+
+        Cost: reads what each of them did in the first step that used it.
+        """
+        rows = {name: one for name, one in first_use(self.selection, self.timelines).items() if name in plan.parameters}
+        used = replace(plan, rows=rows, parameters={name: plan.parameters[name] for name in rows})
+        workspace = delta.workspace
+        gradient = workspace.new()
+        device, dtype = workspace.device, workspace.dtype
+        stream(used, self.readers, [gradient], self.budget, device=device, dtype=dtype, advance=lambda _: None)
+        rise = gradient.dot(delta)
+        gradient.free()
+        return rise
 
     def correction(
         self, optimizers: Sequence[torch.optim.Optimizer], replayed: Replayed | None, workspace: Workspace
