@@ -107,6 +107,39 @@ def test_kfac_of_one_linear_layer_is_the_fisher_step_when_inputs_and_gradients_a
     torch.testing.assert_close(others @ torch.diag(b) @ others.T, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_linear_response_is_the_derivative_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "EPOCHS", 1)
+    rivals._trained.cache_clear()
+    forget = klom.forget_sets("mlp", "sgd")[4]
+    pixels, labels = forget.training.rows()
+    pixels, leaving = pixels.double(), torch.tensor(forget.ids)
+    steps = [ids for _, ids in klom.batches(8, range(klom.ROWS), 1)]
+
+    def trained(left_out: torch.Tensor) -> dict[str, torch.Tensor]:
+        weights = {name: one[0].double() for name, one in klom.new_models(forget.training, [8]).items()}
+        pace = {name: torch.zeros_like(one) for name, one in weights.items()}
+        for step, ids in enumerate(steps):
+            counts = 1 - left_out * torch.isin(ids, leaving)
+
+            def loss(own: dict[str, torch.Tensor], ids=ids, counts=counts) -> torch.Tensor:
+                chances = klom.ask("mlp", own, pixels[ids]).log_softmax(-1)
+                return -(counts * chances.gather(1, labels[ids, None])[:, 0]).sum() / len(ids)
+
+            rate = forget.training.rate * min(1, (step + 1) / klom.WARM_UP) * (1 - step / len(steps))
+            gradient = torch.func.grad(loss)(weights)
+            pace = {name: 0.9 * one + gradient[name] for name, one in pace.items()}
+            weights = {name: one - rate * pace[name] for name, one in weights.items()}
+        return weights
+
+    nothing = torch.tensor(0.0, dtype=torch.float64)
+    _, expected = torch.func.jvp(trained, (nothing,), (torch.ones_like(nothing),))
+    start = {name: torch.zeros_like(one)[None] for name, one in expected.items()}
+    found = rivals.linear_response(forget, start, [8])
+    rivals._trained.cache_clear()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name][0], one, rtol=2e-2, atol=1e-5)
+
+
 def test_the_benchmark_goes_from_training_to_table_and_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
