@@ -114,9 +114,10 @@ def test_linear_response_is_the_derivative_of_the_training(monkeypatch: pytest.M
     pixels, labels = forget.training.rows()
     pixels, leaving = pixels.double(), torch.tensor(forget.ids)
     steps = [ids for _, ids in klom.batches(8, range(klom.ROWS), 1)]
+    begun = {name: one[0].double() for name, one in klom.new_models(forget.training, [8]).items()}
 
     def trained(left_out: torch.Tensor) -> dict[str, torch.Tensor]:
-        weights = {name: one[0].double() for name, one in klom.new_models(forget.training, [8]).items()}
+        weights = begun
         pace = {name: torch.zeros_like(one) for name, one in weights.items()}
         for step, ids in enumerate(steps):
             counts = 1 - left_out * torch.isin(ids, leaving)
