@@ -1,4 +1,4 @@
-"""Other ways to make trained models forget, none of which asks what was recorded, on many models at once.
+"""Other ways to make trained models forget, on many models at once; none asks what was recorded.
 
 Each takes the forget set, the trained models, their seeds, and settings. `CHOSEN` holds the settings, picked from
 `GRIDS` on one forget set, with models of other seeds (`bench_klom.py --choose --sets "random 50"`).
@@ -31,6 +31,7 @@ from torch import nn
 from torch.func import jvp, vjp, vmap
 
 Rival = Callable[..., Ensemble]
+Eigen = tuple[torch.Tensor, torch.Tensor]
 # Batches of what is to be forgotten; of SCRUB, the temperature and the weight of the original's answers, as published.
 FEW, TEMPERATURE, ALPHA = 32, 4.0, 0.5
 ITERATIONS = 20
@@ -88,12 +89,12 @@ def scrub(
 def hessian_free(forget: Forget, weights: Ensemble, seeds: Sequence[int], *, damping: float) -> Ensemble:
     """A Newton step (influence) on the retained rows: conjugate gradients with products of the Gauss-Newton matrix."""
     pixels = forget.training.rows()[0][forget.retained]
-    vector = partial(_curved, forget.training.net, pixels, weights, damping)
+    product = partial(_curved, forget.training.net, pixels, weights, damping)
     wanted = _gradient(forget, weights)
     found, left = {name: torch.zeros_like(one) for name, one in wanted.items()}, wanted
     direction, size = left, _dot(left, left)
     for _ in range(ITERATIONS):
-        bent = vector(direction)
+        bent = product(direction)
         length = size / _dot(direction, bent).clamp(min=1e-30)
         found, left = _moved(found, direction, length), _moved(left, bent, -length)
         size, before = _dot(left, left), size
@@ -102,6 +103,8 @@ def hessian_free(forget: Forget, weights: Ensemble, seeds: Sequence[int], *, dam
 
 
 def _curved(net: str, pixels: torch.Tensor, weights: Ensemble, damping: float, vector: Ensemble) -> Ensemble:
+    """Return each model's product of its Gauss-Newton matrix, plus the damping, with its own vector."""
+
     def product(own: Ensemble, along: Ensemble) -> Ensemble:
         logits, pushed = jvp(lambda one: ask(net, one, pixels), (own,), (along,))
         chances = logits.softmax(-1)
@@ -159,9 +162,6 @@ def kfac(forget: Forget, weights: Ensemble, seeds: Sequence[int], *, damping: fl
     return stacked(done)
 
 
-Eigen = tuple[torch.Tensor, torch.Tensor]
-
-
 def _blocks(model: nn.Module, pixels: torch.Tensor, draw: torch.Generator) -> dict[Any, tuple[Eigen, Eigen]]:
     """Return of each layer the eigenvalues and vectors of its inputs' and of its output gradients' second moments.
 
@@ -196,7 +196,7 @@ def _blocks(model: nn.Module, pixels: torch.Tensor, draw: torch.Generator) -> di
 def linear_response(forget: Forget, weights: Ensemble, seeds: Sequence[int]) -> Ensemble:
     """Add what taking a little of the forget set out of the whole training changes, scaled up to all of it.
 
-    The best that any first-order way can do (the aim of the Hessian-free recursion of arXiv 2404.01712): it takes two
+    The first order of the training itself (what the Hessian-free recursion of arXiv 2404.01712 aims at): it takes two
     trainings from the same seeds, with the same batches.
     """
     whole = _trained(forget.training, tuple(seeds))

@@ -92,8 +92,8 @@ def test_curvature_of_the_hessian_free_step_is_the_gauss_newton_matrix() -> None
     torch.testing.assert_close(torch.cat([one[1].flatten() for one in found.values()]), expected)
 
 
-def test_kfac_of_one_linear_layer_is_the_fisher_step_when_inputs_and_gradients_are_independent() -> None:
-    """Of a layer with equal chances everywhere the blocks are exact."""
+def test_kfac_blocks_are_the_second_moments_of_inputs_and_of_output_gradients() -> None:
+    """A layer of zeros gives equal chances: with two values, output gradients are (1/2, -1/2) or its opposite."""
     model = torch.nn.Linear(3, 2)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
