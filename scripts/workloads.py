@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import timstore
 
 BATCH, CONTEXT, WORDS, IGNORED = 12, 32, 1024, -100
+WAYS = KEPT, STAYING, FILLED = "kept", "staying", "filled up"
 
 
 @dataclass(frozen=True)
@@ -169,20 +171,29 @@ def train(
     order: int,
     store: timstore.Store | None = None,
     without: Iterable[int] = (),
+    *,
+    way: str = KEPT,
+    clip: float = 1.0,
+    history: str = "final",
 ) -> None:
     """Train in place, with warm-up, linear decay and clipping.
 
-    Samples left out keep their places in the batches and in the loss's denominator.
+    Args:
+        way: of training without samples, one of `WAYS`. `KEPT`: they keep their places in the batches and in the loss's
+            denominator; `STAYING`: their places alone; `FILLED`: neither, batches are filled up and steps are fewer.
+        clip: to this norm.
+        history: of the optimizer, that the store keeps.
     """
     draw, out = torch.Generator().manual_seed(order), torch.tensor(sorted(without), dtype=torch.long)
     optimizer = (sgd if workload.optimizer == "sgd" else adamw)(workload.rate)(model)
-    plan = [
-        (epoch, ids)
-        for epoch in range(workload.epochs)
-        for ids in torch.randperm(len(data.inputs), generator=draw).split(BATCH)
-    ]
+    drawn = [torch.randperm(len(data.inputs), generator=draw) for _ in range(workload.epochs)]
+    if way == FILLED:
+        drawn = [ids[~torch.isin(ids, out)] for ids in drawn]
+    plan = [(epoch, ids) for epoch, whole in enumerate(drawn) for ids in whole.split(BATCH)]
     asked = (data.labels[:, 0 if data.inputs.is_floating_point() else 1 :] != IGNORED).sum(1)
-    recording = store.record(model, optimizer, samples=data.forget) if store else contextlib.nullcontext()
+    recording: Any = contextlib.nullcontext()
+    if store is not None:
+        recording = store.record(model, optimizer, samples=data.forget, optimizer_history=history)
     with recording as recorder:
         for step, (epoch, ids) in enumerate(plan):
             optimizer.param_groups[0]["lr"] = workload.rate * min(1, (step + 1) / 5) * (1 - step / len(plan))
@@ -192,8 +203,9 @@ def train(
                 recorder.batch(kept)
             inputs, labels = data.inputs[kept], data.labels[kept]
             loss = F.cross_entropy(logits(model, inputs, labels), targets(inputs, labels), reduction="sum")
-            (loss / asked[ids].sum()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            over = asked[ids if way == KEPT else kept].sum().clamp(min=1)
+            (loss / over).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -72,6 +72,45 @@ def test_rolling_back_every_sample_of_an_sgd_run_returns_the_initial_parameters(
         torch.testing.assert_close(value, initial[key], rtol=0, atol=2e-6)
 
 
+class Pulled(torch.nn.Module):
+    """A loss that is linear in the parameters, so that training again without rows is exact: a mean over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(60, 4, dtype=torch.float64)
+        self.pull = torch.randn(LENGTH, 4, dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **loss: Any) -> dict[str, torch.Tensor]:
+        each = (self.table(input_ids) * self.pull).sum(2)
+        return {"loss": each[labels != -100].sum() / loss["num_items_in_batch"], "logits": each}
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.2], ids=["unclipped", "clipped"])
+def test_the_mean_over_tokens_is_taken_again_over_all_micro_batches(bound: float, tmp_path: Path) -> None:
+    held, model = rows(), Pulled()
+    start = copy.deepcopy(model)
+    with timstore.open(tmp_path / "s") as store:
+        trained(
+            model, [recorder(store, probe=False)], tmp_path / "t", gradient_accumulation_steps=2, max_grad_norm=bound
+        )
+        drawn = store.sql("SELECT sample_ids FROM steps WHERE group_id = 0 ORDER BY step")
+        steps = [ids for (ids,) in drawn.fetchall()]
+        forget = steps[0][:3]  # all of a micro-batch
+        with pytest.warns(timstore.TimstoreWarning, match="several micro-batches"):
+            store.rollback(model, forget, denominator="renormalised", accumulate="float64")
+    optimizer = torch.optim.SGD(start.parameters(), lr=0.05)
+    for ids in steps:
+        staying = [held[one - 100] for one in ids if one not in forget]
+        inputs, labels = (torch.tensor([row[name] for row in staying]) for name in ("input_ids", "labels"))
+        start(inputs, labels, num_items_in_batch=(labels != -100).sum())["loss"].backward()
+        if bound:
+            torch.nn.utils.clip_grad_norm_(start.parameters(), bound)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(model.table.weight, start.table.weight, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("saved_at", [1, 3, 5])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(saved_at: int, tmp_path: Path) -> None:
     class Power(transformers.TrainerCallback):

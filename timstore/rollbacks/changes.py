@@ -38,7 +38,7 @@ def changes_of(
     rounds = leaving.in_rounds(timelines.values())
     wanted = np.zeros(len(leaving.keys), bool)
     for timeline in timelines.values():
-        wanted |= needs_dots(timeline, leaving, rounds)
+        wanted |= needs_dots(timeline, leaving, rounds, request.denominator)
     if wanted.any():
         rest, held = rest_of(snapshot, request, identity, leaving.keys[wanted])
         if rest is not None:

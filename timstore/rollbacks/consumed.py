@@ -27,7 +27,7 @@ class Leaving:
 
     Attributes:
         keys: `moment_key` of each step.
-        samples, tokens: how many leave; tokens are NaN where unknown.
+        samples, tokens: how many leave, a sample as often as it came; tokens are NaN where unknown.
         records: how many records that is.
         dot: <g, h>, NaN where unknown.
         norm: |h|; of several records it is NaN until it was computed.
@@ -110,7 +110,7 @@ class Change:
         )
 
 
-def needs_dots(timeline: Timeline, leaving: Leaving, rounds: Leaving) -> np.ndarray:
+def needs_dots(timeline: Timeline, leaving: Leaving, rounds: Leaving, denominator: str) -> np.ndarray:
     """Say, for each step of `leaving`, whether its clip factor may change by an unknown <g, h>; shape of its keys.
 
     Args:
@@ -120,12 +120,10 @@ def needs_dots(timeline: Timeline, leaving: Leaving, rounds: Leaving) -> np.ndar
     if not known or not np.isfinite(bounds).any():
         return np.zeros(len(leaving.keys), bool)
     where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
-    largest = (timeline.grad_norm[where] + rounds.at(leaving.keys).largest) / timeline.amp_scale[where]
-    staying = timeline.samples[where] - leaving.samples
-    # A mean that is taken again makes g larger, by no more than this.
-    again = np.where(staying > 0, timeline.samples[where] / np.maximum(staying, 1.0), 1.0)
-    reachable = ~(again * largest <= bounds[where])
-    needed: np.ndarray = (timeline.keys[where] == leaving.keys) & np.isnan(leaving.dot) & (staying != 0) & reachable
+    left = rounds.at(timeline.keys)
+    largest = (timeline.grad_norm + left.largest) / timeline.amp_scale
+    reachable = _shrunk(timeline, left) & ~(_again(timeline, left, denominator) * largest <= bounds)
+    needed: np.ndarray = (timeline.keys[where] == leaving.keys) & np.isnan(leaving.dot) & reachable[where]
     return needed
 
 
@@ -149,11 +147,8 @@ def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> Change:
         CoverageError: the number that a mean divided by was not recorded.
     """
     left, ratio, scale = leaving.at(timeline.keys), timeline.ratio, timeline.amp_scale
-    touched = left.records > 0
-    everything = touched & (left.samples >= timeline.samples)
-    again = np.ones(len(ratio))
-    if denominator == "renormalised":
-        again = _renormalised(timeline, left, touched & ~everything)
+    touched, shrunk = left.records > 0, _shrunk(timeline, left)
+    again = _again(timeline, left, denominator)
     bounds, known = clip_bounds(timeline)
     clips = np.isfinite(bounds)
     with np.errstate(invalid="ignore"):
@@ -163,14 +158,13 @@ def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> Change:
         # What can never be clipped needs no norm.
         norm = np.where(np.isnan(norm) & (again * largest <= bounds), 0.0, norm)
         factor = np.where(clips, np.minimum(1.0, bounds / (again * norm + _EPSILON)), ratio * scale)
-    unknown = touched & ~everything & np.isnan(factor)
-    if not known:
-        # Several bounds, or a scale that nobody told: the factors can be applied, not calculated again.
-        unknown, factor = touched & ~everything, ratio * scale
-    on_removed = np.where(touched & ~everything & ~np.isnan(factor), factor * again / scale, ratio)
+    # Nor can it be calculated for several bounds, or a scale that nobody told. Then it stays.
+    unknown = shrunk & (np.isnan(factor) | (not known))
+    factor = np.where(unknown, ratio * scale, factor)
+    on_removed = np.where(shrunk, factor * again / scale, ratio)
     on_whole = np.where(np.abs(on_removed - ratio) > 1e-13 * np.abs(ratio), on_removed - ratio, 0.0)
     clipped = bool((ratio * scale < 1).any())
-    return Change(np.where(on_whole == 0, ratio, on_removed), on_whole, everything, unknown, clipped)
+    return Change(np.where(on_whole == 0, ratio, on_removed), on_whole, touched & ~shrunk, unknown, clipped)
 
 
 def clip_bounds(timeline: Timeline) -> tuple[np.ndarray, bool]:
@@ -187,11 +181,21 @@ def clip_bounds(timeline: Timeline) -> tuple[np.ndarray, bool]:
     return np.where(clipped, own, common), agree
 
 
-def _renormalised(timeline: Timeline, left: Leaving, touched: np.ndarray) -> np.ndarray:
+def _shrunk(timeline: Timeline, left: Leaving) -> np.ndarray:
+    """Say of each step whether some of its samples leave, and others stay."""
+    shrunk: np.ndarray = (left.records > 0) & ~(left.samples >= timeline.samples)
+    return shrunk
+
+
+def _again(timeline: Timeline, left: Leaving, denominator: str) -> np.ndarray:
+    """Return what a mean is multiplied by when it is taken by this denominator, for each step."""
+    shrunk = _shrunk(timeline, left)
+    if denominator == "kept":
+        return np.ones(len(shrunk))
     by_tokens = np.array([unit == "tokens" for unit in timeline.mean_over])
     whole = np.where(by_tokens, timeline.tokens, timeline.samples)
     gone = np.where(by_tokens, left.tokens, left.samples)
-    missing = touched & (np.isnan(whole) | np.isnan(gone) | (whole <= 0))
+    missing = shrunk & (np.isnan(whole) | np.isnan(gone) | (whole <= 0))
     if missing.any():
         epoch, step = moment_of(timeline.keys[np.flatnonzero(missing)[0]])
         raise CoverageError(
@@ -200,4 +204,4 @@ def _renormalised(timeline: Timeline, left: Leaving, touched: np.ndarray) -> np.
             kind="no-denominator",
         )
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(touched & (gone < whole), whole / (whole - gone), 1.0)
+        return np.where(shrunk & (gone < whole), whole / (whole - gone), 1.0)

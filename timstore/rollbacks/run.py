@@ -211,8 +211,8 @@ class Run:
         several = max(one.micro_batches for one in self.timelines.values()) > 1
         if self.request.denominator == "renormalised" and several:
             found.append(
-                "steps had several micro-batches, and their mean is taken again over all of them together: wrong if "
-                "each micro-batch had a mean of its own over tokens"
+                "steps had several micro-batches, or processes, and the mean is taken again over all of them together: "
+                "wrong if each had a mean of its own"
             )
         moved = any(change.on_whole.any() or change.emptied.any() for change in self.changes.values())
         first = int(self.selection.leaving.keys[0])

@@ -93,10 +93,17 @@ def select(snapshot: Snapshot, request: Request, identity: Identity) -> Selectio
             kind="removed-before",
             samples=list(before[1]),
         )
+    # A sample may come several times in a step: in several micro-batches, as the rows of a pair.
     steps = snapshot.catalog.sql(
-        f"SELECT {_KEY} AS key, count(DISTINCT sample)::DOUBLE AS samples, sum(tokens)::DOUBLE AS tokens, "
+        f"WITH leaving AS (SELECT * FROM records WHERE {condition}), "
+        "batches AS (SELECT epoch, step, rank, any_value(sample_ids) AS ids FROM steps GROUP BY ALL), "
+        "counted AS (SELECT epoch, step, sum(greatest(1, len(list_filter(ids, lambda one: one = sample)))) AS came "
+        "FROM (SELECT DISTINCT epoch, step, rank, sample FROM leaving) LEFT JOIN batches USING (epoch, step, rank) "
+        "GROUP BY ALL) "
+        f"SELECT {_KEY} AS key, any_value(came)::DOUBLE AS samples, sum(tokens)::DOUBLE AS tokens, "
         "count(*)::DOUBLE AS records, sum(dot) AS dot, sqrt(sum(norm * norm)) AS norm, sum(norm) AS largest, "
-        f"count(dot) AS dots, count(tokens) AS counts FROM records WHERE {condition} GROUP BY ALL ORDER BY key",
+        "count(dot) AS dots, count(tokens) AS counts FROM leaving JOIN counted USING (epoch, step) "
+        "GROUP BY ALL ORDER BY key",
         params,
     ).to_arrow_table()
     column = {name: steps[name].to_numpy() for name in steps.column_names}

@@ -68,7 +68,7 @@ class Timeline:
         amsgrad: whether Adam divides by the largest second moment so far.
         mean_over: what the mean divides by, `samples` or `tokens`.
         options: every hyperparameter, None where unknown.
-        micro_batches: how many the step had, at most.
+        micro_batches: how many a step had, at most; those of all processes.
     """
 
     keys: np.ndarray
@@ -146,18 +146,18 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
         "group_id, unnest(sample_ids) AS sample FROM steps) JOIN removed r USING (sample) GROUP BY ALL) "
         "SELECT epoch, step, group_id, arg_min(s, rank) AS scalars, sum(samples)::BIGINT AS samples, "
-        "sum(tokens)::BIGINT AS tokens, bit_xor(s.batch) AS batch, "
-        "coalesce(sum(hits), 0)::BIGINT AS hits FROM (SELECT steps.* EXCLUDE (sample_ids), hits, "
+        "sum(tokens)::BIGINT AS tokens, sum(coalesce(len(micro_batches), 1))::BIGINT AS micro_batches, "
+        "bit_xor(s.batch) AS batch, coalesce(sum(hits), 0)::BIGINT AS hits FROM "
+        "(SELECT steps.* EXCLUDE (sample_ids), hits, "
         "CASE WHEN sample_ids IS NOT NULL THEN hash(sample_ids) END AS batch FROM steps "
         f"LEFT JOIN drawn USING (epoch, step, rank, group_id)) s WHERE {up_to(moment)} "
         "GROUP BY epoch, step, group_id ORDER BY epoch, step",
         [list(removed)],
     )
+    summed = ("samples", "tokens", "micro_batches", "hits", "batch")
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
-        by_group.setdefault(row["group_id"], []).append(
-            {**row["scalars"], **{name: row[name] for name in ("samples", "tokens", "hits", "batch")}}
-        )
+        by_group.setdefault(row["group_id"], []).append({**row["scalars"], **{name: row[name] for name in summed}})
     rounds = clipped_together(by_group)
     timelines = {group: _timeline(group, rows, rounds) for group, rows in by_group.items()}
     _check_no_gap(timelines)
@@ -199,7 +199,7 @@ def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tu
         amsgrad=np.array([bool(row["amsgrad"]) for row in rows]),
         mean_over=[row["mean_over"] for row in rows],
         options=[row["options"] for row in rows],
-        micro_batches=max((len(row["micro_batches"] or ()) for row in rows), default=0),
+        micro_batches=max((row["micro_batches"] for row in rows), default=0),
     )
 
 
