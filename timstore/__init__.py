@@ -238,7 +238,9 @@ class Store(_Store):
 
         With a probe (64 examples of any data like the training data, public will do) the removed sum passes once
         through a filter made of the model's own curvature; without one, first order alone damages a fine-tuned
-        transformer, and the report says so. The model changes last, after a row is in the `rollbacks` table, and with
+        transformer, and the report says so. Where rows of the training are asked, the report tells how far from a
+        retrained model this is expected to end (`expected_kl`), and warns where it may be farther than another
+        retraining. The model changes last, after a row is in the `rollbacks` table, and with
         the optimizer wholly or not at all, whatever signal comes: an error raised after that, a late Ctrl-C included,
         has the report as its attribute `report`. A checkpoint (safetensors) is rolled back block by block, and loaded
         only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
