@@ -1,6 +1,7 @@
 """A rollback's size, judged on many workloads: KL to the retrained model, over its noise and over doing nothing.
 
-`scripts/workloads.py` has the trainings. Half of them were set aside: nobody looked at them while the method was made.
+`scripts/workloads.py` has the trainings, two seeds of each kind. Half of the kinds were set aside: nobody looked at them
+while the method was made.
 What a workload gives is kept in a folder: the script goes on where it was stopped, and a change of the method is
 judged again without training (--again).
 
@@ -8,9 +9,10 @@ Rows: the rollback as it is without arguments, by the 128 rows of the training t
 with 64 retained rows as its probe, with 64 rows of what was trained on before, without a probe; rules of others, from
 the same records; and another order of the batches, which is retraining's own noise (the floor).
 
-Run: python scripts/bench_workloads.py (--processes 2: ten minutes on two cores; --explored, --aside: one half;
---json FILE, --plot FILE.svg; --open-unlearning CHECKOUT --python PYTHON: and those of `scripts/tofu.py`, by a checkout
-of OpenUnlearning, whose own methods are rows then, and an environment that it runs in and has timstore)
+Run: python scripts/bench_workloads.py (--processes 2: half an hour on two cores, ten minutes with --again; --explored,
+--aside: one half; --json FILE, --plot FILE.svg; --open-unlearning CHECKOUT --python PYTHON: and those of
+`scripts/tofu.py`, by a checkout of OpenUnlearning, whose own methods are rows then, and an environment that it runs in
+and has timstore)
 """
 
 import argparse
