@@ -1,9 +1,8 @@
 """A rollback's size, judged on many workloads: KL to the retrained model, over its noise and over doing nothing.
 
-`scripts/workloads.py` has the trainings, two seeds of each kind. Half of the kinds were set aside: nobody looked at them
-while the method was made.
-What a workload gives is kept in a folder: the script goes on where it was stopped, and a change of the method is
-judged again without training (--again).
+`scripts/workloads.py` has the trainings, two seeds of each kind. Half of the kinds were set aside: nobody looked at
+them while the method was made. What a workload gives is kept in a folder: the script goes on where it was stopped, and
+a change of the method is judged again without training (--again).
 
 Rows: the rollback as it is without arguments, by the 128 rows of the training that the store keeps; half of its change;
 with 64 retained rows as its probe, with 64 rows of what was trained on before, without a probe; rules of others, from
