@@ -75,7 +75,7 @@ def judge(figures: Sequence[Figures], title: str) -> Table:
     for name, doubted, kind in pairs:
         of, noise = true(figures, "rollback", [kind]), true(figures, "another order", [kind])
         expected = np.log([getattr(one, name).value for one in found])
-        told = np.array([any(f"on {doubted} data" in doubt for doubt in one.doubts) for one in found])
+        warned = np.array([any(f"on {doubted} data" in doubt for doubt in one.doubts) for one in found])
         over = of > noise
         everything += zip(expected.tolist(), of.tolist(), strict=True)
         table.add_row(
@@ -83,8 +83,8 @@ def judge(figures: Sequence[Figures], title: str) -> Table:
             f"{spearmanr(expected, of).statistic:.2f}",
             f"{math.exp((of - expected).std()):.2f}",
             f"{over.sum()}",
-            f"{(told & over).sum()}",
-            f"{(told & ~over).sum()}",
+            f"{(warned & over).sum()}",
+            f"{(warned & ~over).sum()}",
             f"{(~over).sum()}",
         )
     table.add_row("all", f"{spearmanr(*zip(*everything, strict=True)).statistic:.2f}", "", "", "", "", "")

@@ -8,7 +8,6 @@ checkout's own methods: their settings are those that they come with, their rate
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ def trained(workload: Workload, folder: Path, checkout: Checkout) -> Trained:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     texts = [[(question, [*answer, END]) for question, answer in rows] for rows in facts(workload.rows, workload.seed)]
-    data, kept = answering(workload, texts), folder / re.sub(r"\W+", "-", workload.name)
+    data, kept = answering(workload, texts), workload.kept_in(folder)
     model = begin(workload, data, folder)
     if not (kept / "complete").exists():
         shutil.rmtree(kept, ignore_errors=True)

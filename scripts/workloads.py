@@ -64,6 +64,10 @@ class Workload:
             f"{self.forget} {self.forgotten}/{self.rows} s{self.seed}"
         )
 
+    def kept_in(self, folder: Path) -> Path:
+        """Return where in a folder what it gave is kept."""
+        return folder / re.sub(r"\W+", "-", self.name)
+
     def seeds(self, count: int) -> list["Workload"]:
         """Return it with other data and other starts; itself first."""
         return [replace(self, seed=self.seed + 4 * number) for number in range(count)]
@@ -343,7 +347,7 @@ def trained(workload: Workload, folder: Path) -> Trained:
     """Train, or find what was trained: with the recorder, without what is forgotten, and so in another order."""
     folder.mkdir(parents=True, exist_ok=True)
     data = read(workload)
-    model, kept = begin(workload, data, folder), folder / re.sub(r"\W+", "-", workload.name)
+    model, kept = begin(workload, data, folder), workload.kept_in(folder)
     models = {name: copy.deepcopy(model) for name in MODELS}
     if not (kept / "models.pt").exists():
         shutil.rmtree(kept, ignore_errors=True)

@@ -4,8 +4,7 @@ Their gradients do not depend on the parameters, so that training again without 
 """
 
 import copy
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,10 @@ UNEVEN: Steps = (
 )
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="first order only", category=timstore.TimstoreWarning)
-        warnings.filterwarnings("ignore", message="steps had several micro", category=timstore.TimstoreWarning)
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:first order only"),
+    pytest.mark.filterwarnings("ignore:steps had several micro"),
+]
 
 
 class Scores(nn.Module):

@@ -94,25 +94,24 @@ def stream(
     readers: Readers,
     vectors: Sequence[Vector],
     budget: Budget,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the weighted sum of the plan's gradients into one vector per time bin.
+    """Write the weighted sum of the plan's gradients into one vector per time bin, summed where these are.
 
     Cost: reads every chunk that holds a chosen row once per group of parameters whose sums fit the budget,
     usually one; memory within the budget whatever the store's and the parameters' size.
 
     Args:
-        dtype: of the sums.
         advance: told how many gradients were added.
 
     Raises:
         CorruptionError: an object is missing or was changed; nothing but the vectors was written.
     """
-    for group in _groups(plan, budget, len(vectors), dtype.itemsize):
-        sums = [torch.zeros(len(vectors), p.last - p.first, p.width, dtype=dtype, device=device) for p in group]
+    like = vectors[0].workspace
+    for group in _groups(plan, budget, len(vectors), like.dtype.itemsize):
+        sums = [
+            torch.zeros(len(vectors), p.last - p.first, p.width, dtype=like.dtype, device=like.device) for p in group
+        ]
         tasks = _tasks(plan, group, sums, readers, budget.unit_bytes)
         side_by_side(tasks, min(budget.workers, len(group)), advance)
         for piece, total in zip(group, sums, strict=True):

@@ -27,6 +27,7 @@ Source: docs/design/curvature.md.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,8 +97,7 @@ def probe_filter(
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
     Cost: `depth` products with each half of the probe for each bin and once more, and as many workspace vectors; up to
-    some fifteen forward passes of each half, or of the judge, before and after a
-    change.
+    nineteen forward passes of each half, or of the judge, before and after a change.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -251,11 +251,13 @@ def _one_way(
     del curvature, bent  # and the graphs that they kept
     changes = _Changes(pushes, space)
 
+    @cache
     def seen(damping: float) -> float:
         changes.write(damping, delta)
         return divergence(model, others, delta, names)
 
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
+    changes.write(damping, delta)
     way = Way(products, damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
     space.free()
     return delta, way

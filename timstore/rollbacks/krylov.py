@@ -61,7 +61,8 @@ def random_signs(workspace: Workspace) -> Vector:
     """Return a vector of signs: the mean of its products with f(A) is the trace of f(A)."""
     draw, result = torch.Generator().manual_seed(0), workspace.new()
     for name, size in workspace.sizes.items():
-        signs = torch.randint(0, 2, (size,), generator=draw, device="cpu") * 2 - 1
+        # Bytes: a parameter's worth of the default integers would be twice the vector.
+        signs = torch.randint(0, 2, (size,), generator=draw, device="cpu", dtype=torch.int8).mul_(2).sub_(1)
         result.write(name, 0, signs.to(workspace.device, workspace.dtype))
     return result
 

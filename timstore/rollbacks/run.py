@@ -148,8 +148,7 @@ class Run:
     ) -> Replayed | None:
         """Write the change into one vector per time bin, before Adam's division where `divides`."""
         if self.tape is None:
-            device, dtype = workspace.device, workspace.dtype
-            stream(plan, self.readers, increments, self.budget, device=device, dtype=dtype, advance=advance)
+            stream(plan, self.readers, increments, self.budget, advance)
             return None
         return Replay(
             tape=self.tape,
@@ -170,10 +169,8 @@ class Run:
         """
         rows = {name: one for name, one in first_use(self.selection, self.timelines).items() if name in plan.parameters}
         used = replace(plan, rows=rows, parameters={name: plan.parameters[name] for name in rows})
-        workspace = delta.workspace
-        gradient = workspace.new()
-        device, dtype = workspace.device, workspace.dtype
-        stream(used, self.readers, [gradient], self.budget, device=device, dtype=dtype, advance=lambda _: None)
+        gradient = delta.workspace.new()
+        stream(used, self.readers, [gradient], self.budget)
         rise = gradient.dot(delta)
         gradient.free()
         return rise
@@ -201,8 +198,7 @@ class Run:
             of="buffer",
         )
         vector = workspace.new()
-        device, dtype = workspace.device, workspace.dtype
-        stream(plan, self.readers, [vector], self.budget, device=device, dtype=dtype, advance=lambda _: None)
+        stream(plan, self.readers, [vector], self.budget)
         return Correction(vector, buffers), text
 
     def warnings(self, identity: Identity) -> list[str]:
