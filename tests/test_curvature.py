@@ -238,18 +238,21 @@ def test_the_spill_file_changes_nothing_but_the_order_of_sums() -> None:
 def test_a_space_of_several_vectors_holds_their_products() -> None:
     torch.manual_seed(3)
     matrix = torch.randn(40, 40, dtype=DOUBLE)
-    matrix = matrix @ matrix.T
+    both, weights = [matrix @ matrix.T, matrix[:, :9] @ matrix[:, :9].T], (0.25, 0.75)
+    matrix = weights[0] * both[0] + weights[1] * both[1]
     given = torch.randn(3, 40, dtype=DOUBLE)
     given[2] = given[0] - 2 * given[1]  # adds nothing
     with Workspace({"w": 40}, dtype=DOUBLE, memory_limit_bytes=2**20) as workspace:
         starts = [workspace.new() for _ in given]
         for vector, numbers in zip(starts, given, strict=True):
             vector.write("w", 0, numbers)
-        space = krylov(starts, lambda vector: {"w": matrix @ vector.read("w")}, workspace, 3)
+        space = krylov(starts, lambda vector: [{"w": one @ vector.read("w")} for one in both], weights, workspace, 3)
         basis = torch.stack([one.read("w").clone() for one in space.basis])
     assert len(basis) == 6
     torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=DOUBLE))
-    torch.testing.assert_close(basis @ matrix @ basis.T, space.matrix)
+    torch.testing.assert_close(basis @ matrix @ basis.T, space.mean)
+    for one, known in zip(both, space.matrices, strict=True):
+        torch.testing.assert_close(basis @ one @ basis.T, known)
     torch.testing.assert_close(basis.T @ space.starts, given.T)
     for power in range(3):
         images = torch.linalg.matrix_power(matrix, power) @ given[:2].T
@@ -413,6 +416,6 @@ def test_no_graph_outlives_its_use(keep_bytes: int) -> None:
     probe = Probe(model, [torch.ones(3, 5, dtype=DOUBLE), torch.zeros(2, 5, dtype=DOUBLE)], loss="mse")
     curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
     curvature.product({name: one.detach().flatten() for name, one in model.named_parameters()})
-    alive = [weakref.ref(graph.outputs) for graph in curvature._graphs()]
+    alive = [weakref.ref(graph.outputs) for graph in curvature._graphs(curvature._kept_tensors or curvature._tensors())]
     del curvature
     assert [one() for one in alive] == [None, None]

@@ -86,6 +86,7 @@ class Store(_Store):
         resume_from: tuple[int, int] | None = None,
         probe: Iterable[Any] | Literal["auto", False] | None = "auto",
         optimizer_history: str = "final",
+        waypoints: bool = True,
         scaler: Any = None,
         mean_over: str | None = None,
         budget: int | str | None = None,
@@ -118,6 +119,8 @@ class Store(_Store):
             optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
                 parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
                 optimizer, at the price of a model's size per step.
+            waypoints: keep the trained parameters after 8, 16, 32, ... steps (2 bytes per parameter each), so that a
+                rollback asks for the curvature that there was on the way, not at the end alone.
             scaler: the `torch.amp.GradScaler`, where there is one; without it only clip / scale is visible.
             mean_over: what the loss's mean divides by, `samples` or `tokens`; found when None: tokens if the model
                 is given `labels`.
@@ -150,6 +153,7 @@ class Store(_Store):
             resume_from=resume_from,
             probe=probe,
             optimizer_history=optimizer_history,
+            waypoints=waypoints,
             scaler=scaler,
             mean_over=mean_over,
             budget=budget,
@@ -175,6 +179,7 @@ class Store(_Store):
         batch: Any = None,
         optimizer: "torch.optim.Optimizer | None" = None,
         optimizer_history: str = "final",
+        waypoints: bool = True,
     ) -> "Forecast":
         """Measure what recording will write, before hours are spent; prints well. Model and store stay as they are.
 
@@ -187,7 +192,7 @@ class Store(_Store):
             epochs: how often each sample is drawn.
             batch: one as the model takes it (mapping, tuple or tensor); it is measured, not its size alone.
             optimizer: tells whether there is a second moment to keep; taken to be so when None.
-            optimizer_history: as in `record`.
+            optimizer_history, waypoints: as in `record`.
 
         Raises:
             InvalidInputError: numbers below 1, or nothing to measure on.
@@ -205,6 +210,7 @@ class Store(_Store):
             batch=batch,
             optimizer=optimizer,
             optimizer_history=optimizer_history,
+            waypoints=waypoints,
         )
 
     def rollback(

@@ -21,7 +21,7 @@ KEPT = "auto"
 ROWS = 256
 ROWS_BYTES = 64_000_000
 # How many of them a rollback asks, and how many at once at most.
-ASKED = 128
+ASKED = 256
 _TOGETHER = 16
 _NO_LABEL = -100
 

@@ -1,4 +1,4 @@
-"""Whole parameters' worth of numbers beside the records: optimizer state, and parameters before a rollback."""
+"""Whole parameters' worth of numbers beside the records: optimizer state, and parameters at some moments."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ _BLOCK_NUMBERS = 1 << 16
 def state_precision(role: str, of_records: str) -> str:
     """Return how numbers of a role are kept in a store whose records have that precision."""
     # The second moment enters under a square root and a division: bfloat16 is off by 0.1 % of a step at most.
-    if role == "exp_avg_sq":
+    # Parameters at a waypoint are asked for a curvature, which is an estimate.
+    if role in ("exp_avg_sq", "theta"):
         return "bfloat16"
     # Whole gradients are as fine as the records that are subtracted from them; what a run is started or restored
     # from is kept bit for bit.
@@ -137,26 +138,23 @@ class State:
         rollback_id: str | None = None,
         name: str | None = None,
     ) -> "State":
-        """Return the state kept at a moment (the newest live one when None), or for a rollback.
+        """Return the state kept at a moment (the newest live one when None), or before a rollback.
 
         Args:
             name: of the optimizer's state, for role `start_state`.
         """
-        if rollback_id is not None:
-            condition, params = "rollback_id = ?", [rollback_id]
-        else:
-            # Only live moments: what a later attempt superseded belongs to another model.
-            live = "SELECT DISTINCT attempt, epoch, step FROM states WHERE role = ?"
-            at = "true" if moment is None else "epoch = ? AND step = ?"
-            condition = (
-                f"(attempt, epoch, step) IN (SELECT (attempt, epoch, step) FROM ({live}) WHERE {at} "
-                "ORDER BY attempt DESC, epoch DESC, step DESC LIMIT 1)"
-            )
-            params = [role, *(moment or ())]
+        # Only live moments: what a later attempt superseded belongs to another model.
+        live = "SELECT DISTINCT attempt, epoch, step FROM states WHERE role = ? AND rollback_id IS NULL"
+        at = "true" if moment is None else "epoch = ? AND step = ?"
+        newest = (
+            f"(attempt, epoch, step) IN (SELECT (attempt, epoch, step) FROM ({live}) WHERE {at} "
+            "ORDER BY attempt DESC, epoch DESC, step DESC LIMIT 1)"
+        )
+        condition, params = (newest, [role, *(moment or ())]) if rollback_id is None else ("true", [])
         rows = snapshot.catalog.rows(
             "SELECT parameter, commit, owner FROM stored.states WHERE role = ? AND name IS NOT DISTINCT FROM ? "
-            f"AND {condition} ORDER BY commit, owner",
-            [role, name, *params],
+            f"AND rollback_id IS NOT DISTINCT FROM ? AND {condition} ORDER BY commit, owner",
+            [role, name, rollback_id, *params],
         ).to_pylist()
         return cls(snapshot, cache, role, {row["parameter"]: (row["commit"], row["owner"]) for row in rows})
 

@@ -186,15 +186,15 @@ class Store(Handle):
         Durability: as `append`; the arrays must not change before it is committed.
 
         Args:
-            role: `exp_avg_sq`, Adam's second moment after the step (with AMSGrad: its maximum), before bias
-                correction, kept as bfloat16; `gradient`, what the step consumed; `start_theta` and `start_state`,
-                the parameters and the optimizer's state before the step, with which the recorded run began.
+            role: after the step `exp_avg_sq`, Adam's second moment (AMSGrad's maximum) before bias correction, and
+                `theta`, the parameters, both kept as bfloat16; `gradient`, what the step consumed; before the step
+                `start_theta` and `start_state`, the parameters and the optimizer's state that the run began with.
             numbers: parameter name to an array or tensor of the parameter's shape (of one element in `start_state`
                 for a counter).
             name: of the optimizer's state (`exp_avg`, `momentum_buffer`, ...), for `start_state`.
         """
         ledger = self._writing()
-        role = arguments.choice(role, ("exp_avg_sq", "gradient", "start_theta", "start_state"), "role")
+        role = arguments.choice(role, ("exp_avg_sq", "theta", "gradient", "start_theta", "start_state"), "role")
         moment, precision = arguments.moment(epoch, step), state_precision(role, self.settings.precision)
         self._put(state_item(moment, ledger.attempt, role, numbers, precision, name=name, known=ledger.parameters()))
 

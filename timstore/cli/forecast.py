@@ -53,6 +53,9 @@ def run(
             "--optimizer-history", metavar="NAME", help="final, or gradients: also each step's whole gradient."
         ),
     ] = History.final,
+    waypoints: Annotated[
+        bool, typer.Option(help="Keep the parameters at some moments on the way, for rollbacks.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Forecast how many bytes recording a language model will write.
@@ -69,7 +72,13 @@ def run(
         timstore.open(Path(folder, "s"), precision=precision.value, durability="os") as store,
     ):
         found = store.forecast(
-            network, samples=samples, steps=steps, tokens=tokens, epochs=epochs, optimizer_history=optimizer_history
+            network,
+            samples=samples,
+            steps=steps,
+            tokens=tokens,
+            epochs=epochs,
+            optimizer_history=optimizer_history,
+            waypoints=waypoints,
         )
     if as_json:
         print_json({**asdict(found), "total_bytes": found.total_bytes})

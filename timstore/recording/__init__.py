@@ -29,15 +29,15 @@ def record(
 ) -> Recorder:
     """Return a recorder, to be used in a `with` statement; see `timstore.Store.record`."""
     samples = None if samples is None else listed(samples, "samples")
-    flags(**{name: options[name] for name in ("allow_zero", "by_content") if name in options})
+    flags(**{name: options[name] for name in ("allow_zero", "by_content", "waypoints") if name in options})
     limit = None
     if budget is not None:
         if steps is None:
             raise InvalidInputError("budget= needs steps=, the number of optimizer steps to come (and epochs=)")
         count = None if samples is None else len(samples)
-        history = options.get("optimizer_history", "final")
+        kept = options.get("optimizer_history", "final"), options.get("waypoints", True)
         drawn = positive_number(steps, "steps"), positive_number(epochs, "epochs")
-        limit = Budget(byte_count(budget, "budget"), *drawn, count, history)
+        limit = Budget(byte_count(budget, "budget"), *drawn, count, *kept)
     return Recorder(
         store,
         model,

@@ -10,6 +10,7 @@ from torch import nn
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import StateError
+from timstore.recording.history import waypoints_of
 from timstore.records import Gradient, Parameter
 from timstore.store import Store
 
@@ -30,6 +31,7 @@ class Forecast:
         steps: how many; `step_bytes` is that of one step's scalars.
         gradients_bytes: every step's whole gradient and the parameters at the start, for
             `optimizer_history="gradients"`.
+        waypoints_bytes: the parameters at some moments on the way.
         checkpoint_bytes: second moment and fingerprints, kept once at the end and at each `recorder.checkpoint()`.
     """
 
@@ -40,6 +42,7 @@ class Forecast:
     steps: int
     step_bytes: float
     gradients_bytes: float
+    waypoints_bytes: float
     checkpoint_bytes: float
 
     @property
@@ -49,6 +52,7 @@ class Forecast:
             self.records * self.record_bytes
             + self.steps * self.step_bytes
             + self.gradients_bytes
+            + self.waypoints_bytes
             + self.checkpoint_bytes
         )
 
@@ -59,6 +63,8 @@ class Forecast:
             f"scalars of {self.steps} steps": self.steps * self.step_bytes,
             "second moment and fingerprints, at the end and at each checkpoint": self.checkpoint_bytes,
         }
+        if self.waypoints_bytes:
+            lines["parameters at waypoints"] = self.waypoints_bytes
         if self.optimizer_history == "gradients":
             lines["every step's whole gradient, and the parameters at the start"] = self.gradients_bytes
         lines["together"] = self.total_bytes
@@ -76,6 +82,7 @@ def predict(
     fingerprints: int,
     has_moment: bool,
     optimizer_history: str,
+    waypoints: bool,
     precision: str,
 ) -> Forecast:
     """Return the forecast from the size of a record and one step's gradients.
@@ -88,6 +95,9 @@ def predict(
     whole = share * states_bytes(precision, "gradient", sample)
     moment = share * states_bytes(precision, "exp_avg_sq", {name: one.square() for name, one in sample.items()})
     start = share * states_bytes(precision, "start_theta", sample)
+
+    # Gradients are no parameters, but their leading bits compress no better.
+    waypoint = share * states_bytes(precision, "theta", sample) if waypoints else 0.0
 
     ids_written = min(batch_size, _MEASURED_IDS)
 
@@ -105,6 +115,7 @@ def predict(
         steps=steps,
         step_bytes=written(precision, scalars) / _MEASURED_STEPS * (batch_size / ids_written),
         gradients_bytes=steps * whole + start if optimizer_history == "gradients" else 0.0,
+        waypoints_bytes=waypoint * waypoints_of(steps),
         checkpoint_bytes=moment * has_moment + 64 * fingerprints,
     )
 
@@ -140,6 +151,7 @@ class Budget:
     epochs: int
     samples: int | None
     optimizer_history: str
+    waypoints: bool
 
     def check(
         self,
@@ -160,7 +172,7 @@ class Budget:
         own = store.settings.precision
         count = len(records) * self.steps if self.samples is None else self.samples * self.epochs
 
-        def planned(precision: str, history: str) -> Forecast:
+        def planned(precision: str, history: str, waypoints: bool) -> Forecast:
             return predict(
                 records_bytes(precision, records, parameters) / len(records),
                 records=count,
@@ -171,21 +183,25 @@ class Budget:
                 fingerprints=len(parameters),
                 has_moment=is_adam(optimizer),
                 optimizer_history=history,
+                waypoints=waypoints,
                 precision=precision,
             )
 
-        asked = planned(own, self.optimizer_history)
+        asked = planned(own, self.optimizer_history, self.waypoints)
         if asked.total_bytes <= self.limit_bytes:
             return replace(self, limit_bytes=int(self.limit_bytes - asked.total_bytes))
         rest = self.limit_bytes - (asked.total_bytes - asked.records * asked.record_bytes)
         fitting = [f"{int(rest / asked.record_bytes)} records instead of {asked.records}"] if rest > 0 else []
         others = {
-            f"precision={one!r}": (one, self.optimizer_history) for one in PRECISIONS[PRECISIONS.index(own) + 1 :]
+            f"precision={one!r}": (one, self.optimizer_history, self.waypoints)
+            for one in PRECISIONS[PRECISIONS.index(own) + 1 :]
         }
         if self.optimizer_history == "gradients":
-            others["optimizer_history='final'"] = own, "final"
-        for what, (precision, history) in others.items():
-            total = planned(precision, history).total_bytes
+            others["optimizer_history='final'"] = own, "final", self.waypoints
+        if self.waypoints:
+            others["waypoints=False"] = own, self.optimizer_history, False
+        for what, choices in others.items():
+            total = planned(*choices).total_bytes
             if total <= self.limit_bytes:
                 fitting.append(f"{what} ({size_text(total)})")
         raise StateError(

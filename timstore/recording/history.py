@@ -1,4 +1,4 @@
-"""The optimizer's side of the history: its second moment at the end, or every gradient that it consumed."""
+"""Whole parameters' worth of history: optimizers' second moment or what they consumed, parameters on the way."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +13,9 @@ from timstore.recording.optimizer import amp_scales
 from timstore.store import Store
 
 KINDS = ("final", "gradients")
+# Curvature changes most early in a run, and nobody knows yet how long it will be: waypoints are where the number of
+# steps taken is a power of two, from this on.
+_FIRST_WAYPOINT = 8
 
 
 class History:
@@ -22,23 +25,29 @@ class History:
         rank: of this process; the others hold the same optimizers, and the first one keeps it for all.
         kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
             consumed gradient, and the parameters and the optimizer's state that the first one met.
-        names: parameter (by identity) to its name.
+        parameters: name to parameter, of all that are trained.
+        waypoints: whether the parameters are kept at some moments on the way, which a rollback asks for the curvature
+            that there was.
     """
 
     def __init__(
         self,
         store: Store,
         optimizers: Sequence[torch.optim.Optimizer],
-        names: Mapping[int, str],
+        parameters: Mapping[str, nn.Parameter],
         kind: str,
         rank: int,
+        *,
+        waypoints: bool,
     ) -> None:
         self.needs_products = choice(kind, KINDS, "optimizer_history") == "gradients"
         self.keeps_gradients = self.needs_products and rank == 0
         self._keeps_moments = rank == 0
+        self._keeps_waypoints = waypoints and rank == 0
         self._store = store
         self._optimizers = optimizers
-        self._names = names
+        self._parameters = parameters
+        self._names = {id(one): name for name, one in parameters.items()}
         self._begun = not self.keeps_gradients
 
     @property
@@ -47,7 +56,7 @@ class History:
         linear = all(class_name(type(one)) in SGD_FAMILY for one in self._optimizers)
         return self.needs_products and not linear
 
-    def before_step(self, epoch: int, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    def before_step(self, epoch: int, step: int) -> None:
         """Keep what the first step of a stretch begins from.
 
         Raises:
@@ -57,8 +66,7 @@ class History:
             return
         states = start_states(self._optimizers, self._names)
         if not self._follows(epoch, step):
-            theta = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-            self._store.append_states(epoch, step, "start_theta", theta)
+            self._store.append_states(epoch, step, "start_theta", self._theta())
             for name, numbers in states.items():
                 self._store.append_states(epoch, step, "start_state", numbers, name=name)
         self._begun = True
@@ -74,15 +82,24 @@ class History:
         return copies if inside == 1 else {name: one.div_(inside) for name, one in copies.items()}
 
     def after_step(self, epoch: int, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Keep what a step consumed; the tensors are handed over."""
+        """Keep what a step consumed, the tensors are handed over; and what it left, at a waypoint.
+
+        Args:
+            step: counted over the whole run.
+        """
         if gradients:
             self._store.append_states(epoch, step, "gradient", gradients)
+        if self._keeps_waypoints and is_waypoint(step + 1):
+            self._store.append_states(epoch, step, "theta", self._theta())
 
     def checkpoint(self, epoch: int, step: int) -> None:
         """Keep the second moment as it is now."""
         moments = second_moments(self._optimizers, self._names) if self._keeps_moments else None
         if moments:
             self._store.append_states(epoch, step, "exp_avg_sq", moments)
+
+    def _theta(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
 
     def _follows(self, epoch: int, step: int) -> bool:
         """Say whether the step right before this one is of the same attempt and has its gradient in the store."""
@@ -93,6 +110,16 @@ class History:
             f"(SELECT max((epoch, step)) FROM states WHERE role = 'gradient' AND {before})"
         )
         return bool(self._store.snapshot().catalog.sql(query).fetchall()[0][0])
+
+
+def is_waypoint(taken: int) -> bool:
+    """Say whether the parameters are kept after so many steps of a run."""
+    return taken >= _FIRST_WAYPOINT and taken & (taken - 1) == 0
+
+
+def waypoints_of(steps: int) -> int:
+    """Return how many waypoints a run of so many steps has."""
+    return max(0, steps.bit_length() - _FIRST_WAYPOINT.bit_length() + 1)
 
 
 def second_moments(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ class Options:
     resume_from: tuple[int, int] | None = None
     probe: Any = KEPT
     optimizer_history: str = "final"
+    waypoints: bool = True
     scaler: Any = None
     mean_over: str | None = None
     budget: Budget | None = None
@@ -78,8 +79,14 @@ class Recorder:
         rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
         self._trained = trained_parameters(self._model, self._optimizers)
         self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
-        names = {id(one): name for name, one in self._parameters.items()}
-        self._history = History(store, self._optimizers, names, options.optimizer_history, rank)
+        self._history = History(
+            store,
+            self._optimizers,
+            self._parameters,
+            options.optimizer_history,
+            rank,
+            waypoints=options.waypoints,
+        )
         self._stills: list[Standstill] = []
         self._forwards = Forwards(
             store,

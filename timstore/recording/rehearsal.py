@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.arguments import choice, positive_number
+from timstore.arguments import choice, flag, positive_number
 from timstore.errors import InvalidInputError, shown
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
@@ -28,6 +28,7 @@ def rehearse(
     batch: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_history: str = "final",
+    waypoints: bool = True,
 ) -> Forecast:
     """Measure what recording would write; see `timstore.Store.forecast`."""
     samples, steps = positive_number(samples, "samples"), positive_number(steps, "steps")
@@ -52,6 +53,7 @@ def rehearse(
         fingerprints=len(list(model.named_parameters())),
         has_moment=has_moment,
         optimizer_history=optimizer_history,
+        waypoints=flag(waypoints, "waypoints"),
         precision=store.settings.precision,
     )
 
@@ -67,7 +69,7 @@ def _recorded_bytes(
         one.grad = None
 
     def fill(temporary: Store) -> None:
-        recorder = Recorder(temporary, model, optimizer, Options(probe=False, allow_zero=True))
+        recorder = Recorder(temporary, model, optimizer, Options(probe=False, waypoints=False, allow_zero=True))
         with recorder, torch.enable_grad():
             args, kwargs = rows(count)
             recorder.batch(list(range(count)))

@@ -164,7 +164,7 @@ class Stepping:
             self._budget = self._budget.check(self._store, optimizer, ahead.records, gradients, mine.parameters)
             mine.is_budgeted = True
         entries = self._taken_in(mine, ahead)
-        self._history.before_step(self.epoch, self.step, self._parameters)
+        self._history.before_step(self.epoch, self.step)
         # Copied before the step, which may write into them.
         self._consumed = self._history.copied(optimizer, gradients)
         self._entries, self._ids = entries, ahead.scalars["sample_ids"]

@@ -1,13 +1,15 @@
-"""The curvature of a probe's loss at the model: products of its Gauss-Newton matrix with vectors."""
+"""The curvature of a probe's loss at a model: products of its Gauss-Newton matrix with vectors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from timstore.errors import InvalidInputError
 from timstore.rollbacks.probe import Probe, tensors_of
+from timstore.rollbacks.vectors import Vector
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -45,54 +47,75 @@ class GaussNewton:
     entropy, 2 / values for mse.
 
     Cost: a product takes about two and a half gradients of the probe, half of that where the batch's graph was
-    kept; memory of two parameter-sized tensors, one batch's graph, and `keep_bytes` for graphs kept between
-    products.
+    kept; memory of two parameter-sized tensors (three with `instead`), one batch's graph, and `keep_bytes` for graphs
+    kept between products.
 
     Args:
+        instead: parameters to take in place of the model's.
         keep_bytes: for the tensors that kept graphs hold; batches whose graphs do not fit are asked again in
             every product. The products are the same.
     """
 
-    def __init__(self, model: torch.nn.Module, names: Sequence[str], probe: Probe, *, keep_bytes: int = 0) -> None:
-        self.products = 0
-        self._probe = probe
-        self._tensors = tensors_of(model)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        names: Sequence[str],
+        probe: Probe,
+        *,
+        instead: Vector | None = None,
+        keep_bytes: int = 0,
+    ) -> None:
+        self._model, self._probe = model, probe
         self._names = list(names)
+        self._instead = instead
         self._free_bytes = keep_bytes
         self._kept: list[_Graph] = []
-        self._keeping = True
+        # What the kept graphs are of; others are made for each product.
+        self._kept_tensors: dict[str, torch.Tensor] | None = None
         self.positions = 0
         with torch.no_grad():
-            for number, answer in enumerate(probe.answers(self._tensors)):
+            for number, answer in enumerate(probe.answers(self._tensors())):
                 self.positions += len(answer.outputs)
                 if not bool(torch.isfinite(answer.outputs).all()):
                     raise InvalidInputError(
                         f"the model's outputs on probe batch {number} hold NaN or Inf: leave that batch out",
                         kind="not-finite",
                     )
-        self._leaves = {name: self._tensors[name].requires_grad_() for name in self._names}
 
     def product(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return H v; parameter name to a flat tensor, in and out."""
-        self.products += 1
-        wanted = list(self._leaves.values())
-        direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in self._leaves.items()]
-        total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in self._leaves.items()}
-        for graph in self._graphs():
+        tensors = self._tensors() if self._kept_tensors is None else self._kept_tensors
+        leaves = {name: tensors[name] for name in self._names}
+        wanted = list(leaves.values())
+        direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in leaves.items()]
+        total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in leaves.items()}
+        for graph in self._graphs(tensors):
             (pushed,) = torch.autograd.grad(graph.pulled, graph.dummy, direction, retain_graph=True)
             bent = self._second_derivative(graph.outputs.detach(), pushed) / self.positions
             grads = torch.autograd.grad(graph.outputs, wanted, bent, retain_graph=True, materialize_grads=True)
-            for name, grad in zip(self._leaves, grads, strict=True):
+            for name, grad in zip(leaves, grads, strict=True):
                 total[name] += grad.reshape(-1)
+        if self._kept:
+            self._kept_tensors = tensors
         return total
 
-    def _graphs(self) -> Iterator["_Graph"]:
-        """Yield every batch's graph; keep the first ones for the next product, as many as fit."""
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = tensors_of(self._model)
+        if self._instead is not None:
+            for name in self._instead.workspace.sizes:
+                tensors[name] = self._instead.read(name).to(tensors[name]).view(tensors[name].shape)
+        for name in self._names:
+            tensors[name] = tensors[name].detach().requires_grad_()
+        return tensors
+
+    def _graphs(self, tensors: Mapping[str, torch.Tensor]) -> Iterator["_Graph"]:
+        """Yield every batch's graph; in the first product keep as many as fit for the others."""
         yield from self._kept
-        keeping, self._keeping = self._keeping, False
-        held = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
-        leaves = list(self._leaves.values())
-        for answer in self._probe.answers(self._tensors, first=len(self._kept)):
+        keeping = self._kept_tensors is None and self._free_bytes > 0
+        leaves = [tensors[name] for name in self._names]
+        own = chain(self._model.parameters(), self._model.buffers())
+        held = {tensor.untyped_storage().data_ptr() for tensor in own}
+        for answer in self._probe.answers(tensors, first=len(self._kept)):
             if not answer.outputs.requires_grad:
                 raise InvalidInputError(
                     "the model's outputs on the probe cannot be differentiated by its parameters: outputs= must return "

@@ -1,18 +1,22 @@
 """The probe filter: let the other samples' gradients answer, by the model's own curvature on a probe.
 
-    d  =  s sum over time bins b of  exp(-(A + c) r_b) phi((A + c) f_b) (inc_b / s),      phi(x) = (1 - exp(-x)) / x
+    d = s x(1),      x' = -(A(t) + c) x + y(t),      x(0) = 0
 
-where inc_b is the bin's first-order change, s the square root of the whole run's step length (one number per
-parameter), A = s H s with the Gauss-Newton matrix H of the probe's mean loss, f_b the bin's share of the run's length
-and r_b the share that came after it. It is the closed form of training's linear response with constant curvature:
-steep directions, where later training has undone most of a sample's push already, are damped, flat ones pass.
+over the run's length t from 0 to 1, where s is the square root of that length (one number per parameter), A = s H s
+with the Gauss-Newton matrix H of the probe's mean loss, and y what the samples pushed: in each time bin their
+first-order change over s, evenly over the bin's share of the length. It is training's linear response: steep
+directions, where later training has undone most of a sample's push already, are damped, flat ones pass. A is taken to
+be constant in each stretch of the run, as it was at a waypoint there, and at the end as it is at the model. So over a
+length f in which neither A nor y changes
+
+    x  becomes  exp(-(A + c) f) x + phi((A + c) f) f y,      phi(z) = (1 - exp(-z)) / z
 
 A is known in a small space, and from half of the probe. It misses what other rows have, what the run's curvature had in
 other directions, and what it becomes far from the model. All of this is seen at once where the change is tried on the
-other half: the mean divergence D of its answers before and after should be x' A x / 2, x = d / s. With x_0 the change
-by A alone, nearly the one that knows the rest as well has the least
+other half: the mean divergence D of its answers before and after should be x' A(1) x / 2. With x_0 the change without
+damping and M the mean of A over the run, nearly the one that knows the rest as well has the least
 
-    D(x) - x' A x / 2  +  (x - x_0)' phi(A)^-1 (x - x_0) / 2
+    D(x) - x' A(1) x / 2  +  (x - x_0)' phi(M)^-1 (x - x_0) / 2
 
 and the damping is the c, the same for all directions, whose x has less of it than any other. (It is not the curvature
 that is missing along x: where few directions hold most of that, it is large, and would take the change back in all the
@@ -25,15 +29,17 @@ Source: docs/design/curvature.md.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from timstore.rollbacks.curvature import GaussNewton
-from timstore.rollbacks.krylov import Apply, Space, krylov, random_signs
+from timstore.rollbacks.krylov import Apply, Space, eigen, krylov, random_signs
 from timstore.rollbacks.outcome import divergence
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.vectors import Vector, Workspace
@@ -44,15 +50,28 @@ Scale = Callable[[str], Any]
 _DAMPINGS, _NEARER = (0.0, *(4.0**power for power in range(-5, 7))), (2.0, 2**0.5, 2**0.25)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Stretch:
+    """A part of the run whose curvature is taken to be one.
+
+    Attributes:
+        share: of the run's length.
+        parameters: at a waypoint in it; the model's own when None.
+    """
+
+    share: float
+    parameters: Vector | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """What came of one half's curvature and the other's divergence.
 
     Attributes:
-        products: with the first half's curvature.
+        products: with the first half's curvature, of all stretches together.
         damping: c, in units of one over the run's length.
         expected, seen: divergence of the other half's answers by that curvature, and as it is.
-        spectrum: (value, weight) pairs of A's eigenvalues by the first half.
+        spectrum: (value, weight) pairs of M's eigenvalues by the first half.
         positions: for which the model answers, per row of the first half.
     """
 
@@ -88,6 +107,7 @@ def probe_filter(
     workspace: Workspace,
     *,
     depth: int,
+    path: Sequence[Stretch] = (Stretch(1.0),),
     coordinates: Vector | None = None,
     decays: Mapping[str, float] | None = None,
     judge: Probe | None = None,
@@ -97,12 +117,14 @@ def probe_filter(
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
     Cost: `depth` products with each half of the probe for each bin and once more, and as many workspace vectors; up to
-    nineteen forward passes of each half, or of the judge, before and after a change.
+    nineteen forward passes of each half, or of the judge, before and after a change. The stretches share a half's rows
+    among them.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
         lengths: of each bin, parameter to its step length tau; a parameter that has none passes. The bins' shares of
             the whole are taken to be the same for all parameters.
+        path: the run's stretches, in order of time; the last one's parameters are the model's.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
         coordinates: what multiplies tau element by element (Adam); 1 when None.
         judge: rows to hold the change against, like the training's, instead of the other half: then all of the probe is
@@ -113,7 +135,7 @@ def probe_filter(
     pushes = _Pushes.of(increments, lengths, coordinates, workspace)
     with probe.undisturbed():
         halves = _halves(probe) if judge is None else [(probe, judge)]
-        found = [_one_way(model, *half, pushes, decays or {}, depth, keep_bytes, advance) for half in halves]
+        found = [_one_way(model, *half, pushes, path, decays or {}, depth, keep_bytes, advance) for half in halves]
     deltas, ways = zip(*found, strict=True)
     delta, apart = _mean(deltas)
     moved, norm = pushes.apart_from(delta), delta.norm()
@@ -122,7 +144,7 @@ def probe_filter(
 
 
 def _halves(probe: Probe) -> list[tuple[Probe, Probe]]:
-    first, second = probe.halves()
+    first, second = probe.parts(2)
     return [(first, second)] if first is second else [(first, second), (second, first)]
 
 
@@ -165,18 +187,21 @@ class _Pushes:
             copy.add(push)
         return made
 
-    def bent(self, curvature: GaussNewton, decays: Mapping[str, float], advance: Callable[[], None]) -> Apply:
-        """Return products with s H s, and the decays that bend as curvature does."""
+    def bent(
+        self, curvatures: Sequence[GaussNewton], decays: Mapping[str, float], advance: Callable[[], None]
+    ) -> Apply:
+        """Return products with s H s of each stretch, and the decays that bend as curvature does."""
 
-        def product(vector: Vector) -> dict[str, torch.Tensor]:
+        def products(vector: Vector) -> Iterator[dict[str, torch.Tensor]]:
             scaled = {name: vector.read(name) * self.scale(name) for name in vector.workspace.sizes}
-            bent = curvature.product(scaled)
-            for name, decay in decays.items():
-                bent[name] = bent[name] + decay * scaled[name]
+            for curvature in curvatures:
+                bent = curvature.product(scaled)
+                for name, decay in decays.items():
+                    bent[name] = bent[name] + decay * scaled[name]
+                yield {name: one * self.scale(name) for name, one in bent.items()}
             advance()
-            return {name: one * self.scale(name) for name, one in bent.items()}
 
-        return product
+        return products
 
     def apart_from(self, delta: Vector) -> float:
         """Return |first order - delta|; the first order is used up."""
@@ -191,31 +216,31 @@ class _Pushes:
 class _Changes:
     """The change that is left, as a function of the damping c."""
 
-    def __init__(self, pushes: _Pushes, space: Space) -> None:
+    def __init__(self, pushes: _Pushes, path: Sequence[Stretch], space: Space) -> None:
         self._pushes, self._space = pushes, space
-        self._values, self._vectors = space.eigen()
-        *starts, signs = (self._vectors.T @ space.starts).T
-        self._starts, self._signs = torch.stack(starts, 1), signs
-        self.workspace = pushes.first_order.workspace
-        self._later = pushes.shares.sum() - pushes.shares.cumsum(0)
+        self._legs = _legs(pushes.shares.tolist(), [one.share for one in path])
+        self._curvatures = [eigen(matrix) for matrix in space.matrices]
+        self._values, self._vectors = eigen(space.mean)
+        *self._starts, self._signs = space.starts.T
 
     def spectrum(self) -> list[tuple[float, float]]:
-        """Return (value, weight) pairs: the trace of f(A) is about the sum of weight f(value)."""
-        return list(zip(self._values.tolist(), self._signs.square().tolist(), strict=True))
+        """Return (value, weight) pairs: the trace of f(M) is about the sum of weight f(value)."""
+        return list(zip(self._values.tolist(), (self._vectors.T @ self._signs).square().tolist(), strict=True))
 
     def loss(self, damping: float, seen: float) -> float:
         """Return what the right change has the least of; infinite for NaN."""
-        taken_back = (self._left(damping) - self._left(0.0)).square() / phi(self._values)
+        taken_back = (self._vectors.T @ (self._left(damping) - self._left(0.0))).square() / phi(self._values)
         loss = seen - self.expected(damping) + float(taken_back.sum()) / 2
         return loss if math.isfinite(loss) else math.inf
 
     def expected(self, damping: float) -> float:
-        """Return x' A x / 2."""
-        return float(self._values @ self._left(damping).square()) / 2
+        """Return x' A(1) x / 2."""
+        left = self._left(damping)
+        return float(left @ self._space.matrices[-1] @ left) / 2
 
     def write(self, damping: float, result: Vector) -> None:
         """Write the change."""
-        weights = (self._vectors @ self._left(damping)).tolist()
+        weights = self._left(damping).tolist()
         for name in result.workspace.sizes:
             if name in self._pushes.passing:
                 result.write(name, 0, self._pushes.first_order.read(name))
@@ -226,9 +251,44 @@ class _Changes:
             result.write(name, 0, total * self._pushes.scale(name))
 
     def _left(self, damping: float) -> torch.Tensor:
-        """Return x in the eigenvectors, (k,)."""
-        bent = self._values[:, None] + damping
-        return (torch.exp(-bent * self._later) * phi(bent * self._pushes.shares) * self._starts).sum(1)
+        """Return x in the space's basis, (k,)."""
+        left = torch.zeros_like(self._signs)
+        for leg in self._legs:
+            values, vectors = self._curvatures[leg.stretch]
+            bent = (values + damping) * leg.length
+            pushed = vectors.T @ self._starts[leg.number] * leg.part
+            left = vectors @ (torch.exp(-bent) * (vectors.T @ left) + phi(bent) * pushed)
+        return left
+
+
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    """A length of the run in one bin and one stretch.
+
+    Attributes:
+        number: of the bin.
+        stretch: its number.
+        length: as a share of the run's.
+        part: of the bin's.
+    """
+
+    number: int
+    stretch: int
+    length: float
+    part: float
+
+
+def _legs(bins: Sequence[float], stretches: Sequence[float]) -> list[_Leg]:
+    """Return a run's legs in order of time, from the shares of its bins and of its stretches."""
+    ends = list(accumulate(stretches))
+    legs, begin = [], 0.0
+    for number, share in enumerate(bins):
+        edges = [begin, *(end for end in ends[:-1] if begin < end < begin + share), begin + share]
+        for first, last in pairwise(edges):
+            stretch = min(bisect(ends, (first + last) / 2), len(ends) - 1)
+            legs.append(_Leg(number, stretch, last - first, (last - first) / share if share else 1.0))
+        begin += share
+    return legs
 
 
 def _one_way(
@@ -236,6 +296,7 @@ def _one_way(
     own: Probe,
     others: Probe,
     pushes: _Pushes,
+    path: Sequence[Stretch],
     decays: Mapping[str, float],
     depth: int,
     keep_bytes: int,
@@ -244,12 +305,16 @@ def _one_way(
     """Return the change by the curvature of `own`, damped by what it makes of the answers of `others`."""
     workspace = pushes.first_order.workspace
     delta, names = workspace.new(), list(workspace.sizes)
-    curvature = GaussNewton(model, names, own, keep_bytes=keep_bytes)
-    bent = pushes.bent(curvature, decays, advance)
-    space = krylov([*pushes.copies(), random_signs(workspace)], bent, workspace, depth)
-    products, positions = curvature.products, curvature.positions / own.sequences
-    del curvature, bent  # and the graphs that they kept
-    changes = _Changes(pushes, space)
+    parts = own.parts(len(path))
+    curvatures = [
+        GaussNewton(model, names, part, instead=one.parameters, keep_bytes=keep_bytes // len(path))
+        for part, one in zip(parts, path, strict=True)
+    ]
+    positions = sum(one.positions for one in curvatures) / sum(part.sequences for part in parts)
+    bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
+    space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
+    del curvatures, bent  # and the graphs that they kept
+    changes = _Changes(pushes, path, space)
 
     @cache
     def seen(damping: float) -> float:
@@ -258,7 +323,7 @@ def _one_way(
 
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     changes.write(damping, delta)
-    way = Way(products, damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
+    way = Way(len(space.basis), damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
     space.free()
     return delta, way
 

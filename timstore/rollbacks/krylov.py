@@ -1,14 +1,18 @@
-"""A small space that holds what a matrix makes of some vectors: block Lanczos with full re-orthogonalisation."""
+"""A small space that holds what matrices make of some vectors: block Lanczos with full re-orthogonalisation.
 
-from collections.abc import Callable, Mapping, Sequence
+With several matrices, as curvature has been at several moments, it is the space of their weighted mean, in which each
+of them is known.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from timstore.rollbacks.vectors import Vector, Workspace
 
-# A symmetric matrix times a vector: parameter to a flat tensor.
-Apply = Callable[[Vector], Mapping[str, torch.Tensor]]
+# Symmetric matrices times a vector, one after another: parameter to a flat tensor.
+Apply = Callable[[Vector], Iterable[Mapping[str, torch.Tensor]]]
 # What is left of a vector once it is orthogonal to the others is rounding, below this share of it.
 _ROUNDING = 1e-6
 
@@ -18,18 +22,15 @@ class Space:
     """An orthonormal basis of k vectors, and what is known in it.
 
     Attributes:
-        matrix: (k, k), symmetric, float64.
+        matrices: (matrices, k, k), symmetric, float64.
+        mean: (k, k), theirs.
         starts: (k, starts), the vectors that it was made from.
     """
 
     basis: list[Vector]
-    matrix: torch.Tensor
+    matrices: torch.Tensor
+    mean: torch.Tensor
     starts: torch.Tensor
-
-    def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (eigenvalues, not below 0; eigenvectors as columns) of the matrix."""
-        values, vectors = torch.linalg.eigh(self.matrix)
-        return values.clamp(min=0), vectors
 
     def free(self) -> None:
         """Give the vectors back."""
@@ -37,24 +38,40 @@ class Space:
             vector.free()
 
 
-def krylov(starts: Sequence[Vector], apply: Apply, workspace: Workspace, depth: int) -> Space:
+def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (eigenvalues, not below 0; eigenvectors as columns) of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=0), vectors
+
+
+def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], workspace: Workspace, depth: int) -> Space:
     """Return the space of some vectors and of what `depth` products make of each; the vectors are used up.
 
-    Cost: at most `depth` products and workspace vectors for each that is not zero.
+    Cost: at most `depth` products with every matrix, and as many workspace vectors, for each that is not zero.
+
+    Args:
+        weights: of the matrices in their mean.
     """
     basis: list[Vector] = []
     given = [_added(one, basis) for one in starts]
     images: list[list[float]] = []
+    products: list[list[list[float]]] = [[] for _ in weights]
     first, last = 0, len(basis)
     for level in range(depth):
         for number in range(first, last):
-            image = workspace.new()
-            for name, numbers in apply(basis[number]).items():
-                image.write(name, 0, numbers)
+            image, part = workspace.new(), workspace.new()
+            for found, weight, result in zip(products, weights, apply(basis[number]), strict=True):
+                for name, numbers in result.items():
+                    part.write(name, 0, numbers)
+                # The matrices are symmetric: what later vectors have of it is seen when their turn comes.
+                found.append([part.dot(other) for other in basis[: number + 1]])
+                image.add(part, weight)
+            part.free()
             images.append(_added(image, basis, keep=level + 1 < depth))
         first, last = last, len(basis)
-    matrix = _columns(images, len(basis))
-    return Space(basis, (matrix + matrix.T) / 2, _columns(given, len(basis)))
+    mean = _columns(images, len(basis))
+    halves = torch.stack([_columns(found, len(basis)) for found in products])
+    return Space(basis, halves + halves.mT.tril(-1), (mean + mean.T) / 2, _columns(given, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:

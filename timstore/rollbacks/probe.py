@@ -80,17 +80,31 @@ class Probe:
         """The number of rows in all batches."""
         return sum(_rows(args, kwargs) for args, kwargs in self._batches)
 
-    def halves(self) -> tuple["Probe", "Probe"]:
-        """Return two probes of half the batches each; of one batch, of half its rows; of one row, twice this probe."""
-        batches = self._batches
-        if len(batches) == 1:
-            rows = self.sequences
-            if rows < 2:
-                return self, self
-            batches = [_cut(batches[0], rows, one) for one in (slice(0, None, 2), slice(1, None, 2))]
-        first, second = copy.copy(self), copy.copy(self)
-        first._batches, second._batches = batches[::2], batches[1::2]
-        return first, second
+    def parts(self, count: int) -> list["Probe"]:
+        """Return so many probes that share out this one's batches; its rows, where there are fewer batches than that.
+
+        Of fewer rows, every one of them is this probe.
+        """
+        if self.sequences < count:
+            return [self] * count
+        found = []
+        for number in range(count):
+            part = copy.copy(self)
+            part._batches = self._batches[number::count]
+            if len(self._batches) < count:
+                part._batches = self._rows_from(number, count)
+            found.append(part)
+        return found
+
+    def _rows_from(self, first: int, every: int) -> list[Any]:
+        """Return the batches with every so many rows, counted over all of them."""
+        found = []
+        for batch in self._batches:
+            rows = _rows(*batch)
+            if first < rows:
+                found.append(_cut(batch, rows, slice(first, None, every)))
+            first = (first - rows) % every
+        return found
 
     def row_hashes(self) -> set[str]:
         """Return a hash of what each row of the batches consists of, as the recorder keeps one of each sample."""

@@ -23,6 +23,7 @@ class ProbeReport:
             where it is not known how many rows each step drew.
         misfit: how many times more the change moves the model's answers on rows of the training that the store keeps
             than on the probe; None where it keeps none, the probe is of them, or either has fewer than 16.
+        waypoints: at how many of them a part of the rows was asked; the others at the model itself.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
         left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """
@@ -38,6 +39,7 @@ class ProbeReport:
     loss_after: float
     noise: float | None = None
     misfit: float | None = None
+    waypoints: int = 0
     kept: int | None = None
     left_out: int = 0
 
@@ -47,6 +49,11 @@ class ProbeReport:
         if self.kept is None:
             return ""
         return f" of {self.kept} kept rows of the training" + f" ({self.left_out} left out)" * bool(self.left_out)
+
+    @property
+    def asked_at(self) -> str:
+        """Which parameters it was asked at, in words."""
+        return f"at {self.waypoints} waypoints and the end, " if self.waypoints else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +184,7 @@ class RollbackReport:
         if self.probe is not None:
             probe = self.probe
             lines.append(
-                f"probe         {probe.sequences} sequences{probe.origin}, {probe.products} products, "
+                f"probe         {probe.sequences} sequences{probe.origin}, {probe.asked_at}{probe.products} products, "
                 f"damping {probe.damping:.2f}; moved the change by {probe.moved:.1%}, "
                 f"its halves {probe.apart:.1%} apart; its loss {probe.loss_before:.4f} -> {probe.loss_after:.4f}"
             )

@@ -22,7 +22,7 @@ from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.earlier import warnings_of_earlier
 from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.expectation import expected_kl, faded, order_noise
-from timstore.rollbacks.filtering import probe_filter
+from timstore.rollbacks.filtering import Stretch, probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
 from timstore.rollbacks.outcome import divergence, probe_losses
 from timstore.rollbacks.plan import Plan, longest
@@ -34,6 +34,7 @@ from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
 from timstore.rollbacks.targets import Place, Target
 from timstore.rollbacks.vectors import Vector, Workspace
+from timstore.rollbacks.waypoints import read_path
 from timstore.states import State
 from timstore.store import Store
 
@@ -118,14 +119,17 @@ def rollback(
             if replayed is not None and not identity.is_rolled_back:
                 _check_replayed(replayed, changed)
             correction, optimizer_text = run.correction(optimizers, replayed, workspace)
-            moments = State.find(snapshot, ByteCache(budget.cache_bytes), "exp_avg_sq", moment=identity.moment)
+            cache, path = ByteCache(budget.cache_bytes), []
+            moments = State.find(snapshot, cache, "exp_avg_sq", moment=identity.moment)
             coordinates = read_coordinates(plan, moments, workspace) if asked.probe or run.divides else None
             largest = dict.fromkeys(sizes, 1.0)
             if coordinates is not None and run.divides:
                 largest = into_steps(increments, coordinates)
             decays = {name: one.decay for name, one in plan.divisions.items() if one.decay} if run.divides else {}
+            if asked.probe is not None:
+                path = read_path(snapshot, cache, identity.moment, plan, run.timelines, workspace)
             delta, probed = _filtered(
-                target, run, plan, increments, coordinates, decays, asked, depth, limit_bytes, workspace, bar
+                target, run, plan, increments, path, coordinates, decays, asked, depth, limit_bytes, workspace, bar
             )
             expected = None
             if request.is_whole and asked.knows_training and probed is not None and probed.noise is not None:
@@ -174,7 +178,7 @@ def rollback(
         )
         if dry_run:
             return replace(report, seconds=time.perf_counter() - started)
-        for one in (*increments, coordinates):
+        for one in (*increments, *(stretch.parameters for stretch in path), coordinates):
             if one is not None and one is not delta:
                 one.free()
         writes = [*moves(changed, delta), *correction.writes(optimizers, live)]
@@ -213,6 +217,7 @@ def _filtered(
     run: Run,
     plan: Plan,
     increments: Sequence[Vector],
+    path: Sequence[Stretch],
     coordinates: Vector | None,
     decays: dict[str, float],
     asked: Asked,
@@ -236,6 +241,7 @@ def _filtered(
             probe,
             workspace,
             depth=depth,
+            path=path,
             coordinates=coordinates,
             decays=decays,
             judge=asked.training,
@@ -263,6 +269,7 @@ def _filtered(
         loss_after=losses[1],
         noise=order_noise(ways, longest(run.timelines)) if probe.loss == "cross_entropy" else None,
         misfit=ways[0].seen / own if own else None,
+        waypoints=len(path) - 1,
         kept=asked.kept,
         left_out=asked.left_out,
     )

@@ -83,7 +83,7 @@ class RecorderArguments(_Arguments):
         samples: ids to record, the path of a JSON file with a list of them, or OpenUnlearning's configuration of a data
             set, whose rows are recorded; all rows when None.
         precision, max_rel_error: of `timstore.open`.
-        optimizer_history, capture, allow_zero: of `timstore.Store.record`.
+        optimizer_history, waypoints, capture, allow_zero: of `timstore.Store.record`.
         probe: `auto` keeps rows of the training for rollbacks, as `Store.record` does; None keeps none.
     """
 
@@ -92,6 +92,7 @@ class RecorderArguments(_Arguments):
     precision: str | None = None
     max_rel_error: float | None = None
     optimizer_history: str = "final"
+    waypoints: bool = True
     capture: str = "modules"
     allow_zero: bool = False
     probe: str | None = AUTO

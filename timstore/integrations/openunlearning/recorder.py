@@ -51,6 +51,7 @@ class TIMRecorder(OpenUnlearningTrainer):
                 store,
                 samples,
                 optimizer_history=asked.optimizer_history,
+                waypoints=asked.waypoints,
                 capture=asked.capture,
                 allow_zero=asked.allow_zero,
                 probe=asked.probe,
