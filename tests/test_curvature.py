@@ -13,7 +13,7 @@ from timstore.errors import InvalidInputError
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.filtering import Filtered, probe_filter
 from timstore.rollbacks.krylov import krylov, random_signs
-from timstore.rollbacks.outcome import probe_losses
+from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.probe import Answer, Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
@@ -339,7 +339,6 @@ def test_products_on_a_transformer_equal_those_from_its_jacobian(kind: str) -> N
 def test_probe_losses_are_the_models_own_before_and_after() -> None:
     model = small()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    names = [name for name, _ in model.named_parameters()]
     shift = torch.randn(sum(one.numel() for one in before), dtype=DOUBLE) * 0.1
 
     def by_hand() -> float:
@@ -348,7 +347,7 @@ def test_probe_losses_are_the_models_own_before_and_after() -> None:
         return float(nn.functional.cross_entropy(outputs, labels).detach())
 
     with workspace_for(model) as workspace:
-        losses = probe_losses(model, Probe(model, batches()), vector_of(workspace, shift, model), names)
+        losses = Outcome(model, Probe(model, batches())).losses(vector_of(workspace, shift, model))
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
     assert losses[0] == pytest.approx(by_hand())
@@ -358,6 +357,22 @@ def test_probe_losses_are_the_models_own_before_and_after() -> None:
             parameter += shift[done : done + parameter.numel()].view(parameter.shape)
             done += parameter.numel()
     assert losses[1] == pytest.approx(by_hand())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_answers_kept_before_changes_change_time_and_nothing_else(loss: str) -> None:
+    model = small()
+    probe = Probe(model, [one if loss == "cross_entropy" else one["input"] for one in batches()], loss=loss)
+    shifts = [torch.randn(len(flat(model)), dtype=DOUBLE) * 0.1 for _ in range(2)]
+    outcomes = [Outcome(model, probe, keep_bytes=keep_bytes) for keep_bytes in (0, 200, 2**20)]
+    with workspace_for(model) as workspace:
+        for shift in shifts:
+            delta = vector_of(workspace, shift, model)
+            first, *others = [outcome.divergence(delta) for outcome in outcomes]
+            assert first > 0
+            assert others == [first, first]
+    # Four outputs of each of the six positions that count (seven of mse), and of four.
+    assert [len(outcome._kept) for outcome in outcomes] == [0, int(loss == "cross_entropy"), 2]
 
 
 class Stateful(nn.Module):

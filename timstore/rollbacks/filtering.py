@@ -40,7 +40,7 @@ import torch
 
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.krylov import Apply, Space, eigen, krylov, random_signs
-from timstore.rollbacks.outcome import divergence
+from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
@@ -117,8 +117,7 @@ def probe_filter(
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
     Cost: `depth` products with each half of the probe for each bin and once more, and as many workspace vectors; up to
-    nineteen forward passes of each half, or of the judge, before and after a change. The stretches share a half's rows
-    among them.
+    nineteen forward passes of each half, or of the judge, and one before. The stretches share a half's rows among them.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -129,7 +128,8 @@ def probe_filter(
         coordinates: what multiplies tau element by element (Adam); 1 when None.
         judge: rows to hold the change against, like the training's, instead of the other half: then all of the probe is
             one half.
-        keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time.
+        keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time, and then
+            for answers before the change.
         advance: called after every product.
     """
     pushes = _Pushes.of(increments, lengths, coordinates, workspace)
@@ -314,12 +314,12 @@ def _one_way(
     bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
     space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
     del curvatures, bent  # and the graphs that they kept
-    changes = _Changes(pushes, path, space)
+    changes, outcome = _Changes(pushes, path, space), Outcome(model, others, keep_bytes=keep_bytes)
 
     @cache
     def seen(damping: float) -> float:
         changes.write(damping, delta)
-        return divergence(model, others, delta, names)
+        return outcome.divergence(delta)
 
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     changes.write(damping, delta)

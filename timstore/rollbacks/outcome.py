@@ -1,6 +1,6 @@
-"""What a change makes of the model's answers on a probe. The model itself is left alone."""
+"""What changes make of the model's answers on a probe. The model itself is left alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,41 +9,61 @@ from timstore.rollbacks.probe import Answer, Probe, tensors_of
 from timstore.rollbacks.vectors import Vector
 
 
-def divergence(model: torch.nn.Module, probe: Probe, delta: Vector, names: Sequence[str]) -> float:
-    """Return the mean over positions of KL(before || after), or of the mean squared difference for mse."""
-    total, positions = 0.0, 0
-    for old, new in _answers(model, probe, delta, names):
-        if probe.loss == "mse":
-            total += float(F.mse_loss(new.outputs, old.outputs)) * len(old.outputs)
-        else:
-            before, after = (one.outputs.double().log_softmax(-1) for one in (old, new))
-            total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
-        positions += len(old.outputs)
-    return total / positions
+class Outcome:
+    """A model and a probe, asked before a change and after it.
 
-
-def probe_losses(model: torch.nn.Module, probe: Probe, delta: Vector, names: Sequence[str]) -> tuple[float, float]:
-    """Return the probe's own mean loss before and after the change.
-
-    Where a batch names no targets, the model's outputs before the change are the targets.
+    Args:
+        keep_bytes: for answers before a change, which another change is held against as well; batches whose answers do
+            not fit are asked again.
     """
-    totals, positions = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
-    for old, new in _answers(model, probe, delta, names):
-        totals += torch.tensor([_loss(probe.loss, one.outputs, old) for one in (old, new)], dtype=torch.float64)
-        positions += len(old.outputs)
-    return totals[0].item() / positions, totals[1].item() / positions
 
+    def __init__(self, model: torch.nn.Module, probe: Probe, *, keep_bytes: int = 0) -> None:
+        self._model, self._probe = model, probe
+        self._free_bytes = keep_bytes
+        self._kept: list[Answer] = []
 
-def _answers(
-    model: torch.nn.Module, probe: Probe, delta: Vector, names: Sequence[str]
-) -> Iterator[tuple[Answer, Answer]]:
-    """Yield the answers to each batch before and after a change."""
-    before = tensors_of(model)
-    after = dict(before)
-    for name in names:
-        after[name] = before[name] + delta.read(name).to(before[name]).view(before[name].shape)
-    with torch.no_grad(), probe.undisturbed():
-        yield from zip(probe.answers(before), probe.answers(after), strict=True)
+    def divergence(self, delta: Vector) -> float:
+        """Return the mean over positions of KL(before || after), or of the mean squared difference for mse."""
+        total, positions = 0.0, 0
+        for old, new in self._answers(delta):
+            if self._probe.loss == "mse":
+                total += float(F.mse_loss(new.outputs, old.outputs)) * len(old.outputs)
+            else:
+                before, after = (one.outputs.double().log_softmax(-1) for one in (old, new))
+                total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+            positions += len(old.outputs)
+        return total / positions
+
+    def losses(self, delta: Vector) -> tuple[float, float]:
+        """Return the probe's own mean loss before and after the change.
+
+        Where a batch names no targets, the model's outputs before the change are the targets.
+        """
+        totals, positions = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
+        for old, new in self._answers(delta):
+            losses = [_loss(self._probe.loss, one.outputs, old) for one in (old, new)]
+            totals += torch.tensor(losses, dtype=torch.float64)
+            positions += len(old.outputs)
+        return totals[0].item() / positions, totals[1].item() / positions
+
+    def _answers(self, delta: Vector) -> Iterator[tuple[Answer, Answer]]:
+        """Yield the answers to each batch before and after a change."""
+        before = tensors_of(self._model)
+        after = dict(before)
+        for name in delta.workspace.sizes:
+            after[name] = before[name] + delta.read(name).to(before[name]).view(before[name].shape)
+        with torch.no_grad(), self._probe.undisturbed():
+            yield from zip(self._before(before), self._probe.answers(after), strict=True)
+
+    def _before(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Answer]:
+        """Yield the answers before a change; keep the first ones for another, as many as fit."""
+        kept = list(self._kept)
+        yield from kept
+        for answer in self._probe.answers(tensors, first=len(kept)):
+            self._free_bytes -= answer.outputs.nbytes
+            if self._free_bytes >= 0:
+                self._kept.append(answer)
+            yield answer
 
 
 def _loss(kind: str, outputs: torch.Tensor, old: Answer) -> float:

@@ -24,7 +24,7 @@ from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.expectation import expected_kl, faded, order_noise
 from timstore.rollbacks.filtering import Stretch, probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
-from timstore.rollbacks.outcome import divergence, probe_losses
+from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.plan import Plan, longest
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
@@ -248,10 +248,9 @@ def _filtered(
             keep_bytes=keep_bytes,
             advance=bar.taken,
         )
-        names = list(workspace.sizes)
-        losses = probe_losses(model, probe, found.delta, names)
+        losses = Outcome(model, probe).losses(found.delta)
         compares = asked.training is not None and min(asked.training.sequences, probe.sequences) >= _FEW
-        own = divergence(model, probe, found.delta, names) if compares else 0.0
+        own = Outcome(model, probe).divergence(found.delta) if compares else 0.0
     except Exception as error:
         if asked.kept is not None:
             error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")

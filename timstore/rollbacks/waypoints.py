@@ -1,6 +1,7 @@
 """Waypoints: parameters of the model on its way, asked for the curvature that training met there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -13,9 +14,8 @@ from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 from timstore.states import State
 
-# Where in the run's length a waypoint speaks for the most: the middles of three of four stretches, and the model itself
-# speaks for the fourth. Eight stretches are no better, and the rows of a probe are shared among them.
-_WANTED = (1 / 8, 3 / 8, 5 / 8)
+# At how many of them a probe is asked, whose rows they share: eight are no better (docs/design/curvature.md).
+_ASKED_AT = 3
 
 
 def read_path(
@@ -33,16 +33,15 @@ def read_path(
     kept = snapshot.catalog.sql(
         f"SELECT DISTINCT epoch, step FROM states WHERE role = 'theta' AND rollback_id IS NULL AND {up_to(moment)}"
     ).fetchall()
-    chosen = _chosen(dict(zip(_places(longest(timelines), kept), kept, strict=True)))
+    moments = dict(zip(_places(longest(timelines), kept), kept, strict=True))
     found: list[tuple[float, Vector | None]] = []
-    for place, at in chosen.items():
-        state = State.find(snapshot, cache, "theta", moment=at)
+    for place in _chosen(moments):
+        state = State.find(snapshot, cache, "theta", moment=moments[place])
         if workspace.sizes.keys() <= state.places.keys():
             found.append((place, _vector(state, plan, workspace)))
     found.append((1.0, None))
-    places = np.array([place for place, _ in found])
-    edges = np.concatenate([[0.0], (places[1:] + places[:-1]) / 2, [1.0]])
-    return [Stretch(float(share), vector) for share, (_, vector) in zip(np.diff(edges), found, strict=True)]
+    edges = _edges([place for place, _ in found])
+    return [Stretch(end - begin, vector) for (_, vector), (begin, end) in zip(found, pairwise(edges), strict=True)]
 
 
 def _places(timeline: Timeline, moments: list[Moment]) -> list[float]:
@@ -53,11 +52,20 @@ def _places(timeline: Timeline, moments: list[Moment]) -> list[float]:
     return [float(one) for one in shares]
 
 
-def _chosen(places: Mapping[float, Moment]) -> dict[float, Moment]:
-    """Return those nearest to where they speak for the most, in order of time."""
-    inside = [place for place in places if 0 < place < 1]
-    nearest = {min(inside, key=lambda place: abs(place - wanted)) for wanted in _WANTED if inside}
-    return {place: places[place] for place in sorted(nearest)}
+def _chosen(places: Iterable[float]) -> tuple[float, ...]:
+    """Return those, in order, that are nearest to the run's moments together with its end, by mean square."""
+
+    def away(chosen: tuple[float, ...]) -> float:
+        spoken = zip((*chosen, 1.0), pairwise(_edges((*chosen, 1.0))), strict=True)
+        return sum((end - place) ** 3 + (place - begin) ** 3 for place, (begin, end) in spoken)
+
+    inside = sorted(place for place in places if 0 < place < 1)
+    return min(combinations(inside, min(len(inside), _ASKED_AT)), key=away)
+
+
+def _edges(places: Sequence[float]) -> list[float]:
+    """Return where the stretches of a run begin and end whose moments are nearest to each of some places."""
+    return [0.0, *((one + other) / 2 for one, other in pairwise(places)), 1.0]
 
 
 def _vector(state: State, plan: Plan, workspace: Workspace) -> Vector:
