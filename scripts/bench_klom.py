@@ -5,9 +5,10 @@ other starts and in other orders. Of every row the margins (the label's logit le
 compared by KL over models (20 bins, smoothing 1e-5); a figure is the 95th percentile over rows. The floor is that of N
 further oracles. Protocol: arXiv 2602.16400 and 2410.23232; what came out: docs/design/klom.md.
 
-Rollbacks are as they are without arguments. The rivals' settings were picked on one forget set, with models of other
-seeds (--choose); what each does is in scripts/rivals.py. A share of a retrain is a whole schedule over that share of
-the epochs. What was trained is kept in a folder: the script goes on where it was stopped.
+Rollbacks are as they are without arguments, each from a training that recorded its forget set. The rivals' settings
+were picked on one forget set, with models of other seeds (--choose); what each does is in scripts/rivals.py. A share of
+a retrain is a whole schedule over that share of the epochs. What was trained is kept in a folder: the script goes on
+where it was stopped.
 
 Run: python scripts/bench_klom.py (--net conv, --optimizer adamw, --models 20, --processes 2, --sets "random 50")
 """
@@ -35,7 +36,6 @@ from klom import (
     PICKED,
     Ensemble,
     Forget,
-    Training,
     forget_sets,
     judged,
     margins,
@@ -57,25 +57,23 @@ Figures = dict[str, dict[str, float]]
 console = Console(width=180, highlight=False)
 
 
-def roll_back(task: tuple[Training, int], sets: Sequence[Forget], folder: Path) -> None:
-    """Train one model with the recorder, roll back every forget set of its data, and keep all of them."""
-    training, seed = task
-    path, mine = _rolled_back(folder, training, seed), [one for one in sets if one.training == training]
-    if path.exists() and {one.name for one in mine} <= torch.load(path).keys():
+def roll_back(task: tuple[Forget, int], folder: Path) -> None:
+    """Train one model with the recorder, roll a forget set back, and keep both."""
+    forget, seed = task
+    path = _rolled_back(folder, forget, seed)
+    if path.exists():
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", timstore.TimstoreWarning)
-    samples = sorted({sample for one in mine for sample in one.ids})
     with tempfile.TemporaryDirectory() as place, timstore.open(Path(place, "run.tim")) as store:
-        found = {NOTHING: record(training, seed, samples, store)}
-        for forget in mine:
-            found[forget.name] = copy.deepcopy(found[NOTHING])
-            store.rollback(found[forget.name], forget.ids, progress=False)
-    _keep({name: model.state_dict() for name, model in found.items()}, path)
+        model = record(forget.training, seed, forget.ids, store)
+        rolled = copy.deepcopy(model)
+        store.rollback(rolled, forget.ids, progress=False)
+    _keep({NOTHING: model.state_dict(), ROLLBACK: rolled.state_dict()}, path)
 
 
-def _rolled_back(folder: Path, training: Training, seed: int) -> Path:
-    return folder / f"{training.name} {seed}.pt"
+def _rolled_back(folder: Path, forget: Forget, seed: int) -> Path:
+    return folder / f"{forget.training.name} {forget.name}, seed {seed}.pt"
 
 
 def _keep(found: object, path: Path) -> None:
@@ -107,7 +105,7 @@ def _compared(folder: Path, forget: Forget, models: int) -> Path:
 
 
 def _recorded(folder: Path, forget: Forget, models: int, name: str) -> Ensemble:
-    states = [torch.load(_rolled_back(folder, forget.training, seed))[name] for seed in range(models)]
+    states = [torch.load(_rolled_back(folder, forget, seed))[name] for seed in range(models)]
     return {parameter: torch.stack([one[parameter] for one in states]) for parameter in states[0]}
 
 
@@ -119,9 +117,8 @@ def figures(forget: Forget, models: int, folder: Path) -> Figures:
     """Return way to 95th percentiles, of what was kept."""
     found = torch.load(_compared(folder, forget, models))
     oracles = found.pop("oracles").double()
-    for way, name in ((ROLLBACK, forget.name), (NOTHING, NOTHING)):
-        found = {way: margins(forget.training, _recorded(folder, forget, models, name)), **found}
-    return {way: judged(one.double(), oracles, forget) for way, one in found.items()}
+    recorded = {way: margins(forget.training, _recorded(folder, forget, models, way)) for way in (NOTHING, ROLLBACK)}
+    return {way: judged(one.double(), oracles, forget) for way, one in {**recorded, **found}.items()}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -198,9 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choose(chosen[0], given.models)
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    trainings = dict.fromkeys(one.training for one in chosen)
-    tasks = [(training, seed) for seed in range(given.models) for training in trainings]
-    _each(partial(roll_back, sets=chosen, folder=given.folder), tasks, "recorded trainings", given.processes)
+    tasks = [(forget, seed) for seed in range(given.models) for forget in chosen]
+    _each(partial(roll_back, folder=given.folder), tasks, "recorded trainings", given.processes)
     _each(partial(compare, models=given.models, folder=given.folder), chosen, "forget sets", given.processes)
     results = {one.name: figures(one, given.models, given.folder) for one in chosen}
     show(results, f"{given.net}, {given.optimizer}, {given.models} models")
