@@ -44,6 +44,9 @@ from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.vectors import Vector, Workspace
 
+# Positions that tell enough of a stretch's curvature: sharing out rows of text costs nothing, of digits it does
+# (docs/design/curvature.md).
+_ENOUGH = 900
 # Parameter to s: one number for all its elements, or one each.
 Scale = Callable[[str], Any]
 # Where c is looked for, and by which factors nearer.
@@ -117,7 +120,8 @@ def probe_filter(
     """Return the change that remains when the other samples have answered: the mean of both ways to halve the probe.
 
     Cost: `depth` products with each half of the probe for each bin and once more, and as many workspace vectors; up to
-    nineteen forward passes of each half, or of the judge, and one before. The stretches share a half's rows among them.
+    nineteen forward passes of each half, or of the judge, and one before. The stretches share a half's rows, where
+    those have positions enough; otherwise each of them asks about all.
 
     Args:
         increments: first-order change of each time bin, in order of time; they are used up.
@@ -305,12 +309,12 @@ def _one_way(
     """Return the change by the curvature of `own`, damped by what it makes of the answers of `others`."""
     workspace = pushes.first_order.workspace
     delta, names = workspace.new(), list(workspace.sizes)
-    parts = own.parts(len(path))
+    positions = GaussNewton(model, names, own).positions
+    shared = own.parts(len(path)) if positions >= _ENOUGH * len(path) else [own] * len(path)
     curvatures = [
         GaussNewton(model, names, part, instead=one.parameters, keep_bytes=keep_bytes // len(path))
-        for part, one in zip(parts, path, strict=True)
+        for part, one in zip(shared, path, strict=True)
     ]
-    positions = sum(one.positions for one in curvatures) / sum(part.sequences for part in parts)
     bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
     space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
     del curvatures, bent  # and the graphs that they kept
@@ -323,7 +327,14 @@ def _one_way(
 
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     changes.write(damping, delta)
-    way = Way(len(space.basis), damping, changes.expected(damping), seen(damping), changes.spectrum(), positions)
+    way = Way(
+        len(space.basis),
+        damping,
+        changes.expected(damping),
+        seen(damping),
+        changes.spectrum(),
+        positions / own.sequences,
+    )
     space.free()
     return delta, way
 

@@ -23,7 +23,7 @@ class ProbeReport:
             where it is not known how many rows each step drew.
         misfit: how many times more the change moves the model's answers on rows of the training that the store keeps
             than on the probe; None where it keeps none, the probe is of them, or either has fewer than 16.
-        waypoints: at how many of them a part of the rows was asked; the others at the model itself.
+        waypoints: at how many of them rows were asked, beside the model itself.
         kept: how many rows of the training the store keeps, where the probe is drawn from them; None where it is not.
         left_out: how many of those were left out, since they are to be forgotten or consist of the same.
     """

@@ -14,7 +14,7 @@ from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.snapshot import Snapshot
 from timstore.states import State
 
-# At how many of them a probe is asked, whose rows they share: eight are no better (docs/design/curvature.md).
+# At how many of them a probe is asked: eight are no better (docs/design/curvature.md).
 _ASKED_AT = 3
 
 
