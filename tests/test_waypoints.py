@@ -146,11 +146,14 @@ def test_parameters_kept_for_an_undo_are_no_waypoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.8), (0.5, 0.5), (1 / 3, 2 / 3)], ids=str)
-@pytest.mark.parametrize("limit_bytes", [2**26, 1], ids=["in memory", "spilled"])
+@pytest.mark.parametrize(
+    ("limit_bytes", "enough"), [(2**26, 1), (2**26, 100), (1, 1)], ids=["shared", "all rows", "spilled"]
+)
 def test_the_change_is_the_response_to_the_curvature_of_each_stretch(
-    shares: tuple[float, float], limit_bytes: int
+    shares: tuple[float, float], limit_bytes: int, enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x' = -(A(t) + c) x + y(t), by matrix exponentials of A and y together, leg by leg."""
+    monkeypatch.setattr("timstore.rollbacks.filtering._ENOUGH", enough)
     model, earlier = small(), small()
     torch.manual_seed(5)
     with torch.no_grad():
@@ -171,7 +174,7 @@ def test_the_change_is_the_response_to_the_curvature_of_each_stretch(
         x = torch.zeros_like(delta)
         for begin, end in zip(edges := sorted({0.0, shares[0], 1 / 3, 1.0}), edges[1:], strict=False):
             stretch, number = int(begin >= shares[0]), int(begin >= 1 / 3)
-            rows = {name: one[stretch::2] for name, one in half.items()}
+            rows = {name: one[stretch::2] if enough == 1 else one for name, one in half.items()}
             curvature = dense_gauss_newton((earlier, model)[stretch], "cross_entropy", [rows])
             matrix = scale[:, None] * curvature * scale + way.damping * torch.eye(len(x), dtype=DOUBLE)
             joined = torch.zeros(len(x) + 1, len(x) + 1, dtype=DOUBLE)

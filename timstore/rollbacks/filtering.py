@@ -327,14 +327,8 @@ def _one_way(
 
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     changes.write(damping, delta)
-    way = Way(
-        len(space.basis),
-        damping,
-        changes.expected(damping),
-        seen(damping),
-        changes.spectrum(),
-        positions / own.sequences,
-    )
+    expected, spectrum = changes.expected(damping), changes.spectrum()
+    way = Way(len(space.basis), damping, expected, seen(damping), spectrum, positions / own.sequences)
     space.free()
     return delta, way
 
