@@ -108,7 +108,7 @@ class _Fit:
         return Estimate(value, value / self.spread, value * self.spread)
 
 
-_FORGOTTEN, _STAYING = _Fit(0.029, 2.5), _Fit(9.2, 1.9)
+_FORGOTTEN, _STAYING = _Fit(0.028, 2.5), _Fit(9.6, 1.9)
 _NOISE_FORGOTTEN, _NOISE_STAYING = _Fit(2.8, 2.5), _Fit(2.1, 2.4)
 # Beyond what was seen, less or more says nothing.
 _LEAST_FADED, _MOST_FADED = 0.1, 2.0
@@ -123,9 +123,9 @@ def expected_kl(rise: float, faded: float, seen: float, noise: float) -> Expecte
     """
     lasting = min(max(faded, _LEAST_FADED), _MOST_FADED)
     return ExpectedKL(
-        forgotten=_FORGOTTEN.of(max(rise, 0.0) ** 1.46 / lasting**0.83),
-        staying=_STAYING.of(seen**1.01 * noise**0.42),
-        noise_forgotten=_NOISE_FORGOTTEN.of(noise / lasting**0.75),
+        forgotten=_FORGOTTEN.of(max(rise, 0.0) ** 1.43 / lasting**0.85),
+        staying=_STAYING.of(seen**1.02 * noise**0.41),
+        noise_forgotten=_NOISE_FORGOTTEN.of(noise / lasting**0.74),
         noise_staying=_NOISE_STAYING.of(noise),
         rise=rise,
         faded=faded,
