@@ -46,7 +46,7 @@ from timstore.rollbacks.vectors import Vector, Workspace
 
 # Positions that tell enough of a stretch's curvature: sharing out rows of text costs nothing, of digits it does
 # (docs/design/curvature.md).
-_ENOUGH = 900
+_ENOUGH = 150
 # Parameter to s: one number for all its elements, or one each.
 Scale = Callable[[str], Any]
 # Where c is looked for, and by which factors nearer.
