@@ -70,8 +70,8 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
             images.append(_added(image, basis, keep=level + 1 < depth))
         first, last = last, len(basis)
     mean = _columns(images, len(basis))
-    halves = torch.stack([_columns(found, len(basis)) for found in products])
-    return Space(basis, halves + halves.mT.tril(-1), (mean + mean.T) / 2, _columns(given, len(basis)))
+    upper = torch.stack([_columns(found, len(basis)) for found in products])
+    return Space(basis, upper + upper.mT.tril(-1), (mean + mean.T) / 2, _columns(given, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:
