@@ -15,6 +15,7 @@ from timstore.rollbacks.filtering import Filtered, probe_filter
 from timstore.rollbacks.krylov import krylov, random_signs
 from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.probe import Answer, Probe
+from timstore.rollbacks.room import Room
 from timstore.rollbacks.vectors import Vector, Workspace
 
 DOUBLE = torch.float64
@@ -278,7 +279,7 @@ def test_kept_graphs_change_time_and_nothing_else(loss: str) -> None:
     found, counts = [], []
     with probe.undisturbed():
         for keep_bytes in (0, 2**26, 3500):
-            curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
+            curvature = GaussNewton(model, names, probe, room=Room(keep_bytes))
             asked.clear()
             found.append([curvature.product(one) for one in directions])
             counts.append(len(asked))
@@ -364,7 +365,7 @@ def test_answers_kept_before_changes_change_time_and_nothing_else(loss: str) -> 
     model = small()
     probe = Probe(model, [one if loss == "cross_entropy" else one["input"] for one in batches()], loss=loss)
     shifts = [torch.randn(len(flat(model)), dtype=DOUBLE) * 0.1 for _ in range(2)]
-    outcomes = [Outcome(model, probe, keep_bytes=keep_bytes) for keep_bytes in (0, 200, 2**20)]
+    outcomes = [Outcome(model, probe, room=Room(keep_bytes)) for keep_bytes in (0, 200, 2**20)]
     with workspace_for(model) as workspace:
         for shift in shifts:
             delta = vector_of(workspace, shift, model)
@@ -429,7 +430,7 @@ def test_no_graph_outlives_its_use(keep_bytes: int) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
     names = [name for name, _ in model.named_parameters()]
     probe = Probe(model, [torch.ones(3, 5, dtype=DOUBLE), torch.zeros(2, 5, dtype=DOUBLE)], loss="mse")
-    curvature = GaussNewton(model, names, probe, keep_bytes=keep_bytes)
+    curvature = GaussNewton(model, names, probe, room=Room(keep_bytes))
     curvature.product({name: one.detach().flatten() for name, one in model.named_parameters()})
     alive = [weakref.ref(graph.outputs) for graph in curvature._graphs(curvature._kept_tensors or curvature._tensors())]
     del curvature

@@ -9,6 +9,7 @@ import torch
 
 from timstore.errors import InvalidInputError
 from timstore.rollbacks.probe import Probe, tensors_of
+from timstore.rollbacks.room import Room
 from timstore.rollbacks.vectors import Vector
 
 
@@ -47,13 +48,13 @@ class GaussNewton:
     entropy, 2 / values for mse.
 
     Cost: a product takes about two and a half gradients of the probe, half of that where the batch's graph was
-    kept; memory of two parameter-sized tensors (three with `instead`), one batch's graph, and `keep_bytes` for graphs
-    kept between products.
+    kept; memory of two parameter-sized tensors (three with `instead`), one batch's graph, and the room for graphs kept
+    between products.
 
     Args:
         instead: parameters to take in place of the model's.
-        keep_bytes: for the tensors that kept graphs hold; batches whose graphs do not fit are asked again in
-            every product. The products are the same.
+        room: for the tensors that kept graphs hold; batches whose graphs do not fit are asked again in every product.
+            The products are the same.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class GaussNewton:
         probe: Probe,
         *,
         instead: Vector | None = None,
-        keep_bytes: int = 0,
+        room: Room | None = None,
     ) -> None:
         self._model, self._probe = model, probe
         self._names = list(names)
         self._instead = instead
-        self._free_bytes = keep_bytes
+        self._room = room or Room()
         self._kept: list[_Graph] = []
         # What the kept graphs are of; others are made for each product.
         self._kept_tensors: dict[str, torch.Tensor] | None = None
@@ -111,7 +112,7 @@ class GaussNewton:
     def _graphs(self, tensors: Mapping[str, torch.Tensor]) -> Iterator["_Graph"]:
         """Yield every batch's graph; in the first product keep as many as fit for the others."""
         yield from self._kept
-        keeping = self._kept_tensors is None and self._free_bytes > 0
+        keeping = self._kept_tensors is None and self._room.is_left
         leaves = [tensors[name] for name in self._names]
         own = chain(self._model.parameters(), self._model.buffers())
         held = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -126,9 +127,7 @@ class GaussNewton:
             dummy = torch.zeros_like(answer.outputs, requires_grad=True)
             pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
             graph = _Graph(answer.outputs, dummy, pulled)
-            if keeping:
-                self._free_bytes -= _graph_bytes((answer.outputs, *pulled), held)
-                keeping = self._free_bytes >= 0
+            keeping = keeping and self._room.take(_graph_bytes((answer.outputs, *pulled), held))
             if keeping:
                 self._kept.append(graph)
             yield graph

@@ -42,6 +42,7 @@ from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.krylov import Apply, Space, eigen, krylov, random_signs
 from timstore.rollbacks.outcome import Outcome
 from timstore.rollbacks.probe import Probe
+from timstore.rollbacks.room import Room
 from timstore.rollbacks.vectors import Vector, Workspace
 
 # Positions that tell enough of a stretch's curvature: sharing out rows of text costs nothing, of digits it does
@@ -311,14 +312,15 @@ def _one_way(
     delta, names = workspace.new(), list(workspace.sizes)
     positions = GaussNewton(model, names, own).positions
     shared = own.parts(len(path)) if positions >= _ENOUGH * len(path) else [own] * len(path)
+    room = Room(keep_bytes)
     curvatures = [
-        GaussNewton(model, names, part, instead=one.parameters, keep_bytes=keep_bytes // len(path))
+        GaussNewton(model, names, part, instead=one.parameters, room=room)
         for part, one in zip(shared, path, strict=True)
     ]
     bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
     space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
     del curvatures, bent  # and the graphs that they kept
-    changes, outcome = _Changes(pushes, path, space), Outcome(model, others, keep_bytes=keep_bytes)
+    changes, outcome = _Changes(pushes, path, space), Outcome(model, others, room=Room(keep_bytes))
 
     @cache
     def seen(damping: float) -> float:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from timstore.rollbacks.probe import Answer, Probe, tensors_of
+from timstore.rollbacks.room import Room
 from timstore.rollbacks.vectors import Vector
 
 
@@ -13,13 +14,13 @@ class Outcome:
     """A model and a probe, asked before a change and after it.
 
     Args:
-        keep_bytes: for answers before a change, which another change is held against as well; batches whose answers do
-            not fit are asked again.
+        room: for answers before a change, which another change is held against as well; batches whose answers do not
+            fit are asked again.
     """
 
-    def __init__(self, model: torch.nn.Module, probe: Probe, *, keep_bytes: int = 0) -> None:
+    def __init__(self, model: torch.nn.Module, probe: Probe, *, room: Room | None = None) -> None:
         self._model, self._probe = model, probe
-        self._free_bytes = keep_bytes
+        self._room = room or Room()
         self._kept: list[Answer] = []
 
     def divergence(self, delta: Vector) -> float:
@@ -60,8 +61,7 @@ class Outcome:
         kept = list(self._kept)
         yield from kept
         for answer in self._probe.answers(tensors, first=len(kept)):
-            self._free_bytes -= answer.outputs.nbytes
-            if self._free_bytes >= 0:
+            if self._room.is_left and self._room.take(answer.outputs.nbytes):
                 self._kept.append(answer)
             yield answer
 
