@@ -30,7 +30,7 @@ ROLLBACK |= dict(accumulate="float32", missing="error", keep_delta=False, dry_ru
 ROLLBACK |= dict(output=None, in_place=False, model=None)
 UNDO = dict(model=None, rollback_id=None)
 FORECAST = dict(model=None, samples=2, steps=3, tokens=None, epochs=1, batch=torch.ones(4, 3), optimizer=None)
-FORECAST |= dict(optimizer_history="final")
+FORECAST |= dict(optimizer_history="final", waypoints=True)
 
 
 class Recorded:
@@ -154,7 +154,7 @@ def test_every_argument_of_a_forecast(recorded, data):
 
 RECORD = dict(model=None, optimizer=None, samples=[1, 2], resume_from=None, probe="auto", optimizer_history="final")
 RECORD |= dict(scaler=None, mean_over="samples", budget="1GB", steps=3, epochs=1, rank=0, allow_zero=False)
-RECORD |= dict(capture="modules", batch_axis=0, id_column=None, by_content=False, process_group=None)
+RECORD |= dict(capture="modules", batch_axis=0, id_column=None, by_content=False, process_group=None, waypoints=True)
 # What the `with` block is given: `ids` beside the batch, and the epoch that is set.
 WITHIN = dict(ids=[1, 2], epoch=1)
 
