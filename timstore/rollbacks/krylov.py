@@ -54,7 +54,6 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
     """
     basis: list[Vector] = []
     given = [_added(one, basis) for one in starts]
-    images: list[list[float]] = []
     products: list[list[list[float]]] = [[] for _ in weights]
     first, last = 0, len(basis)
     for level in range(depth):
@@ -67,11 +66,12 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
                 found.append([part.dot(other) for other in basis[: number + 1]])
                 image.add(part, weight)
             part.free()
-            images.append(_added(image, basis, keep=level + 1 < depth))
+            _added(image, basis, keep=level + 1 < depth)
         first, last = last, len(basis)
-    mean = _columns(images, len(basis))
     upper = torch.stack([_columns(found, len(basis)) for found in products])
-    return Space(basis, upper + upper.mT.tril(-1), (mean + mean.T) / 2, _columns(given, len(basis)))
+    matrices = upper + upper.mT.tril(-1)
+    mean = torch.tensor(weights, dtype=torch.float64, device="cpu") @ matrices.flatten(1)
+    return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(given, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:

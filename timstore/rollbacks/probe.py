@@ -90,9 +90,8 @@ class Probe:
         found = []
         for number in range(count):
             part = copy.copy(self)
-            part._batches = self._batches[number::count]
-            if len(self._batches) < count:
-                part._batches = self._rows_from(number, count)
+            by_batch = len(self._batches) >= count
+            part._batches = self._batches[number::count] if by_batch else self._rows_from(number, count)
             found.append(part)
         return found
 

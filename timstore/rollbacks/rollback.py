@@ -30,6 +30,7 @@ from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
 from timstore.rollbacks.report import ExpectedKL, ProbeReport, RollbackReport
 from timstore.rollbacks.request import Request
+from timstore.rollbacks.room import Room
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
 from timstore.rollbacks.targets import Place, Target
@@ -248,9 +249,10 @@ def _filtered(
             keep_bytes=keep_bytes,
             advance=bar.taken,
         )
-        losses = Outcome(model, probe).losses(found.delta)
+        outcome = Outcome(model, probe, room=Room(keep_bytes))
+        losses = outcome.losses(found.delta)
         compares = asked.training is not None and min(asked.training.sequences, probe.sequences) >= _FEW
-        own = Outcome(model, probe).divergence(found.delta) if compares else 0.0
+        own = outcome.divergence(found.delta) if compares else 0.0
     except Exception as error:
         if asked.kept is not None:
             error.add_note("timstore: these rows were kept of the training by themselves; probe=False asks nothing")
