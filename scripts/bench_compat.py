@@ -25,7 +25,7 @@ from measuring import Cost, arguments, disk_bytes, measured, show
 from rich.progress import track
 
 import timstore
-from timstore.interchange import import_trajectories
+from timstore.legacy import import_trajectories
 
 SHAPE = (64, 32)
 
@@ -55,7 +55,7 @@ def calls(quick: bool) -> list[dict[str, Any]]:
                     begun = time.perf_counter()
                     function(Path(folder), 0, number, number, "layer.weight", gradients[number])
                     times.append(time.perf_counter() - begun)
-                for store in timstore.lifetime.open_stores():
+                for store in timstore.database.lifetime.open_stores():
                     store.close()
                 size = disk_bytes(Path(folder))
             last = statistics.median(times[-max(5, count // 10) :])

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timstore
-from timstore.fingerprints import digests
+from timstore.model.fingerprints import digests
 
 LAYERS, WIDTH, WRITES = 16, 400, 40
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}

@@ -14,13 +14,13 @@ import torch
 from stores import made_store
 
 import timstore
+from timstore.database.lifetime import attended_stores
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
-from timstore.interchange.pickles import read_pickle
-from timstore.lifetime import attended_stores
+from timstore.legacy.pickles import read_pickle
 from timstore.recording import accumulation, standstill
 
-# The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/test_cap* tests/test_cov*
+# The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/recording/test_c*
 if "TIMSTORE_DEVICE" in os.environ:
     torch.set_default_device(os.environ["TIMSTORE_DEVICE"])
     torch.backends.cudnn.allow_tf32 = False  # what is compared is float32

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from timstore.database.lifetime import attended_stores as _attended_stores
+from timstore.database.store import Store as _Store
 from timstore.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -21,18 +23,22 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.interrupts import CriticalSection
-from timstore.lifetime import attended_stores as _attended_stores
+from timstore.os_errors import user_path as _user_path
 from timstore.records import Factors, Rows
-from timstore.reporting import user_path as _user_path
-from timstore.store import Store as _Store
 
 if TYPE_CHECKING:
     import torch
 
-    from timstore.interchange import save_gradient_trajectory
-    from timstore.maintenance import Finding, Verification, verify
+    from timstore.legacy import (
+        Exported,
+        Imported,
+        export_trajectories,
+        import_trajectories,
+        save_gradient_trajectory,
+    )
     from timstore.recording import Forecast, Recorder
     from timstore.rollbacks import RollbackReport
+    from timstore.verification import Finding, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -43,13 +49,18 @@ __all__ = [
     "AlreadyExistsError",
     "CorruptionError",
     "CoverageError",
+    "Exported",
     "Factors",
     "Finding",
+    "Forecast",
     "FormatError",
+    "Imported",
     "InvalidInputError",
     "ModelMismatchError",
     "NotFoundError",
     "ReadOnlyError",
+    "Recorder",
+    "RollbackReport",
     "Rows",
     "StateError",
     "StorageError",
@@ -57,6 +68,8 @@ __all__ = [
     "TimstoreError",
     "TimstoreWarning",
     "Verification",
+    "export_trajectories",
+    "import_trajectories",
     "open",
     "rollback",
     "save_gradient_trajectory",
@@ -64,8 +77,19 @@ __all__ = [
 ]
 
 
-_LAZY = {name: "maintenance" for name in ("Finding", "Verification", "verify")}
-_LAZY["save_gradient_trajectory"] = "interchange"
+_LAZY = {
+    "Exported": "legacy",
+    "Finding": "verification",
+    "Forecast": "recording",
+    "Imported": "legacy",
+    "Recorder": "recording",
+    "RollbackReport": "rollbacks",
+    "Verification": "verification",
+    "export_trajectories": "legacy",
+    "import_trajectories": "legacy",
+    "save_gradient_trajectory": "legacy",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -340,7 +364,7 @@ class Store(_Store):
         What this handle has accepted and not committed is not looked at.
         """
         self._check_open()
-        from timstore.maintenance import verify
+        from timstore.verification import verify
 
         return verify(self.path, progress=progress)
 

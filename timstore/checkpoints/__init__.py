@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from timstore.checkpoints.rollback import rollback as _rollback
+from timstore.database.store import Store
 from timstore.errors import TimstoreWarning
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.report import RollbackReport
-from timstore.store import Store
 
 __all__ = ["rollback"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from timstore.errors import StateError
 from timstore.interrupts import Held
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 
 # What is left of a file's names when a process was killed: `.<name>.<token>.old` or `.new`.
 LEFT = re.compile(r"\.(.+)\.([0-9a-f]{8})\.(old|new)")

@@ -11,7 +11,7 @@ import torch
 
 from timstore.checkpoints.header import LENGTH_BYTES, Header, StoredTensor, header_length, parse_header
 from timstore.errors import InvalidInputError, StateError, StorageError
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 
 BLOCK_BYTES = 256 * 1024
 # Without O_NONBLOCK, opening a named pipe would wait for ever.

@@ -12,7 +12,7 @@ from typing import Any
 from timstore.checkpoints.files import PlainFile, TensorFile
 from timstore.checkpoints.header import StoredTensor
 from timstore.errors import FormatError, InvalidInputError, NotFoundError
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 
 SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 _MODEL, _ADAPTER = "model.safetensors", "adapter_model.safetensors"

@@ -7,7 +7,7 @@ from torch import nn
 from timstore.checkpoints.folder import Checkpoint
 from timstore.checkpoints.names import Naming
 from timstore.errors import InvalidInputError, ModelMismatchError
-from timstore.fingerprints import digest
+from timstore.model.fingerprints import digest
 from timstore.rollbacks.targets import InModule
 
 

@@ -10,7 +10,7 @@ from timstore.checkpoints.files import PlainFile, TensorFile
 from timstore.checkpoints.folder import Checkpoint
 from timstore.checkpoints.writing import Span, Writing, check_free
 from timstore.errors import AlreadyExistsError, InvalidInputError, ReadOnlyError
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 
 
 @dataclass(frozen=True, slots=True)

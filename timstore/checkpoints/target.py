@@ -15,11 +15,11 @@ from timstore.checkpoints.names import Naming
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.writing import Writing
 from timstore.errors import FormatError
-from timstore.fingerprints import digest_of_blocks, digests_by
 from timstore.interrupts import CriticalSection
+from timstore.model.fingerprints import digest_of_blocks, digests_by
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Writes
-from timstore.rollbacks.targets import Place
+from timstore.rollbacks.places import Place
 
 # What can be changed; the others are compared, since digests are of a dtype's name too, or only copied.
 _CHANGED = ("F64", "F32", "F16", "BF16")

@@ -13,7 +13,7 @@ from timstore.checkpoints.cut_off import renaming
 from timstore.checkpoints.files import BLOCK_BYTES, PlainFile
 from timstore.checkpoints.header import spans_between
 from timstore.errors import AlreadyExistsError, StorageError
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 
 # Bytes [start, stop) of a file.
 Span = tuple[int, int]

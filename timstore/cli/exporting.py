@@ -37,7 +37,7 @@ def run(
     They are dense there, and many times as large as in the store. What
     `timstore import` reads again is the same to the last bit.
     """
-    from timstore.interchange import export_trajectories
+    from timstore.legacy import export_trajectories
 
     with reading(path) as store:
         report = export_trajectories(store, directory, format=layout.value, where=where)

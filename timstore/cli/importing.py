@@ -49,7 +49,7 @@ def run(
     so on, as older tools write them. JSON is streamed. An import that was
     cut off goes on when it is called again.
     """
-    from timstore.interchange import import_trajectories
+    from timstore.legacy import import_trajectories
 
     held = 0 if dry_run else _commits(path)
     if held:

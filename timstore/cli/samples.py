@@ -15,8 +15,8 @@ from timstore.cli.options import AsJson, DryRun, StorePath, Yes
 from timstore.cli.output import counted, print_json
 from timstore.cli.sample_files import blocks
 from timstore.cli.stores import reading, writing
+from timstore.database.samples import as_rows, check_columns
 from timstore.format.columns import plain
-from timstore.samples import as_rows, check_columns
 
 EXAMPLES = """\b
 Examples:

@@ -1,16 +1,11 @@
 """Bytes of data objects, checked against the record that names them."""
 
-from typing import TYPE_CHECKING
-
 from isal.isal_zlib import crc32
 
 from timstore.errors import CorruptionError, NotFoundError
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.objects import Objects
 from timstore.format.shard import Chunk
-
-if TYPE_CHECKING:
-    from timstore.format.checkpoint import Checkpoint
 
 
 def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
@@ -28,8 +23,8 @@ def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
     return data, None if crc32(data) == info.crc32 else "was altered: its crc32 does not match"
 
 
-def read_verified(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> bytes:
-    """Return a data object once its size and crc32 are those of its record. One pass over the bytes.
+def read_verified(objects: Objects, info: ObjectInfo, owner: object) -> bytes:
+    """Return a data object once its size and crc32 are those of its record, a commit or a checkpoint. One pass.
 
     Raises:
         CorruptionError: naming the object and what it belongs to; kind `missing` when there is none.
@@ -58,7 +53,7 @@ def read_part(objects: Objects, info: ObjectInfo, owner: Commit, part: Chunk) ->
     return data
 
 
-def _corrupt(info: ObjectInfo, problem: str, owner: "Commit | Checkpoint") -> CorruptionError:
+def _corrupt(info: ObjectInfo, problem: str, owner: object) -> CorruptionError:
     where = {"writer": owner.writer, "seq": owner.seq, "steps": owner.steps} if isinstance(owner, Commit) else {}
     return CorruptionError(
         f"{info.path} {problem}. It holds {info.kind} of {owner}. Restore this file from a copy",

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from timstore.arguments import whole_number
-from timstore.content import is_pair, row_hash, row_ids, row_tokens
+from timstore.database.arguments import whole_number
+from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError
+from timstore.model.sample_ids import is_pair, row_hash, row_ids, row_tokens
 from timstore.recording.packing import pieces_of
-from timstore.samples import sample_named
 
 
 class WithIds:

@@ -9,9 +9,9 @@ from torch import nn
 
 from timstore import Store
 from timstore import open as open_store
+from timstore.database.samples import names_of_samples, sample_named
 from timstore.errors import StateError, TimstoreWarning
 from timstore.recording import Recorder
-from timstore.samples import names_of_samples, sample_named
 
 
 class Session:

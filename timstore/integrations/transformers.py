@@ -9,14 +9,14 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from timstore import Store
-from timstore.content import is_pair, row_ids
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.integrations.collating import WithIds
 from timstore.integrations.session import Session
 from timstore.integrations.trl import check_packing, options_for
-from timstore.ranks import world
+from timstore.model.distributed import world
+from timstore.model.sample_ids import is_pair, row_ids
+from timstore.model.unwrap import inner_model
 from timstore.recording import Recorder
-from timstore.wrappers import inner_model
 
 __all__ = ["TrajectoryCallback", "content_ids"]
 

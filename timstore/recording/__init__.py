@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from timstore.arguments import byte_count, flags, listed, positive_number
+from timstore.database.arguments import byte_count, flags, listed, positive_number
+from timstore.database.store import Store
+from timstore.database.validation import mean_unit
 from timstore.errors import InvalidInputError
-from timstore.intake import mean_unit
 from timstore.recording.forecast import Budget, Forecast
 from timstore.recording.recorder import Options, Recorder
 from timstore.recording.rehearsal import rehearse
-from timstore.store import Store
 
 __all__ = ["Forecast", "Recorder", "record", "rehearse"]
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from timstore.arguments import plain_name
-from timstore.arguments import sample_id as checked_id
+from timstore.database.arguments import plain_name
+from timstore.database.arguments import sample_id as checked_id
+from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError, shown
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Owners, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
-from timstore.samples import sample_named
 
 
 @dataclass(eq=False, slots=True)

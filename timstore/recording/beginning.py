@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from timstore.database.identity import History, Moment, Place
+from timstore.database.store import Store
 from timstore.errors import StateError, TimstoreWarning
-from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.identity import History, Moment, Place
-from timstore.store import Store
+from timstore.model.fingerprints import digests
 
 _log = logging.getLogger(__name__)
 

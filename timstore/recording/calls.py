@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from timstore.errors import CoverageError
+from timstore.model.eval_guard import RandomState
 from timstore.recording.buffers import Buffers
 from timstore.recording.chosen import Chosen
 from timstore.recording.layouts import Layout, Parts
 from timstore.records import widen
-from timstore.undisturbed import RandomState
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.
 HostRows = np.ndarray | list[np.ndarray]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
+from timstore.model.eval_guard import RandomState
 from timstore.recording.attention import Projections
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
@@ -23,7 +24,6 @@ from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.replays import BatchNormKind
 from timstore.recording.watching import Place, Watch
-from timstore.undisturbed import RandomState
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 

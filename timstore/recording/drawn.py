@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from timstore.database.store import Store
 from timstore.errors import TimstoreWarning
-from timstore.store import Store
 
 _NAMED = 5
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from timstore.database.store import Store
 from timstore.encoding import PRECISIONS
 from timstore.errors import StateError
 from timstore.recording.history import waypoints_of
 from timstore.records import Gradient, Parameter
-from timstore.store import Store
 
 # Whole parameters are measured on no more numbers than this; the rest compresses alike.
 _MEASURED_NUMEL = 4_000_000

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.content import content_rows, row_hash, sample_of
+from timstore.database.store import Store
 from timstore.errors import CoverageError, InvalidInputError, TimstoreWarning
+from timstore.model.sample_ids import content_rows, row_hash, sample_of
 from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
@@ -18,7 +19,6 @@ from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
-from timstore.store import Store
 
 
 class Forwards:

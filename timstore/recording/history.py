@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.arguments import choice
+from timstore.database.arguments import choice
+from timstore.database.store import Store
 from timstore.errors import InvalidInputError
-from timstore.optimizers import SGD_FAMILY, class_name
+from timstore.model.optimizer_names import SGD_FAMILY, class_name
 from timstore.recording.optimizer import amp_scales
-from timstore.store import Store
 
 KINDS = ("final", "gradients")
 # Curvature changes most early in a run, and nobody knows yet how long it will be: waypoints are where the number of

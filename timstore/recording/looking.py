@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from timstore.errors import CoverageError
+from timstore.model.eval_guard import undisturbed
 from timstore.recording.batches import token_counts
 from timstore.recording.calm import calm, other_numbers
 from timstore.recording.layouts import Axis, Folded, Layout
 from timstore.recording.outputs import outputs_of
 from timstore.recording.own_rows import has_own_rows
 from timstore.recording.watching import Place, Sizes, Watch, places_of, unlike
-from timstore.undisturbed import undisturbed
 
 # Of a loss, that rounding may make of its parts.
 _ADDS_UP = 1e-2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from timstore.errors import CoverageError, InvalidInputError
-from timstore.optimizers import class_name
+from timstore.model.optimizer_names import class_name
 from timstore.records import StepGroup
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from timstore.model.eval_guard import undisturbed
 from timstore.recording.calm import calm
 from timstore.recording.layouts import Owners
 from timstore.recording.outputs import outputs_of
-from timstore.undisturbed import undisturbed
 
 # Of a number that a model returns, what rounding may make of it where other tokens stand beside it.
 _ROUNDING = 1e-3

@@ -9,12 +9,24 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from timstore.arguments import choice, counting_number, listed, moment, plain_name, rank_number, sample_id, whole_number
+from timstore.database.arguments import (
+    choice,
+    counting_number,
+    listed,
+    moment,
+    plain_name,
+    rank_number,
+    sample_id,
+    whole_number,
+)
+from timstore.database.kept_rows import KEPT, asks_kept
+from timstore.database.samples import names_of_samples
+from timstore.database.store import Store
 from timstore.errors import InvalidInputError, StateError, shown
-from timstore.fingerprints import digests
 from timstore.format.commits import Scope
-from timstore.kept_rows import KEPT, asks_kept
-from timstore.ranks import Ranks
+from timstore.model.distributed import Ranks
+from timstore.model.fingerprints import digests
+from timstore.model.unwrap import inner_model, inner_optimizers
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
 from timstore.recording.capture import Capture
@@ -30,9 +42,6 @@ from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
-from timstore.samples import names_of_samples
-from timstore.store import Store
-from timstore.wrappers import inner_model, inner_optimizers
 
 CAPTURES = ("modules", "per-sample")
 

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.arguments import choice, flag, positive_number
+from timstore.database.arguments import choice, flag, positive_number
+from timstore.database.store import Store
 from timstore.errors import InvalidInputError, shown
+from timstore.model.eval_guard import given, undisturbed
+from timstore.model.unwrap import inner_model, inner_optimizers
 from timstore.recording.batches import on_host
 from timstore.recording.forecast import Forecast, is_adam, predict, written
 from timstore.recording.history import KINDS
 from timstore.recording.recorder import Options, Recorder
-from timstore.store import Store
-from timstore.undisturbed import given, undisturbed
-from timstore.wrappers import inner_model, inner_optimizers
 
 
 def rehearse(

@@ -10,11 +10,11 @@ from torch import nn
 from torch.func import functional_call
 
 from timstore.errors import CoverageError
+from timstore.model.eval_guard import RandomState
 from timstore.recording.calls import Arguments, Call, rows_of, wide_dtype, with_each_tensor
 from timstore.recording.layouts import Axis, Parts, only
 from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up
 from timstore.records import Gradient
-from timstore.undisturbed import RandomState
 
 
 class ReplayedKind(Kind):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from timstore.content import row_hash
-from timstore.kept_rows import ROWS, ROWS_BYTES, KeptRow, KeptRows, places_of, rows_table
+from timstore.database.kept_rows import ROWS, ROWS_BYTES, KeptRow, KeptRows, places_of, rows_table
+from timstore.database.store import Store
+from timstore.model.sample_ids import row_hash
 from timstore.recording.batches import MicroBatch
 from timstore.recording.losses import LossKind
-from timstore.store import Store
 
 _NO_END = 2**64 - 1
 # What transformers and TRL tell a model of how it makes its loss: no part of a row, and outputs are none of it.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.entries import Entry
+from timstore.database.entries import Entry
+from timstore.database.store import Store
 from timstore.errors import CoverageError, StateError
-from timstore.ranks import Ranks
+from timstore.model.distributed import Ranks
 from timstore.recording import checks
 from timstore.recording.batches import by_parameter
 from timstore.recording.closures import Arguments, run_closure
@@ -22,7 +23,6 @@ from timstore.recording.pending import Pending
 from timstore.recording.standstill import Standstill
 from timstore.recording.steps import Ahead, look_ahead
 from timstore.records import Gradient
-from timstore.store import Store
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from timstore.intake import Owned
+from timstore.database.validation import Owned
 from timstore.recording.batches import MicroBatch, apart, records_of
 from timstore.recording.inner import inner_products
 from timstore.recording.optimizer import amp_scales, norm_of_gradients, step_groups

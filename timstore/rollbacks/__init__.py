@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.arguments import flags
+from timstore.database.arguments import flags
+from timstore.database.store import Store
 from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.difference import explained
@@ -16,7 +17,6 @@ from timstore.rollbacks.rollback import rollback as _rollback
 from timstore.rollbacks.targets import ModelInMemory
 from timstore.rollbacks.together import changed_together
 from timstore.rollbacks.undo import undo as _undo
-from timstore.store import Store
 
 __all__ = ["ProbeReport", "RollbackReport", "rollback", "undo"]
 

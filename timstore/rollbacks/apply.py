@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from timstore.errors import StateError
-from timstore.fingerprints import digest_of_blocks
-from timstore.rollbacks.targets import Place
+from timstore.model.fingerprints import digest_of_blocks
+from timstore.rollbacks.places import Place
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.rollbacks.workers import side_by_side
 

@@ -5,12 +5,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from timstore.arguments import choice
+from timstore.database.arguments import choice
+from timstore.database.kept_rows import ASKED, KEPT, asks_kept
+from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError
-from timstore.kept_rows import ASKED, KEPT, asks_kept
 from timstore.rollbacks.probe import LOSSES, Probe
 from timstore.rollbacks.targets import Target
-from timstore.snapshot import Snapshot
 
 Given = Iterable[Any] | Literal["auto", False] | None
 

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from timstore.identity import Identity
+from timstore.database.identity import Identity
+from timstore.database.snapshot import Snapshot
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Change, change_of, needs_dots, needs_norms
 from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
@@ -16,7 +17,6 @@ from timstore.rollbacks.plan import Sources
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection, rest_of, whole_gradients
 from timstore.rollbacks.timeline import Timeline
-from timstore.snapshot import Snapshot
 
 
 def changes_of(

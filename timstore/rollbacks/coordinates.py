@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from timstore.database.states import State
 from timstore.errors import CoverageError
 from timstore.rollbacks.filtering import phi
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector, Workspace
-from timstore.states import State
 
 
 def read_coordinates(plan: Plan, moments: State, workspace: Workspace) -> Vector | None:

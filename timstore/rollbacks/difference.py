@@ -7,10 +7,10 @@ from itertools import islice
 
 import torch
 
+from timstore.database.snapshot import Snapshot
+from timstore.database.store import Store
 from timstore.errors import ModelMismatchError
-from timstore.fingerprints import digest
-from timstore.snapshot import Snapshot
-from timstore.store import Store
+from timstore.model.fingerprints import digest
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 # As peft names what it adds: `q_proj.lora_A.default.weight`, `embed_tokens.lora_embedding_A.default`.

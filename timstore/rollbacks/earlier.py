@@ -1,9 +1,9 @@
 """What a model that went through earlier rollbacks still holds of their samples, as far as that is known."""
 
-from timstore.identity import Identity, taken_out
-from timstore.optimizers import SGD_FAMILY
+from timstore.database.identity import Identity, taken_out
+from timstore.database.snapshot import Snapshot
+from timstore.model.optimizer_names import SGD_FAMILY
 from timstore.rollbacks.selection import Selection
-from timstore.snapshot import Snapshot
 
 
 def warnings_of_earlier(snapshot: Snapshot, identity: Identity, selection: Selection) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
@@ -16,7 +17,6 @@ from timstore.rollbacks.loading import ParameterRows, Piece, additions, pieces_o
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector
 from timstore.rollbacks.workers import MOST, Task, side_by_side
-from timstore.snapshot import Snapshot
 
 # So many readers are kept whatever their tables take.
 _READERS = MOST + 1

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY, class_name
+from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY, class_name
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Write, moves
 from timstore.rollbacks.replay import Replayed

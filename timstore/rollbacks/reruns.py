@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
+from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.timeline import Timeline
 
 # Ways to compute the same step; one plain way is enough here.

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from timstore.arguments import byte_count, choice, flags, positive_number
+from timstore.database.arguments import byte_count, choice, flags, positive_number
+from timstore.database.identity import combined_digest, recognise
+from timstore.database.kept_rows import asks_kept
+from timstore.database.states import State
+from timstore.database.store import Store
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
-from timstore.identity import combined_digest, recognise
 from timstore.interrupts import CriticalSection
-from timstore.kept_rows import asks_kept
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.asking import Asked, Given, probe_to_ask
 from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
@@ -25,6 +27,7 @@ from timstore.rollbacks.expectation import expected_kl, faded, order_noise
 from timstore.rollbacks.filtering import Stretch, probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
 from timstore.rollbacks.outcome import Outcome
+from timstore.rollbacks.places import Place
 from timstore.rollbacks.plan import Plan, longest
 from timstore.rollbacks.progress import Bar, rollback_shown
 from timstore.rollbacks.replay import Replayed
@@ -33,11 +36,9 @@ from timstore.rollbacks.request import Request
 from timstore.rollbacks.room import Room
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
-from timstore.rollbacks.targets import Place, Target
+from timstore.rollbacks.targets import Target
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.rollbacks.waypoints import read_path
-from timstore.states import State
-from timstore.store import Store
 
 _log = logging.getLogger(__name__)
 

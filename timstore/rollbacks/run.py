@@ -7,24 +7,24 @@ from functools import cache
 import numpy as np
 import torch
 
+from timstore.database.identity import Identity
+from timstore.database.snapshot import Snapshot
 from timstore.errors import CoverageError
-from timstore.identity import Identity
-from timstore.optimizers import ADAM_FAMILY, SGD_FAMILY
+from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.changes import changes_of, sources_of
 from timstore.rollbacks.consumed import Change
 from timstore.rollbacks.engine import Budget, Readers, stream
 from timstore.rollbacks.expectation import first_use
 from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, approximated, choose
 from timstore.rollbacks.optimizer_state import Correction, buffers_of, described
+from timstore.rollbacks.places import Place
 from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_plan, step_rows
 from timstore.rollbacks.replay import Replay, Replayed
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.tape import Tape, find_tape
-from timstore.rollbacks.targets import Place
 from timstore.rollbacks.timeline import Timeline, moment_key, read_timelines
 from timstore.rollbacks.vectors import Vector, Workspace
-from timstore.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from timstore.database.identity import Identity, taken_out
+from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError, StateError
-from timstore.identity import Identity, taken_out
 from timstore.records import Parameter
 from timstore.rollbacks.consumed import Leaving
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.timeline import Moment, moment_key, up_to
-from timstore.snapshot import Snapshot
 
 _RECORD = "attempt, epoch, step, rank, sample"
 _KEY = f"epoch * {moment_key(1, 0)} + step"

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from timstore.database.identity import Identity
+from timstore.database.snapshot import Snapshot
+from timstore.database.states import State
 from timstore.format.cache import ByteCache
-from timstore.identity import Identity
-from timstore.optimizers import class_of
+from timstore.model.optimizer_names import class_of
 from timstore.records import Parameter
 from timstore.rollbacks.changes import complete_steps
 from timstore.rollbacks.loading import by_parameter
 from timstore.rollbacks.reruns import hyperparameters
 from timstore.rollbacks.selection import whole_gradients
 from timstore.rollbacks.timeline import Timeline, moment_key, moment_of, up_to
-from timstore.snapshot import Snapshot
-from timstore.states import State
 
 _RECORD_IT = "record with optimizer_history='gradients' from the run's start on"
 

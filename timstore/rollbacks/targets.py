@@ -1,42 +1,16 @@
-"""What a rollback changes, and where each parameter of it lives: here in a module, elsewhere in a file."""
+"""What a rollback changes: a model in memory, or one elsewhere."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from timstore.errors import ModelMismatchError
-from timstore.fingerprints import digests
 from timstore.interrupts import CriticalSection
+from timstore.model.fingerprints import digests
 from timstore.records import Parameter
-
-if TYPE_CHECKING:
-    from timstore.rollbacks.apply import Writes
-
-
-class Place(Protocol):
-    """One parameter where it lives; its elements are counted flat."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision that it is kept in."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its numbers are when they are read."""
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements [start, stop); do not change them, `write` does."""
-
-    def blocks(self, numel: int) -> Iterator[torch.Tensor]:
-        """Yield all elements in order, so many at a time; do not change them."""
-
-    def write(self, blocks: Iterator[torch.Tensor]) -> None:
-        """Take new values of all elements, in order; each block may be made of the old values of its elements."""
+from timstore.rollbacks.apply import Writes
+from timstore.rollbacks.places import Place
 
 
 class Target(Protocol):
@@ -63,7 +37,7 @@ class Target(Protocol):
             ModelMismatchError: one is missing or has another shape.
         """
 
-    def change(self, writes: "Writes", record: Callable[[], None], section: CriticalSection) -> None:
+    def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
         """Change the places that were handed out, and have `record` write that down.
 
         Digests decide what a model is, so that a record whose change never came is harmless; a change without a record
@@ -99,7 +73,7 @@ class ModelInMemory:
                 )
         return {name: InModule(held[name]) for name in wanted}
 
-    def change(self, writes: "Writes", record: Callable[[], None], section: CriticalSection) -> None:
+    def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
         old = writes.keep()
         record()
         section.enter()

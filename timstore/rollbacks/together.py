@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from timstore.database.store import Store
 from timstore.interrupts import CriticalSection
-from timstore.ranks import Ranks
+from timstore.model.distributed import Ranks
+from timstore.model.unwrap import inner_optimizers, unwrapped
 from timstore.rollbacks.apply import Write, Writes
 from timstore.rollbacks.targets import InModule
 from timstore.rollbacks.vectors import KEPT_BYTES, Workspace
-from timstore.store import Store
-from timstore.wrappers import inner_optimizers, unwrapped
 
 T = TypeVar("T")
 

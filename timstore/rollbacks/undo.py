@@ -7,18 +7,18 @@ from functools import partial
 
 import torch
 
-from timstore.arguments import plain_name
+from timstore.database.arguments import plain_name
+from timstore.database.identity import combined_digest, recognise
+from timstore.database.states import State
+from timstore.database.store import Store
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
-from timstore.fingerprints import digest, digests
 from timstore.format.cache import ByteCache
-from timstore.identity import combined_digest, recognise
 from timstore.interrupts import CriticalSection
+from timstore.model.fingerprints import digest, digests
 from timstore.records import Parameter
 from timstore.rollbacks.apply import Write, Writes
 from timstore.rollbacks.targets import InModule, ModelInMemory
 from timstore.rollbacks.vectors import KEPT_BYTES, Workspace
-from timstore.states import State
-from timstore.store import Store
 
 _log = logging.getLogger(__name__)
 

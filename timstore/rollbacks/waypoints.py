@@ -6,13 +6,13 @@ from itertools import combinations, pairwise
 import numpy as np
 import torch
 
+from timstore.database.snapshot import Snapshot
+from timstore.database.states import State
 from timstore.format.cache import ByteCache
 from timstore.rollbacks.filtering import Stretch
 from timstore.rollbacks.plan import Plan, longest
 from timstore.rollbacks.timeline import Moment, Timeline, moment_key, up_to
 from timstore.rollbacks.vectors import Vector, Workspace
-from timstore.snapshot import Snapshot
-from timstore.states import State
 
 # At how many of them a probe is asked: eight are no better (docs/design/curvature.md).
 _ASKED_AT = 3

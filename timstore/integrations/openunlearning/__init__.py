@@ -11,6 +11,6 @@ Nothing of OpenUnlearning is imported here. docs/openunlearning.md tells how the
 
 from timstore.integrations.openunlearning.recorder import TIMRecorder
 from timstore.integrations.openunlearning.rollback import TIMParameterRollback
-from timstore.interchange import save_gradient_trajectory
+from timstore.legacy import save_gradient_trajectory
 
 __all__ = ["TIMParameterRollback", "TIMRecorder", "save_gradient_trajectory"]

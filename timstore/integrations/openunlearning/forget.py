@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from timstore.arguments import whole_number
+from timstore.database.arguments import whole_number
+from timstore.database.samples import names_of_samples, sample_named
+from timstore.database.store import Store
 from timstore.errors import CoverageError, InvalidInputError, NotFoundError, TimstoreWarning
-from timstore.samples import names_of_samples, sample_named
-from timstore.store import Store
 
 
 @dataclass(frozen=True, slots=True)

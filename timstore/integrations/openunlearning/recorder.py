@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from timstore import open as open_store
-from timstore.content import sample_of
 from timstore.errors import InvalidInputError, StateError, TimstoreError
 from timstore.integrations.openunlearning.arguments import RecorderArguments
 from timstore.integrations.openunlearning.keys import METHOD, errors_spelled
 from timstore.integrations.openunlearning.rows import hashes_of
 from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
 from timstore.integrations.transformers import TrajectoryCallback
-from timstore.interchange.trajectory import STORE
+from timstore.legacy.trajectory import STORE
+from timstore.model.sample_ids import sample_of
 
 # Kinds of the refusal to record a training into the store of another one.
 _OTHER_TRAININGS = ("model-changed", "unknown-model", "other-scope", "earlier-epoch")

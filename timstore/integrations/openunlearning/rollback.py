@@ -20,7 +20,7 @@ from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
 from timstore.integrations.openunlearning.rows import hashes_of
 from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
 from timstore.integrations.openunlearning.trajectories import trajectories_of
-from timstore.reporting import reporting
+from timstore.os_errors import reporting
 from timstore.rollbacks import RollbackReport
 
 REPORT = "timstore_report.json"

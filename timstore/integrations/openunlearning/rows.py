@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from timstore.content import content_rows, row_hash
 from timstore.errors import InvalidInputError
+from timstore.model.sample_ids import content_rows, row_hash
 
 Collate = Callable[[list[Any]], Any]
 # What the model was given of a batch.

@@ -8,12 +8,12 @@ from pathlib import Path
 from timstore.errors import InvalidInputError, NotFoundError
 from timstore.format import layout
 from timstore.integrations.openunlearning.arguments import RollbackArguments
-from timstore.interchange import import_trajectories
-from timstore.interchange.importing import STAGED
-from timstore.interchange.layout import FORMATS, find
-from timstore.interchange.staging import beside
-from timstore.interchange.trajectory import STORE
-from timstore.reporting import reporting
+from timstore.legacy import import_trajectories
+from timstore.legacy.importing import STAGED
+from timstore.legacy.layout import FORMATS, find
+from timstore.legacy.staging import beside
+from timstore.legacy.trajectory import STORE
+from timstore.os_errors import reporting
 
 IMPORTED = "imported.tim"
 _ORIGIN = "imported.json"

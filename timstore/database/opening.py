@@ -1,0 +1,117 @@
+"""Find or make the store at a path, and hold its options to what it was made with."""
+
+import logging
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any
+
+from timstore.database.arguments import choice
+from timstore.database.removal import check_whole, remove_store
+from timstore.encoding import PRECISIONS
+from timstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    ReadOnlyError,
+    TimstoreWarning,
+    shown,
+)
+from timstore.format import layout
+from timstore.format.objects import LocalObjects
+from timstore.format.settings import Settings, create_settings, read_settings
+from timstore.os_errors import reporting
+
+_log = logging.getLogger(__name__)
+
+_DEFAULTS: dict[str, Any] = {"precision": "exact", "max_rel_error": 0.02, "durability": "commit"}
+_CHOICES = {"precision": PRECISIONS, "durability": ("commit", "os")}
+
+
+def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
+    """Return the object backend and the settings of the store at `path`, made first where the mode says so.
+
+    Args:
+        options: precision, max_rel_error, durability; None where the caller has no wish.
+    """
+    _check(mode, options)
+    with reporting("open", path):
+        return _opened(path, mode, options)
+
+
+def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
+    if mode == "w":
+        remove_store(path)
+    exists = (path / layout.SETTINGS).exists()
+    if mode == "x" and exists:
+        raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
+    if not exists:
+        check_whole(path)
+        if (path / layout.attempt_path(0)).exists():
+            raise CorruptionError(
+                f"{path} has records, but its {layout.SETTINGS} is missing. Restore this file from a copy",
+                path=layout.SETTINGS,
+            )
+        if mode == "r":
+            raise NotFoundError(f"there is no store at {path}; mode 'a' makes one", path=str(path))
+        if path.exists() and not _is_free(path):
+            raise InvalidInputError(
+                f"{path} is not a store, and is not empty: choose an empty or a new directory", path=str(path)
+            )
+        wanted = {name: _DEFAULTS[name] if value is None else value for name, value in options.items()}
+        objects = LocalObjects(path, durable=wanted["durability"] == "commit")
+        try:
+            made = create_settings(objects, **wanted)
+            _log.info("made a store at %s", path)
+            return objects, made
+        except AlreadyExistsError:
+            if mode == "x":
+                raise
+            # Another process made it just now; its options are held against ours below.
+    settings = read_settings(LocalObjects(path, durable=False))
+    _warn_when_public(path)
+    for name, value in options.items():
+        kept = getattr(settings, name)
+        if value is not None and value != kept:
+            raise InvalidInputError(
+                f"{path} was made with {name}={kept!r}, not {shown(value)}: leave {name} out, or make another store",
+                path=str(path),
+            )
+    if mode != "r":
+        if not settings.writable:
+            raise ReadOnlyError(f"{path} was written by a newer timstore: this version can only read it (mode 'r')")
+        if not os.access(path, os.W_OK):
+            raise ReadOnlyError(f"{path} is not writable for this process: open it with mode 'r'", path=str(path))
+    return LocalObjects(path, durable=settings.durability == "commit"), settings
+
+
+def _warn_when_public(path: Path) -> None:
+    """A copy made without its modes, say, may be open to everyone."""
+    if path.stat().st_mode & stat.S_IXOTH and (path / layout.SETTINGS).stat().st_mode & stat.S_IROTH:
+        warnings.warn(
+            f"every user of this machine can read {path}, and gradients tell about the data they came from: "
+            f"chmod -R go= {path}",
+            TimstoreWarning,
+            stacklevel=7,
+        )
+
+
+def _is_free(path: Path) -> bool:
+    """Say whether a store may be made here: an empty folder, or one in which somebody began to make it."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    return layout.SETTINGS in names or all(name.startswith(f".{layout.SETTINGS}.") for name in names)
+
+
+def _check(mode: str, options: dict[str, Any]) -> None:
+    if not isinstance(mode, str) or mode not in ("r", "a", "x", "w"):
+        raise InvalidInputError(
+            f"mode is 'r' (read), 'a' (open or create), 'x' (create) or 'w' (start over), not {shown(mode)}"
+        )
+    for name, choices in _CHOICES.items():
+        if options[name] is not None:
+            choice(options[name], choices, name)
+    limit = options["max_rel_error"]
+    if limit is not None and not (isinstance(limit, float | int) and 0 < limit < 1):
+        raise InvalidInputError(f"max_rel_error lies between 0 and 1, not {shown(limit)}")

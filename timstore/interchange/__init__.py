@@ -1,7 +1,0 @@
-"""The older layout of JSON and pickle files, in and out, and the function that wrote it."""
-
-from timstore.interchange.exporting import Exported, export_trajectories
-from timstore.interchange.importing import Imported, import_trajectories
-from timstore.interchange.trajectory import save_gradient_trajectory
-
-__all__ = ["Exported", "Imported", "export_trajectories", "import_trajectories", "save_gradient_trajectory"]
