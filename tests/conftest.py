@@ -15,7 +15,7 @@ from stores import made_store
 
 import timstore
 from timstore.database.lifetime import attended_stores
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 from timstore.format.settings import Settings, read_settings
 from timstore.legacy.pickles import read_pickle
 from timstore.recording import accumulation, standstill

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import timstore
-from timstore.format.columns import fit, joined, plain
+from timstore.format.user_columns import fit, joined, plain
 
 BIG = 2**60 + 1
 VALUES = {

@@ -9,8 +9,8 @@ from full_stores import body
 
 import timstore
 from timstore import Factors
-from timstore.format.objects import LocalObjects
-from timstore.format.shard import ArrayLayout, stored_name
+from timstore.format.local_files import LocalObjects
+from timstore.format.zarr_shards import ArrayLayout, stored_name
 
 RECORDS = 24
 

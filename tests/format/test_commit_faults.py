@@ -20,10 +20,10 @@ from timstore.errors import (
     StateError,
     StorageError,
 )
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
+from timstore.format.log_reader import read_view
 from timstore.format.settings import create_settings
-from timstore.format.view import read_view
 
 
 class Failing(LocalObjects):

@@ -19,7 +19,7 @@ from timstore.errors import (
     ReadOnlyError,
     StorageError,
 )
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 
 class Recording(LocalObjects):

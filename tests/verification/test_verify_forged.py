@@ -10,7 +10,7 @@ from full_stores import body, fill, forge_rows, gradients, naming, replace_objec
 from stores import forged
 
 import timstore
-from timstore.format.shard import ArrayLayout, decode_chunk, encode_shards
+from timstore.format.zarr_shards import ArrayLayout, decode_chunk, encode_shards
 
 
 @pytest.fixture(scope="module")

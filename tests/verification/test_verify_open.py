@@ -11,7 +11,7 @@ import torch
 from full_stores import body, fill, gradients, normal, tree
 
 import timstore
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_paths_that_hold_no_store_are_refused(tmp_path):
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("timstore.format.layout.FORMAT", (2, 0))
+        patch.setattr("timstore.format.paths.FORMAT", (2, 0))
         timstore.open(tmp_path).close()
     with pytest.raises(timstore.FormatError, match=r"format 2\.0"):
         timstore.verify(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import duckdb
 
 from timstore.catalog.tables import AttemptRow, quoted
-from timstore.format.tables import SCHEMAS
+from timstore.format.schemas import SCHEMAS
 
 _RECORD = "attempt, epoch, step, rank, sample"
 

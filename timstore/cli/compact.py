@@ -23,7 +23,7 @@ def run(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -> No
     """
     if dry_run:
         with reading(path) as store:
-            waiting = len(store.snapshot().view.since_checkpoint)
+            waiting = len(store.snapshot().view.since_compaction)
         if as_json:
             print_json({"dry_run": True, "commits": waiting})
         else:
@@ -33,12 +33,12 @@ def run(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -> No
         done = store.compact()
     if as_json:
         print_json({"dry_run": False, **asdict(done)})
-    elif done.checkpoint is None:
+    elif done.compaction is None:
         typer.echo("nothing to fold")
     else:
         typer.echo(
-            f"folded {counted(done.commits, 'commit')}, {counted(done.rows, 'row')}, into checkpoint "
-            f"{done.checkpoint}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
+            f"folded {counted(done.commits, 'commit')}, {counted(done.rows, 'row')}, into compaction "
+            f"{done.compaction}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
             f"{counted(done.deleted, 'file')} deleted"
         )
         if done.undeleted is not None:

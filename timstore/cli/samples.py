@@ -16,7 +16,7 @@ from timstore.cli.output import counted, print_json
 from timstore.cli.sample_files import blocks
 from timstore.cli.stores import reading, writing
 from timstore.database.samples import as_rows, check_columns
-from timstore.format.columns import plain
+from timstore.format.user_columns import plain
 
 EXAMPLES = """\b
 Examples:

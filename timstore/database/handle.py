@@ -12,7 +12,7 @@ from timstore.database import arguments, lifetime
 from timstore.database.kept_rows import ASKED
 from timstore.database.opening import open_settings
 from timstore.database.snapshot import Snapshot, StoredRecord
-from timstore.format.place import Place
+from timstore.format.settings import Place
 from timstore.os_errors import user_path
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from timstore.catalog.tables import quoted
 from timstore.database.arguments import mapped, plain_name, sample_id
 from timstore.errors import InvalidInputError
-from timstore.format.columns import fit, joined, plain
+from timstore.format.user_columns import fit, joined, plain
 
 
 class Samples:

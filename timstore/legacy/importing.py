@@ -17,8 +17,8 @@ from numpy.linalg import norm
 from timstore.database.snapshot import StoredRecord
 from timstore.database.store import Store
 from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
-from timstore.format.holding import held
-from timstore.format.layout import SETTINGS
+from timstore.format.local_files import held
+from timstore.format.paths import SETTINGS
 from timstore.legacy.json_files import read_json
 from timstore.legacy.layout import FORMATS, Trajectories, find, finite, sample_of
 from timstore.legacy.numbering import Numbering, may_have_markers

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from timstore.errors import InvalidInputError
-from timstore.format.holding import held
+from timstore.format.local_files import held
 from timstore.os_errors import reporting, user_path
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from timstore.database.lifetime import open_stores, unattended
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, StorageError
-from timstore.format.layout import SETTINGS
+from timstore.format.paths import SETTINGS
 from timstore.legacy.layout import INFO, finite, sample_of
 from timstore.legacy.visits import narrowed
 from timstore.os_errors import reporting

@@ -11,8 +11,7 @@ import torch
 
 from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError
-from timstore.format.cache import ByteCache
-from timstore.format.reader import SegmentReader
+from timstore.format.segments import ByteCache, SegmentReader
 from timstore.rollbacks.loading import ParameterRows, Piece, additions, pieces_of
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector

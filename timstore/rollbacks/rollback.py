@@ -16,7 +16,7 @@ from timstore.database.kept_rows import asks_kept
 from timstore.database.states import State
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.interrupts import CriticalSection
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.asking import Asked, Given, probe_to_ask

@@ -10,7 +10,7 @@ import torch
 from timstore.database.identity import Identity
 from timstore.database.snapshot import Snapshot
 from timstore.database.states import State
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.model.optimizer_names import class_of
 from timstore.records import Parameter
 from timstore.rollbacks.changes import complete_steps

@@ -8,7 +8,7 @@ import torch
 
 from timstore.database.snapshot import Snapshot
 from timstore.database.states import State
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.rollbacks.filtering import Stretch
 from timstore.rollbacks.plan import Plan, longest
 from timstore.rollbacks.timeline import Moment, Timeline, moment_key, up_to

@@ -3,9 +3,9 @@
 import numpy as np
 
 from timstore.errors import FormatError
-from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.segment import ROLE_CODES
-from timstore.format.shard import GROUP_JSON, ArrayLayout, decode_chunk
+from timstore.format.log import Commit, ObjectInfo
+from timstore.format.segments import ROLE_CODES
+from timstore.format.zarr_shards import GROUP_JSON, ArrayLayout, decode_chunk
 from timstore.verification.chunks import ChunkCheck
 from timstore.verification.examiner import Examiner, Fault
 from timstore.verification.matrices import Slices

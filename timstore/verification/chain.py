@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from timstore.errors import CorruptionError
-from timstore.format import layout
-from timstore.format.commits import Commit, parse_record
+from timstore.format import paths
+from timstore.format.log import Commit, parse_record
 from timstore.verification.findings import LEFTOVER, Finding
 from timstore.verification.records import RecordReader, Sealed
 
@@ -76,7 +76,7 @@ def read_chain(
             known, before = False, None
             continue
         sealed, commit = found
-        path = layout.record_path(writer, seq)
+        path = paths.record_path(writer, seq)
         if known and sealed.fields.get("previous") != expected:
             message = "it does not follow the record before it: one of the two was replaced"
             chain.findings.append(Finding("chain", path, message, writer=writer, seq=seq, steps=commit.steps))
@@ -102,7 +102,7 @@ def _record(
     samples_of: Callable[[str, int], tuple[int, ...]],
 ) -> tuple[Sealed, Commit] | None:
     """Return the record of that number if it is of this place, whatever the one before it was."""
-    path = layout.record_path(chain.writer, seq)
+    path = paths.record_path(chain.writer, seq)
     sealed = reader.sealed(path)
     finding: Finding | None
     if isinstance(sealed, Finding):
@@ -132,7 +132,7 @@ def _record(
 
 def _gap(chain: Chain, first: int, last: int, samples_of: Callable[[str, int], tuple[int, ...]]) -> None:
     chain.broken.append((first, last))
-    path = layout.record_path(chain.writer, first)
+    path = paths.record_path(chain.writer, first)
     which = "this record is" if first == last else f"records {first} to {last} are"
     message = f"{which} missing, and a later record of the writer is there"
     samples = samples_of(chain.writer, first) if first == last else ()
@@ -142,10 +142,10 @@ def _gap(chain: Chain, first: int, last: int, samples_of: Callable[[str, int], t
 def _check_covered(reader: RecordReader, chain: Chain, sorts: Mapping[int, str], newest: Commit) -> None:
     """Look at the records that a checkpoint covers: readers need none of them, and the newest is kept."""
     for seq in sorted(seq for seq in sorts if seq < newest.seq):
-        path = layout.record_path(chain.writer, seq)
+        path = paths.record_path(chain.writer, seq)
         message = "a checkpoint covers it; the next roll-up deletes it"
         chain.findings.append(Finding("superseded", path, message, LEFTOVER, chain.writer, seq))
-    path = layout.record_path(chain.writer, newest.seq)
+    path = paths.record_path(chain.writer, newest.seq)
     if newest.seq not in sorts:
         if not reader.inventory.sort_of(path):
             message = "the newest record that the checkpoint covers is kept, but is gone. Readers do not need it"

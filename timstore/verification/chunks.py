@@ -6,7 +6,7 @@ import pyarrow as pa
 from isal.isal_zlib import crc32
 
 from timstore.errors import CorruptionError
-from timstore.format.shard import ArrayLayout, Chunk, chunk_place
+from timstore.format.zarr_shards import ArrayLayout, Chunk, chunk_place
 
 
 class ChunkCheck:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timstore.format.commits import Commit, Moment
+from timstore.format.log import Commit, Moment
 
 DAMAGE = "damage"
 LEFTOVER = "leftover"

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timstore.encoding.precision import SCALE_BLOCK
-from timstore.format.segment import STATE_ROLES
-from timstore.format.tables import coded
+from timstore.format.schemas import coded
+from timstore.format.segments import STATE_ROLES
 from timstore.verification.matrices import FIRST_STATE, Matrices
 
 # Parameter to the matrix shapes that it was declared with, anywhere in the store; None if that cannot be told.

@@ -2,17 +2,17 @@
 
 import pyarrow as pa
 
-from timstore.format import layout
-from timstore.format.checkpoint import Checkpoint
-from timstore.format.commits import Commit
-from timstore.format.tables import ROLLED
+from timstore.format import paths
+from timstore.format.compaction import Compaction
+from timstore.format.log import Commit
+from timstore.format.schemas import FOLDED
 from timstore.verification.examiner import Examiner, Fault
 from timstore.verification.fit import Shapes
 from timstore.verification.picture import Picture
 from timstore.verification.rowfiles import RowFiles
 from timstore.verification.segments import check_commit
 
-_NUMBERED = tuple(kind for kind in ROLLED if kind != "samples")
+_NUMBERED = tuple(kind for kind in FOLDED if kind != "samples")
 _ALONE = ("commits", "objects", "samples")
 
 
@@ -24,7 +24,7 @@ def check_checkpoint(examiner: Examiner, picture: Picture, shapes: Shapes) -> No
     checkpoint = picture.checkpoint
     if checkpoint is None:
         return
-    path = layout.checkpoint_path(checkpoint.number)
+    path = paths.compaction_path(checkpoint.number)
     before = len(examiner.findings)
     for info in checkpoint.files:
         if info.kind in _NUMBERED:
@@ -60,12 +60,12 @@ def check_checkpoint(examiner: Examiner, picture: Picture, shapes: Shapes) -> No
 def _describes(commit: Commit) -> bool:
     """Say whether the objects of a covered commit are its own, and none that a checkpoint folds."""
     return all(
-        (layout.parse_data_path(info.path) or ())[:2] == (commit.writer, commit.seq) and info.kind not in ROLLED
+        (paths.parse_data_path(info.path) or ())[:2] == (commit.writer, commit.seq) and info.kind not in FOLDED
         for info in commit.objects
     )
 
 
-def _check_order(examiner: Examiner, checkpoint: Checkpoint, covered: tuple[Commit, ...], path: str) -> None:
+def _check_order(examiner: Examiner, checkpoint: Compaction, covered: tuple[Commit, ...], path: str) -> None:
     """Hold the commits that a checkpoint covers to what it says of their writers."""
     numbers: dict[str, list[Commit]] = {}
     for commit in covered:
@@ -84,7 +84,7 @@ def _check_order(examiner: Examiner, checkpoint: Checkpoint, covered: tuple[Comm
             examiner.add("chain", path, f"it names the newest record of writer {writer} with two digests", newest)
 
 
-def _check_folders(examiner: Examiner, checkpoint: Checkpoint) -> None:
+def _check_folders(examiner: Examiner, checkpoint: Compaction) -> None:
     """Find files beside a checkpoint's row files, which no reader looks at."""
     named = {info.path for info in checkpoint.files}
     for folder in sorted({path.rpartition("/")[0] for path in named}):

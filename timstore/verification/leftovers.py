@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 
-from timstore.format import layout
+from timstore.format import paths
 from timstore.verification.findings import DAMAGE, LEFTOVER, Finding
 from timstore.verification.inventory import Entry, Inventory
 from timstore.verification.picture import Picture
 
-_PLACES = {layout.SETTINGS, *(folder.rstrip("/") for folder in (layout.RUNS, layout.LOG, layout.DATA))}
-_PLACES.add(layout.CHECKPOINTS.rstrip("/"))
+_PLACES = {paths.SETTINGS, *(folder.rstrip("/") for folder in (paths.RUNS, paths.LOG, paths.DATA))}
+_PLACES.add(paths.COMPACTIONS.rstrip("/"))
 
 
 def data_folders(inventory: Inventory) -> list[Entry]:
     """Return what lies in `data/` and in the writers' folders there."""
     found = []
-    for entry in inventory.entries(layout.DATA.rstrip("/")):
-        writer = entry.sort == "folder" and not entry.hidden and layout.parse_fold_prefix(entry.path) is None
+    for entry in inventory.entries(paths.DATA.rstrip("/")):
+        writer = entry.sort == "folder" and not entry.hidden and paths.parse_fold_prefix(entry.path) is None
         found += inventory.entries(entry.path) if writer and _is_writer(entry.path) else [entry]
     return found
 
@@ -39,9 +39,9 @@ def leftovers(inventory: Inventory, picture: Picture, folders: Sequence[Entry]) 
         elif entry.sort not in ("file", "folder"):
             # In the place of a commit's folder it is damage, and found with the commit's objects.
             yield Finding("not-a-file", entry.path, f"it is {entry.sort}; no record names it", LEFTOVER)
-        elif layout.parse_fold_prefix(entry.path) is not None:
+        elif paths.parse_fold_prefix(entry.path) is not None:
             yield from _fold(inventory, picture, entry)
-        elif layout.parse_data_path(f"{entry.path}/any.parquet") is not None:
+        elif paths.parse_data_path(f"{entry.path}/any.parquet") is not None:
             yield from _commit(inventory, picture, entry)
         else:
             yield Finding("unexpected", entry.path, "it is no folder of a commit or a checkpoint", LEFTOVER)
@@ -49,7 +49,7 @@ def leftovers(inventory: Inventory, picture: Picture, folders: Sequence[Entry]) 
 
 def _at_root(inventory: Inventory) -> Iterator[Finding]:
     for entry in inventory.entries():
-        if entry.path == layout.DATA.rstrip("/") and entry.sort != "folder":
+        if entry.path == paths.DATA.rstrip("/") and entry.sort != "folder":
             yield Finding("not-a-file", entry.path, f"it is {entry.sort}, not a folder: readers follow none", DAMAGE)
         elif entry.path not in _PLACES:
             kind = "temporary" if entry.hidden else "unexpected"
@@ -58,7 +58,7 @@ def _at_root(inventory: Inventory) -> Iterator[Finding]:
 
 def _fold(inventory: Inventory, picture: Picture, entry: Entry) -> Iterator[Finding]:
     files, size = inventory.size_below(entry.path)
-    number = layout.parse_fold_prefix(entry.path) or 0
+    number = paths.parse_fold_prefix(entry.path) or 0
     newest = picture.checkpoint.number if picture.checkpoint else 0
     if not files or picture.lost is not None:  # may be what the lost checkpoint named, which is a finding
         return
@@ -85,11 +85,11 @@ def _commit(inventory: Inventory, picture: Picture, entry: Entry) -> Iterator[Fi
         return
     why = "no record names it"
     if chain is not None and chain.is_broken(seq):
-        why = f"perhaps what the damaged record {layout.record_path(writer, seq)} names: keep it"
+        why = f"perhaps what the damaged record {paths.record_path(writer, seq)} names: keep it"
     elif chain is None or (seq >= chain.next and not chain.ended):
         why = "no record names it (yet): of a commit on its way, or of one that was given up"
     yield Finding("unreferenced", entry.path, f"{files} files, {size:,} bytes: {why}", LEFTOVER, writer, seq)
 
 
 def _is_writer(path: str) -> bool:
-    return layout.parse_data_path(f"{path}/{0:012d}-{0:08x}/any.parquet") is not None
+    return paths.parse_data_path(f"{path}/{0:012d}-{0:08x}/any.parquet") is not None

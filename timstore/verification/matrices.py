@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.segment import ROLE_CODES, ROLES
-from timstore.format.shard import ArrayLayout
-from timstore.format.tables import coded
+from timstore.format.schemas import coded
+from timstore.format.segments import ROLE_CODES, ROLES
+from timstore.format.zarr_shards import ArrayLayout
 
 FIRST_STATE = len(ROLES)
 

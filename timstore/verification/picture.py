@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from timstore.errors import TimstoreError
-from timstore.format import layout
-from timstore.format.checkpoint import Checkpoint, read_commits
-from timstore.format.commits import Commit
-from timstore.format.tables import ROLLED, read_rows
+from timstore.format import paths
+from timstore.format.compaction import Compaction, read_commits
+from timstore.format.log import Commit
+from timstore.format.schemas import FOLDED, read_rows
 from timstore.verification.chain import Chain, read_chain
 from timstore.verification.findings import LEFTOVER, Finding
 from timstore.verification.inventory import Entry
@@ -29,7 +29,7 @@ class Picture:
         findings: what is wrong with records, attempts and checkpoints.
     """
 
-    checkpoint: Checkpoint | None
+    checkpoint: Compaction | None
     lost: Finding | None
     covered: tuple[Commit, ...] | None
     fresh: tuple[Commit, ...]
@@ -72,7 +72,7 @@ def _look(reader: RecordReader) -> Picture:
             sorts.get(writer, {}),
             newest.get(writer),
             checkpoint_lost=lost is not None,
-            samples_of=lambda writer, seq: samples_in(reader, f"{layout.DATA}{writer}", f"{seq:012d}-"),
+            samples_of=lambda writer, seq: samples_in(reader, f"{paths.DATA}{writer}", f"{seq:012d}-"),
         )
         for writer in sorted({*sorts, *newest})
     }
@@ -91,11 +91,11 @@ def _look(reader: RecordReader) -> Picture:
 def _log(reader: RecordReader, findings: list[Finding]) -> dict[str, dict[int, str]]:
     """Return what lies under the name of every record, by writer and number."""
     sorts: dict[str, dict[int, str]] = {}
-    for folder in _plain(reader, [layout.LOG.rstrip("/")], findings):
+    for folder in _plain(reader, [paths.LOG.rstrip("/")], findings):
         for entry in reader.inventory.entries(folder):
             for path in _plain(reader, [entry.path], findings):
                 for record in reader.inventory.entries(path):
-                    name = layout.parse_record_path(record.path)
+                    name = paths.parse_record_path(record.path)
                     if name is None:
                         findings += strays([record])
                     else:
@@ -130,12 +130,12 @@ def strays(entries: Iterable[Entry]) -> list[Finding]:
     return findings
 
 
-def _checkpoint(reader: RecordReader, findings: list[Finding]) -> tuple[Checkpoint | None, Finding | None]:
+def _checkpoint(reader: RecordReader, findings: list[Finding]) -> tuple[Compaction | None, Finding | None]:
     """Return the highest checkpoint that can be read, and what is wrong with a higher one."""
     numbers: dict[int, str] = {}
-    for folder in _plain(reader, [layout.CHECKPOINTS.rstrip("/")], findings):
+    for folder in _plain(reader, [paths.COMPACTIONS.rstrip("/")], findings):
         for entry in reader.inventory.entries(folder):
-            number = layout.parse_checkpoint_path(entry.path)
+            number = paths.parse_compaction_path(entry.path)
             if number is not None:
                 numbers[number] = entry.path
             elif entry.hidden or entry.sort != "file":
@@ -146,26 +146,26 @@ def _checkpoint(reader: RecordReader, findings: list[Finding]) -> tuple[Checkpoi
     lost: Finding | None = None
     for number in sorted(numbers, reverse=True):
         found = reader.checkpoint(numbers[number])
-        if isinstance(found, Checkpoint):
+        if isinstance(found, Compaction):
             for older in (one for one in numbers if one < number):
                 message = f"checkpoint {number} took its place; the next roll-up deletes it"
                 findings.append(Finding("superseded", numbers[older], message, LEFTOVER))
             return found, lost
         if lost is None:
             folder = f"m-{number:012d}-"
-            lost = replace(found, samples=samples_in(reader, layout.DATA.rstrip("/"), folder))
+            lost = replace(found, samples=samples_in(reader, paths.DATA.rstrip("/"), folder))
         else:
             findings.append(replace(found, severity=LEFTOVER))
     return None, lost
 
 
 def _vanished(
-    reader: RecordReader, checkpoint: Checkpoint | None, sorts: Mapping[str, Mapping[int, str]]
+    reader: RecordReader, checkpoint: Compaction | None, sorts: Mapping[str, Mapping[int, str]]
 ) -> Finding | None:
     """Return the finding if a checkpoint is gone without which other things that are gone cannot be explained."""
     number = checkpoint.number if checkpoint else 0
-    folders = [entry.path for entry in reader.inventory.entries(layout.DATA.rstrip("/"))]
-    written = max((layout.parse_fold_prefix(folder) or 0 for folder in folders), default=0)
+    folders = [entry.path for entry in reader.inventory.entries(paths.DATA.rstrip("/"))]
+    written = max((paths.parse_fold_prefix(folder) or 0 for folder in folders), default=0)
     if written <= number:
         return None
     newest = checkpoint.newest if checkpoint else {}
@@ -173,19 +173,19 @@ def _vanished(
         covered = newest[writer].seq if writer in newest else -1
         present = [seq for seq in seqs if seq > covered]
         if present and (min(present) > covered + 1 or _lacks_rows(reader, writer, min(present))):
-            path = layout.checkpoint_path(written)
+            path = paths.compaction_path(written)
             message = "its row files are there, and what it covers is gone from the log"
-            samples = samples_in(reader, layout.DATA.rstrip("/"), f"m-{written:012d}-")
+            samples = samples_in(reader, paths.DATA.rstrip("/"), f"m-{written:012d}-")
             return Finding("missing", path, message, samples=samples)
     return None
 
 
 def _lacks_rows(reader: RecordReader, writer: str, seq: int) -> bool:
     """Say whether a record names row files that are not there, all of them."""
-    found = reader.sealed(layout.record_path(writer, seq))
+    found = reader.sealed(paths.record_path(writer, seq))
     named = [] if isinstance(found, Finding) else found.fields.get("objects", [])
     try:
-        rows = [one["path"] for one in named if one["kind"] in ROLLED]
+        rows = [one["path"] for one in named if one["kind"] in FOLDED]
     except (TypeError, KeyError):
         return False
     return bool(rows) and all(reader.inventory.sort_of(str(path)) is None for path in rows)
@@ -194,9 +194,9 @@ def _lacks_rows(reader: RecordReader, writer: str, seq: int) -> bool:
 def _attempts(reader: RecordReader, commits: Sequence[Commit]) -> list[Finding]:
     findings: list[Finding] = []
     numbers: set[int] = set()
-    for folder in _plain(reader, [layout.RUNS.rstrip("/")], findings):
+    for folder in _plain(reader, [paths.RUNS.rstrip("/")], findings):
         for entry in reader.inventory.entries(folder):
-            number = layout.parse_attempt_path(entry.path)
+            number = paths.parse_attempt_path(entry.path)
             if number is None:
                 findings += strays([entry])
                 continue
@@ -206,13 +206,13 @@ def _attempts(reader: RecordReader, commits: Sequence[Commit]) -> list[Finding]:
                 findings.append(found)
     named = {commit.attempt: commit for commit in reversed(commits)}
     for number in sorted(named.keys() - numbers):
-        findings.append(Finding("missing", layout.attempt_path(number), f"{named[number]} names it"))
+        findings.append(Finding("missing", paths.attempt_path(number), f"{named[number]} names it"))
     after = 0
     for number in sorted({*numbers, *named}):
         if number > after:
             which = "it is" if number == after + 1 else f"attempts {after} to {number - 1} are"
             message = f"{which} missing, and a later attempt exists"
-            findings.append(Finding("missing", layout.attempt_path(after), message))
+            findings.append(Finding("missing", paths.attempt_path(after), message))
         after = number + 1
     return findings
 

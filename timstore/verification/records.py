@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
-from timstore.format import layout
-from timstore.format.checkpoint import Checkpoint, parse_checkpoint
-from timstore.format.commits import Attempt, parse_attempt
-from timstore.format.objects import LocalObjects
+from timstore.format import paths
+from timstore.format.compaction import Compaction, parse_compaction
+from timstore.format.local_files import LocalObjects
+from timstore.format.log import Attempt, parse_attempt
 from timstore.format.settings import Settings, read_settings
 from timstore.verification.findings import Finding
 from timstore.verification.inventory import Inventory
@@ -47,8 +47,8 @@ class RecordReader:
     def sealed(self, path: str) -> Sealed | Finding:
         """Return the record at a path, or what is wrong with the file."""
         try:
-            data = self.objects.read(path, most=layout.RECORD_BYTES)
-            fields, digest = layout.unseal(data, path)
+            data = self.objects.read(path, most=paths.RECORD_BYTES)
+            fields, digest = paths.unseal(data, path)
         except (FormatError, NotFoundError, StorageError) as error:
             return self.fault(path, error)
         return Sealed(fields, digest, data)
@@ -75,16 +75,16 @@ class RecordReader:
 
     def attempt(self, path: str) -> Attempt | Finding:
         """Return the attempt that a file describes, or what is wrong with it."""
-        number = layout.parse_attempt_path(path)
+        number = paths.parse_attempt_path(path)
         return self._parsed(path, "attempt", number, lambda sealed: parse_attempt(sealed.data, path))
 
-    def checkpoint(self, path: str) -> Checkpoint | Finding:
+    def checkpoint(self, path: str) -> Compaction | Finding:
         """Return the checkpoint that a file describes, or what is wrong with it."""
 
-        def parse(sealed: Sealed) -> Checkpoint | Finding:
-            return self.foreign(path, sealed) or parse_checkpoint(sealed.data, path, self.settings_of(sealed))
+        def parse(sealed: Sealed) -> Compaction | Finding:
+            return self.foreign(path, sealed) or parse_compaction(sealed.data, path, self.settings_of(sealed))
 
-        return self._parsed(path, "checkpoint", layout.parse_checkpoint_path(path), parse)
+        return self._parsed(path, "checkpoint", paths.parse_compaction_path(path), parse)
 
     def _parsed(self, path: str, name: str, number: int | None, parse: Callable[[Sealed], T | Finding]) -> T | Finding:
         sealed = self.sealed(path)
@@ -103,7 +103,7 @@ class RecordReader:
         return Settings(str(sealed.fields.get("store")), "commit", "exact", 0.0)
 
     def _settings(self) -> Settings | None:
-        path = layout.SETTINGS
+        path = paths.SETTINGS
         try:
             return read_settings(self.objects)
         except NotFoundError:
@@ -116,9 +116,9 @@ class RecordReader:
 
     def _store_of_most(self) -> str | None:
         stores: Counter[str] = Counter()
-        for folder in (layout.LOG, layout.CHECKPOINTS):
+        for folder in (paths.LOG, paths.COMPACTIONS):
             for entry in self.inventory.below(folder.rstrip("/")):
-                sealed = None if entry.hidden or not layout.is_object_path(entry.path) else self.sealed(entry.path)
+                sealed = None if entry.hidden or not paths.is_object_path(entry.path) else self.sealed(entry.path)
                 if isinstance(sealed, Sealed) and isinstance(sealed.fields.get("store"), str):
                     stores[sealed.fields["store"]] += 1
         return stores.most_common(1)[0][0] if stores else None

@@ -3,8 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.checkpoint import Checkpoint
-from timstore.format.commits import Commit, Moment, ObjectInfo
+from timstore.format.compaction import Compaction
+from timstore.format.log import Commit, Moment, ObjectInfo
 from timstore.verification.examiner import Examiner, Fault
 from timstore.verification.rows import Tables, samples_of
 
@@ -19,7 +19,7 @@ class RowFiles:
         commits: how many the checkpoint covers; None when that cannot be told.
     """
 
-    def __init__(self, examiner: Examiner, checkpoint: Checkpoint, kind: str, commits: int | None) -> None:
+    def __init__(self, examiner: Examiner, checkpoint: Compaction, kind: str, commits: int | None) -> None:
         self._examiner = examiner
         self._kind = kind
         self._commits = commits

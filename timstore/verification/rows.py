@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timstore.encoding import PRECISIONS
-from timstore.format.commits import Commit, Moment
-from timstore.format.segment import STATE_ROLES
+from timstore.format.log import Commit, Moment
+from timstore.format.segments import STATE_ROLES
 from timstore.verification.examiner import Examiner
 
 # None: the file is there, or should be, and cannot be read. A kind without rows is absent.

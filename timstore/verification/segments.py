@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from timstore.database.kept_rows import KIND, KeptRows
 from timstore.database.snapshot import unpack_probe
-from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.tables import ROLLED, SCHEMAS, read_rows
+from timstore.format.log import Commit, ObjectInfo
+from timstore.format.schemas import FOLDED, SCHEMAS, read_rows
 from timstore.verification.arrays import ArrayCheck
 from timstore.verification.chunks import ChunkCheck
 from timstore.verification.examiner import Examiner, Fault
@@ -46,7 +46,7 @@ def check_commit(
             found = examiner.table(info)
             if isinstance(found, Fault):
                 tables[info.kind] = None
-                if not (maybe_covered and found.kind == "missing" and info.kind in ROLLED):
+                if not (maybe_covered and found.kind == "missing" and info.kind in FOLDED):
                     faults.append((info, found))
             else:
                 tables[info.kind] = found

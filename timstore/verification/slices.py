@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.commits import Commit
+from timstore.format.log import Commit
 from timstore.verification.examiner import Examiner
 from timstore.verification.fit import Shapes, misfits
 from timstore.verification.matrices import FIRST_STATE, Layouts, Matrices, Slices

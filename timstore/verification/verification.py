@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreError
-from timstore.format import layout
-from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.objects import LocalObjects
-from timstore.format.verified import fault_of
+from timstore.format import paths
+from timstore.format.checksums import fault_of
+from timstore.format.local_files import LocalObjects
+from timstore.format.log import Commit, ObjectInfo
 from timstore.os_errors import reporting, user_path
 from timstore.progress import told
 from timstore.records import Parameter
@@ -84,7 +84,7 @@ def _objects(path: str | os.PathLike[str]) -> LocalObjects:
             raise NotFoundError(f"there is no store at {path}", path=str(path))
         if not root.is_dir():
             raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
-        places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
+        places = (paths.SETTINGS, paths.RUNS, paths.LOG, paths.DATA, paths.COMPACTIONS)
         if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
             raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
     return LocalObjects(root, durable=False)
@@ -98,7 +98,7 @@ def _check_contents(examiner: Examiner, picture: Picture) -> None:
     shapes = _declared(examiner, picture)
     check_checkpoint(examiner, picture, shapes)
     for commit in fresh:
-        path = layout.record_path(commit.writer, commit.seq)
+        path = paths.record_path(commit.writer, commit.seq)
         check_commit(examiner, commit, path, shapes, maybe_covered=picture.maybe_covered(commit))
 
 
@@ -108,7 +108,7 @@ def _still_missing(findings: Iterable[Finding], picture: Picture) -> list[Findin
     places = {(commit.writer, commit.seq): commit for commit in picture.commits}
     kept = []
     for finding in findings:
-        commit = places.get((layout.parse_data_path(finding.path) or ("", 0))[:2])
+        commit = places.get((paths.parse_data_path(finding.path) or ("", 0))[:2])
         named = folded if commit is None else {info.path for info in commit.objects}
         if finding.kind != "missing" or finding.path in named:
             kept.append(finding)

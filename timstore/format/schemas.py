@@ -131,8 +131,8 @@ ADDED = {
     "rollbacks": ("removed", "parameters", "optimizer_states"),
 }
 
-# What roll-up folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
-ROLLED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))
+# What compaction folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
+FOLDED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))
 
 _LARGE_BYTES = 1_000_000
 # Few distinct words in many rows.

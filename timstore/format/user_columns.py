@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.tables import alike
+from timstore.format.schemas import alike
 
-# DuckDB and Arrow agree on these; what a roll-up or another type of the same column makes of them is itself.
+# DuckDB and Arrow agree on these; what a compaction or another type of the same column makes of them is itself.
 _TIME, _SPAN = pa.time64("us"), pa.duration("us")
 _DIGITS = {pa.int8(): 3, pa.uint8(): 3, pa.int16(): 5, pa.uint16(): 5, pa.int32(): 10, pa.uint32(): 10}
 _INTEGER_DIGITS, _DECIMAL_DIGITS = 20, 38

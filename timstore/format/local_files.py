@@ -7,21 +7,144 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from timstore.errors import (
+    AlreadyExistsError,
     CorruptionError,
     InvalidInputError,
     NotFoundError,
+    ReadOnlyError,
+    StateError,
     StorageError,
     TimstoreError,
 )
-from timstore.format import layout
-from timstore.format.locks import locked
-from timstore.format.refusals import not_plain, too_large, translated, with_errno
+from timstore.format import paths
+from timstore.os_errors import reporting
+
+
+def not_plain(where: Path, path: str) -> CorruptionError:
+    """Return the error of what is neither file nor folder."""
+    return CorruptionError(
+        f"{where} is, or lies behind, a symbolic link or something else that is neither file nor folder. timstore "
+        "follows none: put the real file there",
+        path=path,
+    )
+
+
+def too_large(where: Path, path: str, size: int, most: int) -> CorruptionError:
+    """Return the error of a file that has more bytes than can be right."""
+    return CorruptionError(
+        f"{where} has {size} bytes, and at most {most} can be right: something else was written to it. Restore this "
+        "file from a copy",
+        kind="too-large",
+        path=path,
+        bytes=size,
+    )
+
+
+def translated(error: OSError, doing: str, where: Path, path: str, size: int, kind: str | None) -> TimstoreError:
+    """Return the error that says what could not be done.
+
+    Args:
+        doing: a verb: read, list, look for, write, create, delete, fsync, lock.
+        path: relative to the store.
+        size: of what was to be written.
+        kind: of the error; by what the system says when None.
+    """
+    fields: dict[str, Any] = {"path": path, "errno": error.errno}
+    reads = doing in ("read", "list", "look for")
+    if kind is not None:
+        message = f"cannot {doing} {where}: {error.strerror}. What was written there may not survive a power loss"
+        return with_errno(StorageError(message, kind=kind, **fields), error)
+    if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+        return not_plain(where, path)
+    if error.errno == errno.ENOENT and (reads or doing == "delete"):
+        return NotFoundError(f"{where} does not exist", path=path)
+    if error.errno == errno.EEXIST:
+        return AlreadyExistsError(f"{where} exists already, and objects are written once", path=path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not reads:
+        message = f"cannot {doing} {where}: {error.strerror}. Open the store with mode='r', or where you may write"
+        return with_errno(ReadOnlyError(message, **fields), error)
+    message = f"cannot {doing} {where}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"no space left to {doing} {where} ({size} bytes); nothing became visible. Make room and try again"
+    return with_errno(StorageError(message, **fields), error)
+
+
+def with_errno(ours: StorageError | ReadOnlyError, error: OSError) -> TimstoreError:
+    """Return the error with the system's number for it."""
+    ours.errno = error.errno
+    return ours
+
+
+# What is done under a lock takes milliseconds.
+_SECONDS = 60
+_PAUSE = 0.001
+
+
+@contextmanager
+def locked(folder: int, where: Path) -> Iterator[None]:
+    """Hold the lock of an open folder, which ends with the process; on a file system without locks hold nothing.
+
+    Raises:
+        StorageError: kind `locked`: another holds it for a minute.
+    """
+    is_held = _take(folder, where)
+    try:
+        yield
+    finally:
+        if is_held:  # not by closing the folder: a child that was forked meanwhile holds it open
+            fcntl.flock(folder, fcntl.LOCK_UN)
+
+
+def _take(folder: int, where: Path) -> bool:
+    until = time.monotonic() + _SECONDS
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                message = f"another process has held {where} for {_SECONDS} s: is it stopped? End it, and commit again"
+                raise StorageError(message, kind="locked") from None
+            time.sleep(_PAUSE)
+        except OSError:
+            return False
+
+
+# Some network file systems have no locks: two processes at one place then are as they were without.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def held(folder: Path, by_another: str) -> Iterator[None]:
+    """Hold a folder against other processes of this machine, and other threads, while the block runs.
+
+    Raises:
+        StateError: another one holds it.
+    """
+    with reporting("read", folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"{by_another}: wait until it is done", kind="held") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        # Whoever held it may have moved it meanwhile.
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise StateError(f"{by_another}, or has just done so: look at what is there", kind="held")
+        yield
+    finally:
+        os.close(descriptor)
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,7 +163,7 @@ _READ = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Objects(Protocol):
-    """What a store needs of the place it lies in. Paths are those that `layout.is_object_path` accepts."""
+    """What a store needs of the place it lies in. Paths are those that `paths.is_object_path` accepts."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write one new data object. On disk, and found again after a power loss, only after `sync`."""
@@ -232,7 +355,7 @@ class LocalObjects:
         *folders, name = self._parts(path)
         with self._reporting("delete", path), self._folder(folders) as folder:
             self._call(os.unlink, name, dir_fd=folder)
-        if folders[0] == "data":  # the folder of one commit or checkpoint; others are shared with records to come
+        if folders[0] == "data":  # the folder of one commit or compaction; others are shared with records to come
             with suppress(OSError, TimstoreError), self._folder(folders[:-1]) as above:
                 self._call(os.rmdir, folders[-1], dir_fd=above)
 
@@ -381,7 +504,7 @@ class LocalObjects:
                         os.close(inner)
 
     def _parts(self, path: str) -> tuple[str, ...]:
-        if not layout.is_object_path(path):
+        if not paths.is_object_path(path):
             raise InvalidInputError(f"{path!r} cannot name an object of a store", path=path)
         return tuple(path.split("/"))
 
