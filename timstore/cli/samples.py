@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import pyarrow as pa
 import typer
 
 import timstore
@@ -15,8 +14,7 @@ from timstore.cli.options import AsJson, DryRun, StorePath, Yes
 from timstore.cli.output import counted, print_json
 from timstore.cli.sample_files import blocks
 from timstore.cli.stores import reading, writing
-from timstore.database.samples import as_rows, check_columns
-from timstore.format.user_columns import plain
+from timstore.database.samples import ColumnTypes, as_rows
 
 EXAMPLES = """\b
 Examples:
@@ -95,12 +93,10 @@ def _look(store: timstore.Store, file: Path, text: Collection[str]) -> Import:
     """
     found = Import()
     held = {name.lower() for name in store.sql("SELECT * FROM samples LIMIT 0").columns}
-    earlier: list[pa.Table] = []
+    types = ColumnTypes(lambda question: store.sql(question).to_arrow_table())
     fresh: set[int] = set()
     for block in blocks(file, text):
-        rows = as_rows(block)
-        check_columns(rows, lambda question: store.sql(question).to_arrow_table(), earlier)
-        earlier.append(_without_text(plain(rows)))
+        rows = types.fitted(as_rows(block))
         names = [name for name in rows.column_names if name != "sample"]
         found.rows += rows.num_rows
         found.columns += [name for name in names if name not in found.columns]
@@ -115,14 +111,6 @@ def _look(store: timstore.Store, file: Path, text: Collection[str]) -> Import:
                 )
     found.new = len(fresh)
     return found
-
-
-def _without_text(rows: pa.Table) -> pa.Table:
-    """Forget text, which is most of a file: it joins text alone, whatever it says."""
-    for number, column in enumerate(rows.schema):
-        if column.type == pa.string():
-            rows = rows.set_column(number, column, pa.nulls(rows.num_rows, pa.string()))
-    return rows
 
 
 def _stored(store: timstore.Store, ids: list[int], names: list[str]) -> dict[int, dict[str, object]]:

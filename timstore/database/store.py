@@ -14,7 +14,7 @@ from timstore.database.batch import Item, rows_items
 from timstore.database.entries import Entry, record_entry, step_entry
 from timstore.database.handle import Handle
 from timstore.database.ledger import Ledger, parameter_rows
-from timstore.database.samples import Samples, check_columns, hash_rows
+from timstore.database.samples import ColumnTypes, Samples, hash_rows
 from timstore.database.snapshot import pack_probe
 from timstore.database.states import state_item, state_precision
 from timstore.database.writer import BackgroundWriter
@@ -396,6 +396,6 @@ class Store(Handle):
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()
-        check_columns(rows, self.snapshot().catalog.rows)
+        rows = ColumnTypes(self.snapshot().catalog.rows).fitted(rows)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()

@@ -208,13 +208,3 @@ def as_text(table: pa.Table) -> pa.Table:
         for column in table.columns
     ]
     return pa.table(plain, names=table.column_names)
-
-
-def alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
-    """Spell columns alike, since SQL does not tell Owner from owner, and hold words as plain text."""
-    spelled: dict[str, str] = {}
-    tables_alike = []
-    for table in tables:
-        names = [spelled.setdefault(name.lower(), name) for name in table.column_names]
-        tables_alike.append(as_text(table).rename_columns(names))
-    return tables_alike

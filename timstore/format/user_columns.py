@@ -1,134 +1,108 @@
-"""Columns that users attach to samples: one table of many, whatever types they came with, and no value changed."""
+"""Columns that users attach to samples: each keeps its first type, and no value is ever changed."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from timstore.format.schemas import alike
+from timstore.format.schemas import as_text
 
-# DuckDB and Arrow agree on these; what a compaction or another type of the same column makes of them is itself.
+# DuckDB and Arrow agree on these.
 _TIME, _SPAN = pa.time64("us"), pa.duration("us")
-_DIGITS = {pa.int8(): 3, pa.uint8(): 3, pa.int16(): 5, pa.uint16(): 5, pa.int32(): 10, pa.uint32(): 10}
-_INTEGER_DIGITS, _DECIMAL_DIGITS = 20, 38
+_DECIMAL_DIGITS = 38
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Return the rows of all tables, one below the other.
 
-    A column has the type that holds all of its values exactly, and is text where there is none: reading what is
-    stored never fails for its types. Values that a later row of the same sample replaces do not count.
+    A column has one type, since what is attached is cast to it; two writers at once, and earlier versions, may have
+    left several. Then it is the first of them that holds every value exactly, or text: reading never fails for types.
     """
     tables = [plain(table) for table in alike(tables)]
     for name in dict.fromkeys(name for table in tables for name in table.column_names):
-        having = [table for table in tables if name in table.column_names]
-        if name == "sample" or len(_types(having, name)) < 2:
+        having = [number for number, table in enumerate(tables) if name in table.column_names]
+        columns = [tables[number][name] for number in having]
+        if len({column.type for column in columns}) < 2:
             continue
-        columns = iter(_together(_counting(having, name)))
-        tables = [
-            table.set_column(table.column_names.index(name), name, next(columns))
-            if name in table.column_names
-            else table
-            for table in tables
-        ]
+        for number, column in zip(having, _in_one_type(columns), strict=True):
+            place = tables[number].column_names.index(name)
+            tables[number] = tables[number].set_column(place, name, column)
     return pa.concat_tables(tables, promote_options="default")
 
 
-def fit(held: pa.Table, given: pa.Table, name: str) -> bool:
-    """Say whether a column's values and what is attached after them have a type that holds them exactly."""
-    # As the stored column is spelled, which comes first.
-    tables = [plain(table.select(["sample", name])) for table in alike([held, given])]
-    columns = _counting(tables, name)
-    return len(_types(tables, name)) < 2 or _exactly(columns) is not None
+def alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
+    """Spell columns as they were spelled first, since SQL does not tell Owner from owner; hold words as plain text."""
+    spelled: dict[str, str] = {}
+    return [
+        as_text(table).rename_columns([spelled.setdefault(name.lower(), name) for name in table.column_names])
+        for table in tables
+    ]
+
+
+def cast_exactly(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray | None:
+    """Return the values in another type of the same kind, None if one of them would be another value there."""
+    if column.type == wanted:
+        return column
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), wanted)])
+    if _kind(column.type) != _kind(wanted):
+        return None
+    try:
+        cast = column.cast(wanted)
+        back = cast.cast(column.type)
+    except pa.ArrowException:
+        return None
+    if pa.types.is_floating(column.type):  # NaN is not equal to itself
+        return cast if np.array_equal(back.to_numpy(), column.to_numpy(), equal_nan=True) else None
+    return cast if back.equals(column) else None
+
+
+def first_misfit(column: pa.ChunkedArray, wanted: pa.DataType) -> int:
+    """Return the number of the first value that `cast_exactly` does not take, of a column that it does not."""
+    lengths = range(1, len(column) + 1)
+    return bisect_left(lengths, True, key=lambda length: cast_exactly(column.slice(0, length), wanted) is None)
 
 
 def plain(table: pa.Table) -> pa.Table:
     """Hold every column in a type that DuckDB takes and gives back, as text what it does not know."""
     for number, name in enumerate(table.column_names):
-        column = table.column(number)
-        found = _plain(column)
-        if found is not column:
-            table = table.set_column(number, name, found)
+        column = _plain(table.column(number))
+        if column is not table.column(number):
+            table = table.set_column(number, name, column)
     return table
 
 
-def _types(tables: Sequence[pa.Table], name: str) -> set[pa.DataType]:
-    return {table.schema.field(name).type for table in tables} - {pa.null()}
+def _in_one_type(columns: Sequence[pa.ChunkedArray]) -> list[pa.ChunkedArray]:
+    saying = [column for column in columns if column.null_count < len(column)]
+    for wanted in dict.fromkeys(column.type for column in saying or columns):
+        cast = [cast_exactly(column, wanted) for column in columns]
+        exact = [column for column in cast if column is not None]
+        if len(exact) == len(columns):
+            return exact
+    return [_text(column) for column in columns]
 
 
-def _counting(tables: Sequence[pa.Table], name: str) -> list[pa.ChunkedArray]:
-    """Return one column of each table, without the values that later rows replace."""
-    columns = [table[name] for table in tables]
-    ids = np.concatenate([table["sample"].to_numpy() for table in tables])
-    valid = np.flatnonzero(np.concatenate([column.is_valid().to_numpy() for column in columns]))
-    last = np.zeros(len(ids), bool)
-    _, at = np.unique(ids[valid[::-1]], return_index=True)
-    last[valid[::-1][at]] = True
-    stops = np.cumsum([len(column) for column in columns])
-    masks = np.split(last, stops[:-1])
-    return [
-        pa.chunked_array([column.combine_chunks().take(pa.array(np.where(mask, np.arange(len(mask)), -1), mask=~mask))])
-        for column, mask in zip(columns, masks, strict=True)
-    ]
-
-
-def _together(columns: Sequence[pa.ChunkedArray]) -> list[pa.ChunkedArray]:
-    exact = _exactly(columns)
-    return [_text(column) for column in columns] if exact is None else exact
-
-
-def _exactly(columns: Sequence[pa.ChunkedArray]) -> list[pa.ChunkedArray] | None:
-    """Return columns in the one type that holds the values of all, None if there is none."""
-    try:
-        wanted = _common([column.type for column in columns if column.type != pa.null()])
-        if wanted is None:
-            return None
-        cast = [column.cast(wanted) for column in columns]
-        for column, one in zip(columns, cast, strict=True):
-            # A float has no other value in a wider one, and NaN is not equal to itself.
-            if not pa.types.is_floating(column.type) and not one.cast(column.type).equals(column):
-                return None
-    except pa.ArrowException:
-        return None
-    return cast
-
-
-def _common(types: Sequence[pa.DataType]) -> pa.DataType | None:
-    """Return the type that may hold values of all types; whether it holds these is for casting to tell."""
-    if any(map(_is_text, types)) and not all(map(_is_text, types)):
-        return None
-    decimals = [one for one in types if pa.types.is_decimal(one)]
-    if decimals and all(pa.types.is_integer(one) or pa.types.is_decimal(one) for one in types):
-        scale = max(one.scale for one in decimals)
-        # Of what integers need, since Arrow asks for it whatever their values are.
-        whole = max(
-            one.precision - one.scale if pa.types.is_decimal(one) else _DIGITS.get(one, _INTEGER_DIGITS)
-            for one in types
-        )
-        return pa.decimal128(min(whole + scale, _DECIMAL_DIGITS), scale)
-    schemas = [pa.schema([("x", one)]) for one in types]
-    wanted = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    if pa.types.is_floating(wanted):
-        return pa.float64()
-    if wanted == pa.int64() and pa.uint64() in types:
-        # Digits that either alone would lose.
-        return pa.decimal128(_INTEGER_DIGITS, 0)
-    return wanted if _is_plain(wanted) else None
-
-
-def _is_text(one: pa.DataType) -> bool:
-    return bool(pa.types.is_string(one))
+def _kind(one: pa.DataType) -> Any:
+    """Return what a type's values are: only those of one kind are the same value in another type of theirs."""
+    types = pa.types
+    if types.is_integer(one) or types.is_floating(one) or types.is_decimal(one):
+        return "number"
+    if types.is_date(one) or types.is_timestamp(one):
+        return "moment", types.is_timestamp(one) and one.tz is not None
+    if types.is_list(one) or types.is_large_list(one) or types.is_fixed_size_list(one):
+        return "list", _kind(one.value_type)
+    return one
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    one = column.type
-    wanted = _plain_type(one)
-    if wanted == one:
+    wanted = _plain_type(column.type)
+    if wanted == column.type:
         return column
     try:
-        if one == pa.month_day_nano_interval():
+        if column.type == pa.month_day_nano_interval():
             return pa.chunked_array([pa.array([_microseconds(span) for span in column.to_pylist()], _SPAN)])
         if wanted is not None:
             return column.cast(wanted)
