@@ -9,7 +9,7 @@ from pathlib import Path
 from timstore.database import lifetime
 from timstore.errors import CorruptionError, InvalidInputError
 from timstore.format import paths
-from timstore.format.local_files import LocalObjects, held
+from timstore.format.local_files import LocalObjects, folder_held
 from timstore.format.settings import read_settings
 from timstore.os_errors import reporting
 
@@ -56,7 +56,7 @@ def remove_store(path: Path) -> None:
     """
     if not path.is_dir() or not any(path.iterdir()):
         return
-    with held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
+    with folder_held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
         settings = path / paths.SETTINGS
         if not settings.exists() and not (path / _MARK).exists():
             return

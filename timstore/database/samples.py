@@ -98,10 +98,10 @@ class ColumnTypes:
             cast = cast_exactly(column, field.type)
             if cast is None:
                 at = first_misfit(column, field.type)
-                value, sample = column[at].as_py(), table["sample"][at].as_py()
+                value, sample, kept = column[at].as_py(), table["sample"][at].as_py(), field.type
                 raise InvalidInputError(
-                    f"the samples column {name} holds {field.type}, not {column.type}: {shown(value)} of sample {sample} "
-                    f"cannot become {field.type} unchanged. Give it as {field.type}, or under another name",
+                    f"the samples column {name} holds {kept}, not {column.type}: {shown(value)} of sample {sample} "
+                    f"cannot become {kept} unchanged. Give it as {kept}, or under another name",
                     column=name,
                     value=value,
                     sample=sample,

@@ -24,7 +24,7 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.format.compacting import compact
-from timstore.format.local_files import LocalObjects
+from timstore.format.local_files import Objects
 from timstore.format.log import LogWriter, Overtaken
 from timstore.format.log_reader import View
 from timstore.format.segments import EncodedRecord
@@ -89,7 +89,7 @@ class BackgroundWriter:
 
     @classmethod
     def begin(
-        cls, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int
+        cls, objects: Objects, settings: Settings, attempt: int, known: View, unfolded: int
     ) -> "BackgroundWriter":
         """Return a new writer of an attempt.
 

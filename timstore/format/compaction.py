@@ -1,7 +1,7 @@
 """A compaction: the commits up to some point, their small row files folded into few; tensors stay where they are."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -11,35 +11,10 @@ from timstore.errors import CorruptionError
 from timstore.format import paths, schemas
 from timstore.format.checksums import read_verified
 from timstore.format.local_files import Objects
-from timstore.format.log import Commit, Moment, ObjectInfo, parse_info, take_kind, take_time
+from timstore.format.log import Commit, Moment, ObjectInfo, parse_head, parse_info, take_time
 from timstore.format.paths import take
+from timstore.format.schemas import COMMITS, OBJECTS
 from timstore.format.settings import Settings
-
-# What a compaction says of the commits that it covers, beside their rows.
-COMMITS = pa.schema(
-    [
-        ("writer", pa.string()),
-        ("seq", pa.int64()),
-        ("at", pa.string()),
-        ("attempt", pa.int64()),
-        ("rank", pa.int64()),
-        *((name, pa.int64()) for name in ("first_epoch", "first_step", "last_epoch", "last_step")),
-        ("records", pa.int64()),
-        ("bytes", pa.int64()),
-        ("digest", pa.string()),
-    ]
-)
-OBJECTS = pa.schema(
-    [
-        ("commit", pa.int32()),
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("crc32", pa.int64()),
-        ("kind", pa.string()),
-        ("logical_bytes", pa.int64()),
-        ("rows", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +55,9 @@ def seal_compaction(compaction: Compaction, settings: Settings) -> bytes:
         "at": compaction.at,
         "commits": compaction.commits,
         "writers": writers,
-        "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in compaction.files],
+        "objects": [asdict(info) for info in compaction.files],
     }
-    return paths.seal(fields)[0]
+    return paths.seal(fields)
 
 
 def parse_compaction(data: bytes, path: str, settings: Settings) -> Compaction:
@@ -109,18 +84,7 @@ def parse_compaction(data: bytes, path: str, settings: Settings) -> Compaction:
 def _newest(writer: str, head: Any, path: str) -> Commit:
     if type(head) is not dict:
         raise CorruptionError(f"{path}: the newest record of a writer is {head!r:.80}, not a description", path=path)
-    return Commit(
-        writer=writer,
-        seq=take(head, "seq", int, path),
-        kind=take_kind(head, path),
-        at=take_time(head, path),
-        attempt=take(head, "attempt", int, path),
-        rank=take(head, "rank", int, path),
-        steps=None,
-        objects=(),
-        records=0,
-        digest=take(head, "digest", str, path),
-    )
+    return Commit(writer=writer, **parse_head(head, path), digest=take(head, "digest", str, path))
 
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Compaction") -> pa.Table:

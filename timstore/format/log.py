@@ -5,7 +5,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ Moment = tuple[int, int]
 Scope = tuple[int, ...] | Literal["all"] | None
 
 _KINDS = ("commit", "close", "fence")
+_INFO: dict[str, type[Any]] = {"path": str, "bytes": int, "crc32": int, "kind": str, "logical_bytes": int, "rows": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,10 @@ class Commit:
     at: str
     attempt: int
     rank: int
-    steps: tuple[Moment, Moment] | None
-    objects: Sequence[ObjectInfo]
-    records: int
     digest: str
+    steps: tuple[Moment, Moment] | None = None
+    objects: Sequence[ObjectInfo] = ()
+    records: int = 0
     ranks: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
@@ -124,20 +125,24 @@ def parse_record(
         raise CorruptionError(f"{path} does not follow the record before it: one of the two was replaced", path=path)
     if previous is not None and previous.kind != "commit":
         raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", path=path)
-    kind = take_kind(fields, path)
     return Commit(
         writer=writer,
-        seq=seq,
-        kind=kind,
-        at=take_time(fields, path),
-        attempt=take(fields, "attempt", int, path),
-        rank=take(fields, "rank", int, path),
+        **parse_head(fields, path),
+        digest=digest,
         steps=_steps(fields.get("steps"), path),
         objects=_infos(take(fields, "objects", list, path), (writer, seq), path),
         records=take(fields, "records", int, path),
-        digest=digest,
         ranks=_ranks(fields.get("ranks"), path),
     )
+
+
+def parse_head(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return what a compaction repeats of a record: `seq`, `kind`, `at`, `attempt` and `rank` of a `Commit`."""
+    kind = take(fields, "kind", str, path)
+    if kind not in _KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
+    numbers = {name: take(fields, name, int, path) for name in ("seq", "attempt", "rank")}
+    return {"kind": kind, "at": take_time(fields, path), **numbers}
 
 
 def parse_attempt(data: bytes, path: str) -> Attempt:
@@ -165,14 +170,6 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         at=take_time(fields, path),
         digest_before=None if fields.get("digest_before") is None else take(fields, "digest_before", str, path),
     )
-
-
-def take_kind(fields: Mapping[str, Any], path: str) -> str:
-    """Return the field `kind`."""
-    kind = take(fields, "kind", str, path)
-    if kind not in _KINDS:
-        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
-    return kind
 
 
 def take_time(fields: Mapping[str, Any], path: str) -> str:
@@ -211,14 +208,7 @@ def parse_info(entry: Any, path: str) -> ObjectInfo:
     """Return one object as the record at `path` describes it."""
     if type(entry) is not dict:
         raise CorruptionError(f"{path}: an object is {entry!r:.80}, not a description", path=path)
-    return ObjectInfo(
-        path=take(entry, "path", str, path),
-        bytes=take(entry, "bytes", int, path),
-        crc32=take(entry, "crc32", int, path),
-        kind=take(entry, "kind", str, path),
-        logical_bytes=take(entry, "logical_bytes", int, path),
-        rows=take(entry, "rows", int, path),
-    )
+    return ObjectInfo(**{name: take(entry, name, kind, path) for name, kind in _INFO.items()})
 
 
 def _infos(entries: list[Any], owner: tuple[str, int], path: str) -> tuple[ObjectInfo, ...]:
@@ -318,15 +308,7 @@ class LogWriter:
                 with self._objects.alone(paths.LOG):
                     self._require_same(attempt)
                     check()
-                    commit = self._publish(
-                        kind="commit",
-                        attempt=attempt,
-                        rank=rank,
-                        steps=steps,
-                        records=records,
-                        objects=infos,
-                        ranks=ranks,
-                    )
+                    commit = self._publish("commit", attempt, rank, steps, records, infos, ranks)
             except Exception:  # after an interrupt nothing is deleted: the record may be there
                 if self._unsettled is None:
                     drop(self._objects, folder)
@@ -351,7 +333,7 @@ class LogWriter:
         if not self._closed and self._newest is not None:
             last = self._newest
             self._require_same(last.attempt)
-            self._publish(kind="close", attempt=last.attempt, rank=last.rank, steps=None, records=0, objects=[])
+            self._publish("close", last.attempt, last.rank)
         self._closed = True
 
     def _start(self) -> None:
@@ -380,8 +362,10 @@ class LogWriter:
         last = self._newest
         needed = [paths.attempt_path(attempt), *([paths.record_path(last.writer, last.seq)] if last else [])]
         for path in needed:
-            if not self._objects.exists(path):
-                raise replaced(f"an earlier copy was put in its place, without {path}")
+            try:
+                self._objects.mark(path)
+            except NotFoundError:
+                raise replaced(f"an earlier copy was put in its place, without {path}") from None
         if last is not None and paths.unseal(self._objects.read(needed[-1]), needed[-1])[1] != last.digest:
             raise replaced(f"a copy was put in its place whose {needed[-1]} is another one")
         self._is_copy = False
@@ -399,13 +383,12 @@ class LogWriter:
 
     def _publish(
         self,
-        *,
         kind: str,
         attempt: int,
         rank: int,
-        steps: tuple[Moment, Moment] | None,
-        records: int,
-        objects: list[ObjectInfo],
+        steps: tuple[Moment, Moment] | None = None,
+        records: int = 0,
+        objects: Sequence[ObjectInfo] = (),
         ranks: tuple[int, ...] | None = None,
     ) -> Commit | None:
         """Create this writer's next record and return it, or None when a fence is in its place."""
@@ -425,9 +408,9 @@ class LogWriter:
             "steps": steps,
             "records": records,
             **({} if ranks is None else {"ranks": ranks}),
-            "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in objects],
+            "objects": [asdict(info) for info in objects],
         }
-        data, _ = paths.seal(fields)
+        data = paths.seal(fields)
         record = self._parse(data, path)  # before anyone else can: a record that readers refuse must not appear
         self._unsettled = path  # and so it stays when an interrupt leaves here
         try:
@@ -487,7 +470,7 @@ def claim_attempt(
             "at": now(),
             "claim": secrets.token_hex(8),  # tells our file from that of a caller who asks for the same
         }
-        data, _ = paths.seal(fields)
+        data = paths.seal(fields)
         attempt = parse_attempt(data, path)
         found = create_settled(objects, path, data)
         if found == data:
@@ -509,35 +492,23 @@ def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
         objects.create(path, data)
         return data
     except Exception as error:
-        found = _look(objects, path, error)
-        if found is None:
-            raise
-        if found == data:
-            _settle(objects, path, error)
-        return found
-
-
-def _look(objects: Objects, path: str, error: Exception) -> bytes | None:
-    try:
-        return objects.read(path, most=paths.RECORD_BYTES)
-    except NotFoundError:
-        return None
-    except Exception as unreadable:
-        raise _unknown(path, f"{error}; reading it back failed too: {unreadable}") from error
-
-
-def _settle(objects: Objects, path: str, error: Exception) -> None:
-    """Make our visible object last; a failed fsync is never repeated, a second one may lie."""
-    if getattr(error, "kind", None) == "not-durable":
-        raise _unknown(path, f"it is visible, but {error}") from error
-    try:
-        objects.sync([path])
-    except Exception as unsynced:
-        raise _unknown(path, f"it is visible, but {unsynced}") from error
-
-
-def _unknown(path: str, why: str) -> StorageError:
-    return StorageError(f"whether {path} is committed for good is unknown: {why}", kind="outcome-unknown", path=path)
+        why = f"{error}; reading it back failed too"
+        try:
+            made = objects.read(path, most=paths.RECORD_BYTES)
+            if made == data:
+                why = "it is visible, but perhaps not for good"
+                if getattr(error, "kind", None) == "not-durable":
+                    raise  # a failed fsync is never repeated: a second one may lie
+                objects.sync([path])
+            return made
+        except NotFoundError:
+            raise error from None
+        except Exception as trouble:
+            raise StorageError(
+                f"whether {path} is committed for good is unknown: {why}: {trouble}",
+                kind="outcome-unknown",
+                path=path,
+            ) from error
 
 
 def drop(objects: Objects, folder: str) -> None:

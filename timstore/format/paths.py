@@ -59,8 +59,7 @@ def attempt_path(attempt: int) -> str:
 
 def parse_attempt_path(path: str) -> int | None:
     """Return the attempt that a path describes, or None for any other path."""
-    match = _ATTEMPT.fullmatch(path)
-    return int(match[1]) if match else None
+    return _number(_ATTEMPT, path)
 
 
 def record_path(writer: str, seq: int) -> str:
@@ -92,8 +91,7 @@ def compaction_path(number: int) -> str:
 
 def parse_compaction_path(path: str) -> int | None:
     """Return the compaction that a path describes, or None for any other path."""
-    match = _COMPACTION.fullmatch(path)
-    return int(match[1]) if match else None
+    return _number(_COMPACTION, path)
 
 
 def fold_prefix(number: int, nonce: str) -> str:
@@ -103,18 +101,21 @@ def fold_prefix(number: int, nonce: str) -> str:
 
 def parse_fold_prefix(folder: str) -> int | None:
     """Return the compaction that a folder of row files was written for, or None for any other folder."""
-    match = _FOLD.fullmatch(folder.rstrip("/"))
-    return int(match[1]) if match else None
+    return _number(_FOLD, folder.rstrip("/"))
 
 
 def parse_folded_path(path: str) -> int | None:
     """Return the compaction that a row file was written for, or None for any other path."""
-    match = _FOLDED.fullmatch(path)
+    return _number(_FOLDED, path)
+
+
+def _number(pattern: re.Pattern[str], path: str) -> int | None:
+    match = pattern.fullmatch(path)
     return int(match[1]) if match else None
 
 
-def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Return a record's bytes, one line of JSON and its check line, and the sha256 of the JSON as hex.
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """Return a record: one line of JSON, and its check line.
 
     Raises:
         InvalidInputError: kind `too-large`.
@@ -126,8 +127,7 @@ def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:
             "fewer samples in a scope",
             kind="too-large",
         )
-    digest = hashlib.sha256(body).hexdigest()
-    return body + f"\nsha256:{digest}\n".encode(), digest
+    return body + f"\nsha256:{hashlib.sha256(body).hexdigest()}\n".encode()
 
 
 def unseal(data: bytes, path: str) -> tuple[dict[str, Any], str]:

@@ -12,126 +12,69 @@ import pyarrow.parquet as pq
 
 from timstore.errors import CorruptionError
 
-_INT, _SMALL, _FLOAT, _TEXT, _BOOL = pa.int64(), pa.int32(), pa.float64(), pa.string(), pa.bool_()
-_MOMENT = [("attempt", _INT), ("epoch", _INT), ("step", _INT)]
-_RECORD = [*_MOMENT, ("rank", _INT), ("sample", _INT)]
+_TYPES = {
+    "int": pa.int64(),
+    "int32": pa.int32(),
+    "float": pa.float64(),
+    "text": pa.string(),
+    "bool": pa.bool_(),
+    "int[]": pa.list_(pa.int64()),
+    "int32[]": pa.list_(pa.int32()),
+    "text[]": pa.list_(pa.string()),
+    "int[][]": pa.list_(pa.list_(pa.int64())),
+}
+_MOMENT = "attempt int, epoch int, step int"
+_RECORD = f"{_MOMENT}, rank int, sample int"
 
-SCHEMAS: dict[str, pa.Schema] = {
-    "records": pa.schema(
-        [*_RECORD, ("loss", _FLOAT), ("tokens", _INT), ("norm", _FLOAT), ("bytes", _INT), ("dot", _FLOAT)]
-    ),
-    "gradients": pa.schema(
-        [
-            *_RECORD,
-            ("parameter", _TEXT),
-            ("part", _SMALL),
-            ("encoding", _TEXT),
-            ("precision", _TEXT),
-            ("norm", _FLOAT),
-            ("rel_error", _FLOAT),
-            ("bytes", _INT),
-            ("dense_bytes", _INT),
-        ]
-    ),
-    "slices": pa.schema(
-        [
-            ("owner", _INT),
-            ("role", _TEXT),
-            ("array", _TEXT),
-            ("start", _INT),
-            ("rows", _INT),
-            ("row_map", pa.list_(_SMALL)),
-            ("block", pa.list_(_INT)),
-        ]
-    ),
+# Each column by name and type. `?`: a row may say nothing there. `+`: a store that was written before there was such a
+# column lacks it, and it reads as NULL.
+_COLUMNS = {
+    "records": f"{_RECORD}, loss float?, tokens int?, norm float?, bytes int?, dot float+",
+    "gradients": f"{_RECORD}, parameter text, part int32, encoding text, precision text, norm float?, "
+    "rel_error float?, bytes int?, dense_bytes int?",
+    "slices": "owner int, role text, array text, start int, rows int, row_map int32[]?, block int[]?",
     # Where chunks lie in shards that hold several, so that one of them can be read, and checked, without the others.
-    "chunks": pa.schema(
-        [("array", _TEXT), ("chunk", _SMALL), ("offset", _SMALL), ("bytes", _SMALL), ("crc32", _INT)],
-    ),
-    "steps": pa.schema(
-        [
-            *_MOMENT,
-            ("rank", _INT),
-            ("group_id", _SMALL),
-            ("optimizer", _TEXT),
-            *((name, _FLOAT) for name in ("lr", "momentum", "dampening")),
-            ("nesterov", _BOOL),
-            *((name, _FLOAT) for name in ("beta1", "beta2", "eps", "weight_decay")),
-            ("decoupled", _BOOL),
-            ("maximize", _BOOL),
-            ("consumed_ratio", _FLOAT),
-            ("samples", _INT),
-            ("tokens", _INT),
-            ("sample_ids", pa.list_(_INT)),
-            ("idle", pa.list_(_TEXT)),
-            ("fresh", pa.list_(_TEXT)),
-            ("amsgrad", _BOOL),
-            ("counter", _INT),
-            ("grad_norm", _FLOAT),
-            ("amp_scale", _FLOAT),
-            ("clip_value", _FLOAT),
-            ("mean_over", _TEXT),
-            ("micro_batches", pa.list_(_INT)),
-            ("skipped", _INT),
-            ("options", _TEXT),
-        ]
-    ),
-    "parameters": pa.schema(
-        [
-            ("attempt", _INT),
-            ("parameter", _TEXT),
-            ("shape", pa.list_(_INT)),
-            ("dtype", _TEXT),
-            ("numel", _INT),
-            ("group_id", _SMALL),
-        ]
-    ),
+    "chunks": "array text, chunk int32, offset int32, bytes int32, crc32 int",
+    "steps": f"{_MOMENT}, rank int, group_id int32, optimizer text?, lr float?, momentum float?, dampening float?, "
+    "nesterov bool?, beta1 float?, beta2 float?, eps float?, weight_decay float?, decoupled bool?, maximize bool?, "
+    "consumed_ratio float?, samples int?, tokens int?, sample_ids int[]?, idle text[]?, fresh text[]?, amsgrad bool+, "
+    "counter int+, grad_norm float+, amp_scale float+, clip_value float+, mean_over text+, micro_batches int[]+, "
+    "skipped int+, options text+",
+    "parameters": "attempt int?, parameter text, shape int[], dtype text?, numel int?, group_id int32?",
     # The user's own columns follow.
-    "samples": pa.schema([("sample", _INT)]),
-    "fingerprints": pa.schema([*_MOMENT, ("parameter", _TEXT), ("digest", _TEXT)]),
+    "samples": "sample int",
+    "fingerprints": f"{_MOMENT}, parameter text, digest text",
     # One whole parameter's worth of numbers of one role each; the row number is the `owner` of its slices.
-    "states": pa.schema(
-        [
-            *_MOMENT,
-            ("role", _TEXT),
-            ("name", _TEXT),
-            ("parameter", _TEXT),
-            ("precision", _TEXT),
-            ("rel_error", _FLOAT),
-            ("bytes", _INT),
-            ("rollback_id", _TEXT),
-        ]
-    ),
-    "rollbacks": pa.schema(
-        [
-            ("at", _TEXT),
-            ("samples", pa.list_(_INT)),
-            ("strength", _FLOAT),
-            ("method", _TEXT),
-            ("records", _INT),
-            ("delta_norm", _FLOAT),
-            ("digest_before", _TEXT),
-            ("digest_after", _TEXT),
-            # [attempt, epoch, step, rank, sample] of each record that was taken out.
-            ("removed", pa.list_(pa.list_(_INT))),
-            ("parameters", pa.list_(_TEXT)),
-            ("optimizer_states", pa.list_(_TEXT)),
-        ]
-    ),
+    "states": f"{_MOMENT}, role text, name text+, parameter text, precision text?, rel_error float?, bytes int?, "
+    "rollback_id text?",
+    # `removed`: [attempt, epoch, step, rank, sample] of each record that was taken out.
+    "rollbacks": "at text?, samples int[]?, strength float?, method text?, records int?, delta_norm float?, "
+    "digest_before text?, digest_after text?, removed int[][]+, parameters text[]+, optimizer_states text[]+",
+    # What a compaction says of the commits that it covers, beside their rows.
+    "commits": "writer text, seq int, at text, attempt int, rank int, first_epoch int?, first_step int?, "
+    "last_epoch int?, last_step int?, records int, bytes int?, digest text",
+    "objects": "commit int32, path text, bytes int, crc32 int, kind text, logical_bytes int?, rows int",
 }
 
-# Columns that stores written before them lack; there they read as NULL.
-ADDED = {
-    "records": ("dot",),
-    "steps": (
-        *("amsgrad", "counter", "grad_norm", "amp_scale", "clip_value", "mean_over", "micro_batches", "skipped"),
-        "options",
-    ),
-    "states": ("name",),
-    "rollbacks": ("removed", "parameters", "optimizer_states"),
-}
 
-# What compaction folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
+def _schema(kind: str) -> pa.Schema:
+    # Every column is optional in a file: what may be missing is for readers to know.
+    columns = (column.rstrip("?+").split() for column in _COLUMNS[kind].split(", "))
+    return pa.schema([(name, _TYPES[type_name]) for name, type_name in columns])
+
+
+def _marked(kind: str, *marks: str) -> tuple[str, ...]:
+    return tuple(column.split()[0] for column in _COLUMNS[kind].split(", ") if column.endswith(marks))
+
+
+COMMITS, OBJECTS = _schema("commits"), _schema("objects")
+SCHEMAS: dict[str, pa.Schema] = {kind: _schema(kind) for kind in _COLUMNS if kind not in ("commits", "objects")}
+
+# Columns in which a row may say nothing, and among them those that stores written earlier lack.
+NULLABLE = {kind: _marked(kind, "?", "+") for kind in _COLUMNS}
+ADDED = {kind: _marked(kind, "+") for kind in _COLUMNS}
+
+# What a compaction folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
 FOLDED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))
 
 _LARGE_BYTES = 1_000_000

@@ -62,19 +62,24 @@ def create_settings(
     fault = _fault(settings)
     if fault:
         raise InvalidInputError(fault)
-    if (objects.list(paths.LOG) or objects.list(paths.RUNS)) and not objects.exists(paths.SETTINGS):
-        raise CorruptionError(
-            f"{paths.SETTINGS} is missing from a store that has records. Restore it from a copy, or take another path",
-            path=paths.SETTINGS,
-        )
-    fields = {
-        **paths.header(settings.reader_features, settings.writer_features),
-        "store": settings.store_id,
-        "durability": settings.durability,
-        "precision": settings.precision,
-        "max_rel_error": settings.max_rel_error,
-    }
-    data, _ = paths.seal(fields)
+    if objects.list(paths.LOG) or objects.list(paths.RUNS):
+        try:
+            objects.mark(paths.SETTINGS)
+        except NotFoundError:
+            raise CorruptionError(
+                f"{paths.SETTINGS} is missing from a store that has records. Restore it from a copy, or take "
+                "another path",
+                path=paths.SETTINGS,
+            ) from None
+    data = paths.seal(
+        {
+            **paths.header(settings.reader_features, settings.writer_features),
+            "store": settings.store_id,
+            "durability": settings.durability,
+            "precision": settings.precision,
+            "max_rel_error": settings.max_rel_error,
+        }
+    )
     try:
         objects.create(paths.SETTINGS, data)
     except AlreadyExistsError:
@@ -108,39 +113,39 @@ def read_settings(objects: Objects) -> Settings:
     return settings
 
 
-def _fault(settings: Settings) -> str | None:
-    if settings.durability not in DURABILITIES:
-        return f"durability is {' or '.join(DURABILITIES)}, not {settings.durability!r:.80}"
-    if settings.precision not in PRECISIONS:
-        return f"precision is {', '.join(PRECISIONS)}, not {settings.precision!r:.80}"
-    if not 0 <= settings.max_rel_error <= 1:
-        return f"max_rel_error is a fraction between 0 and 1, not {settings.max_rel_error}"
-    return None
-
-
 class Place:
-    """The settings file of a store: made once, so that another one is another store's, or a copy's."""
+    """Whether the store that was opened still lies where it was.
+
+    Its settings file was made once: another one is another store's, or a copy's.
+    """
 
     def __init__(self, objects: Objects, settings: Settings) -> None:
         self._objects = objects
         self._store = settings.store_id
         self._mark: Mark | None = None
 
-    def require(self) -> None:
-        """Refuse a store that is gone, in one system call.
+    def require(self) -> Mark:
+        """Return the mark of the settings file, in one system call.
 
         Raises:
-            StorageError: kind `gone`.
+            StorageError: kind `gone`: there is no store any more.
         """
-        self._look()
+        try:
+            return self._objects.mark(paths.SETTINGS)
+        except NotFoundError as error:
+            raise StorageError(
+                f"the store is gone: {error}. It was moved or deleted while it was open. Move it back "
+                "and try again, or open it where it is now.",
+                kind="gone",
+            ) from error
 
     def check(self) -> bool:
-        """Say whether nothing happened to it since the last look; False when a copy of the store took its place.
+        """Say whether nothing happened to it since the last check; False when a copy of the store took its place.
 
         Raises:
-            StorageError: kind `gone`: there is no store any more; kind `replaced`: there is another one.
+            StorageError: kind `gone`; kind `replaced`: there is another store.
         """
-        mark, known = self._look(), self._mark
+        mark, known = self.require(), self._mark
         if mark == known:
             return True
         try:
@@ -152,16 +157,6 @@ class Place:
         self._mark = mark
         return known is None
 
-    def _look(self) -> Mark:
-        try:
-            return self._objects.mark(paths.SETTINGS)
-        except NotFoundError as error:
-            raise StorageError(
-                f"the store is gone: {error}. It was moved or deleted while it was open. Move it back "
-                "and try again, or open it where it is now.",
-                kind="gone",
-            ) from error
-
 
 def replaced(why: str) -> StorageError:
     """Return the error of a store that another one, or an earlier copy of it, took the place of."""
@@ -169,3 +164,13 @@ def replaced(why: str) -> StorageError:
         f"the store that was opened is not there any more: {why}. Open it again; this handle writes nothing more.",
         kind="replaced",
     )
+
+
+def _fault(settings: Settings) -> str | None:
+    if settings.durability not in DURABILITIES:
+        return f"durability is {' or '.join(DURABILITIES)}, not {settings.durability!r:.80}"
+    if settings.precision not in PRECISIONS:
+        return f"precision is {', '.join(PRECISIONS)}, not {settings.precision!r:.80}"
+    if not 0 <= settings.max_rel_error <= 1:
+        return f"max_rel_error is a fraction between 0 and 1, not {settings.max_rel_error}"
+    return None

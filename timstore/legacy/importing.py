@@ -17,7 +17,7 @@ from numpy.linalg import norm
 from timstore.database.snapshot import StoredRecord
 from timstore.database.store import Store
 from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
-from timstore.format.local_files import held
+from timstore.format.local_files import folder_held
 from timstore.format.paths import SETTINGS
 from timstore.legacy.json_files import read_json
 from timstore.legacy.layout import FORMATS, Trajectories, find, finite, sample_of
@@ -158,14 +158,14 @@ def _target(
     if isinstance(store, Store):
         if store.mode != "r":
             store.commit()
-        with held(store.path, _importing(store.path)):
+        with folder_held(store.path, _importing(store.path)):
             yield store, False
         return
     path = place_of(store)
     with reporting("read", path):
         is_there = path.exists() and any(path.iterdir())
     if is_there:
-        with held(path, _importing(path)), Store(path, "r" if dry_run else "a") as opened:
+        with folder_held(path, _importing(path)), Store(path, "r" if dry_run else "a") as opened:
             yield opened, False
         return
     if dry_run:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from timstore.errors import InvalidInputError
-from timstore.format.local_files import held
+from timstore.format.local_files import folder_held
 from timstore.os_errors import reporting, user_path
 
 
@@ -38,7 +38,7 @@ def staged(path: Path, doing: str) -> Iterator[Path]:
     found = beside(path, doing)
     with reporting("make", found):
         found.mkdir(parents=True, exist_ok=True)
-    with held(found, f"another process is {doing} {path}"):
+    with folder_held(found, f"another process is {doing} {path}"):
         yield found
 
 

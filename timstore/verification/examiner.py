@@ -8,10 +8,9 @@ import pyarrow as pa
 
 from timstore.errors import CorruptionError, InvalidInputError, StorageError
 from timstore.format.checksums import fault_of
-from timstore.format.compaction import COMMITS, OBJECTS
 from timstore.format.local_files import LocalObjects
 from timstore.format.log import Commit, Moment, ObjectInfo
-from timstore.format.schemas import ADDED, SCHEMAS, as_text, numbered, read_rows
+from timstore.format.schemas import ADDED, COMMITS, OBJECTS, SCHEMAS, as_text, numbered, read_rows
 from timstore.verification.findings import LEFTOVER, Finding, of_commit
 from timstore.verification.inventory import Inventory
 
