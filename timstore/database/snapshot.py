@@ -22,7 +22,7 @@ from timstore.format.local_files import Objects
 from timstore.format.log import Commit
 from timstore.format.log_reader import View, read_view
 from timstore.format.schemas import FOLDED
-from timstore.format.segments import ByteCache, SegmentReader
+from timstore.format.segments import Arrays, ByteCache, SegmentReader
 from timstore.format.settings import Settings
 from timstore.records import Gradient, Parameter, Record
 
@@ -111,6 +111,22 @@ class Snapshot:
     def reader(self, number: int, cache: ByteCache) -> SegmentReader:
         """Return the arrays of commit `number`."""
         return SegmentReader(self.view.commits[number], self.objects, cache)
+
+    def arrays(self) -> Iterator[Arrays]:
+        """Iterate over the arrays of each commit that has any, as `Handle.zarr` says."""
+        columns = f"{_RECORD}, parameter, part, encoding::VARCHAR AS encoding, precision::VARCHAR AS precision"
+        query = f"SELECT {columns} FROM stored.gradients WHERE commit = ? ORDER BY owner"
+        for number in range(len(self.view.commits)):
+            reader = self.reader(number, ByteCache(0))
+            group = reader.group()
+            if group is None:
+                continue
+            # A gradient's owner number is its row number in its commit.
+            slices = reader.slices()
+            gradients = self.catalog.rows(query, [number]).take(slices["owner"])
+            for name in slices.column_names[1:]:
+                gradients = gradients.append_column(name, slices[name])
+            yield group, gradients
 
     def parameters(self) -> dict[str, Parameter]:
         """Return every parameter that was ever declared or recorded, in the order of their names, by which sums run."""

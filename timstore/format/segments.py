@@ -6,10 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from timstore.encoding import Encoded, Matrix, restore
 from timstore.errors import CorruptionError, TimstoreError
@@ -29,6 +30,9 @@ from timstore.format.zarr_shards import (
 )
 from timstore.records import Factors, Gradient, Record, Rows
 
+if TYPE_CHECKING:
+    import zarr
+
 # The order in which a parameter's rows are laid down: all records' inputs, then all their output gradients, ...
 ROLES = (
     "inputs",
@@ -43,6 +47,9 @@ ROLES = (
 # What whole parameters' worth of numbers can be: the optimizer's second moment after a step; the gradient that a step
 # consumed; parameters and optimizer state before the first recorded step; parameters before a rollback.
 STATE_ROLES = ("exp_avg_sq", "theta", "gradient", "start_theta", "start_state")
+
+_MOMENT = ("epoch", "step", "rank", "sample")
+_RECORD = ("attempt", *_MOMENT)
 
 # Roles as numbers, those of gradients first.
 ROLE_CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
@@ -149,7 +156,7 @@ def build_segment(
         yield name, data, "probe", len(data), 0
     if layout.arrays:
         yield "z/zarr.json", GROUP_JSON, "zarr", len(GROUP_JSON), 0
-    chunks: dict[str, list] = {name: [] for name in SCHEMAS["chunks"].names}
+    chunks: list[tuple[Any, ...]] = []
     for name, array in layout.arrays.items():
         plan = ArrayLayout.plan(array.rows, array.width, array.dtype)
         document = plan.to_json()
@@ -157,12 +164,10 @@ def build_segment(
         for number, shard in enumerate(encode_shards(plan, array.fill)):
             yield f"z/{name}/{shard.key}", shard.data, "shard", shard.rows * plan.row_bytes, shard.rows
             # A shard of one chunk is read whole in any case.
-            for place, chunk in enumerate(shard.chunks if len(shard.chunks) > 1 else ()):
-                row = (name, number * plan.chunks + place, *chunk)
-                for column, value in zip(chunks.values(), row, strict=True):
-                    column.append(value)
-    if chunks["array"]:
-        table = pa.Table.from_pydict(chunks, SCHEMAS["chunks"])
+            if len(shard.chunks) > 1:
+                chunks += [(name, number * plan.chunks + place, *chunk) for place, chunk in enumerate(shard.chunks)]
+    if chunks:
+        table = _table("chunks", chunks)
         yield "chunks.parquet", write_rows(table, "chunks"), "chunks", table.nbytes, table.num_rows
 
 
@@ -174,82 +179,46 @@ def _lay_out(
     for record in records:
         for part in record.parts:
             order.setdefault(part.parameter, len(order))
-    sequence = sorted(
-        (
-            (order[part.parameter], part.part, number, part)
-            for number, record in enumerate(records)
-            for part in record.parts
-        ),
-        key=lambda entry: entry[:3],
-    )
-    gradients: dict[str, list] = {name: [] for name in SCHEMAS["gradients"].names}
-    slices: dict[str, list] = {name: [] for name in SCHEMAS["slices"].names}
-    for _, group in groupby(enumerate(sequence), key=lambda entry: entry[1][:2]):
-        members = [(owner, records[number], part) for owner, (_, _, number, part) in group]
-        for _, record, part in members:
-            _add_gradient(gradients, record, part)
+    parts = [(record, part) for record in records for part in record.parts]
+    parts.sort(key=lambda entry: (order[entry[1].parameter], entry[1].part))  # stable: records keep their order
+    slices: list[tuple[Any, ...]] = []
+    for _, group in groupby(enumerate(parts), key=lambda entry: (entry[1][1].parameter, entry[1][1].part)):
+        members = [(owner, part) for owner, (_, part) in group]
         for role in ROLES:
-            for owner, _, part in members:
+            for owner, part in members:
                 if role in part.matrices:
                     row_map = part.row_map if role == "output_gradients" else None
-                    _add_slices(slices, owner, role, row_map, layout.place(part.matrices[role]))
+                    places = layout.place(part.matrices[role])
+                    slices += [(owner, role, *place, row_map, block) for *place, block in places]
     for owner, (role, matrix) in enumerate(states):
-        _add_slices(slices, owner, role, None, layout.place(matrix))
-    return (
-        pa.Table.from_pydict(gradients, SCHEMAS["gradients"]),
-        pa.Table.from_pydict(slices, SCHEMAS["slices"]),
-    )
+        slices += [(owner, role, *place, None, block) for *place, block in layout.place(matrix)]
+    return _gradient_rows(parts), _table("slices", slices)
 
 
-def _add_slices(
-    columns: dict[str, list], owner: int, role: str, row_map: np.ndarray | None, placed: Sequence[_Place]
-) -> None:
-    for name, start, count, block in placed:
-        for column, value in zip(columns, (owner, role, name, start, count, row_map, block), strict=True):
-            columns[column].append(value)
-
-
-def _add_gradient(columns: dict[str, list], encoded: EncodedRecord, part: Encoded) -> None:
-    record = encoded.record
-    row = {
-        "attempt": encoded.attempt,
-        "epoch": record.epoch,
-        "step": record.step,
-        "rank": record.rank,
-        "sample": record.sample,
-        "parameter": part.parameter,
-        "part": part.part,
-        "encoding": part.encoding,
-        "precision": part.precision,
-        "norm": part.norm,
-        "rel_error": part.rel_error,
-        "bytes": part.bytes,
-        "dense_bytes": part.dense_bytes,
+def _gradient_rows(parts: Sequence[tuple[EncodedRecord, Encoded]]) -> pa.Table:
+    schema = SCHEMAS["gradients"]
+    columns = {
+        "attempt": [encoded.attempt for encoded, _ in parts],
+        **{name: [getattr(encoded.record, name) for encoded, _ in parts] for name in _MOMENT},
+        **{name: [getattr(part, name) for _, part in parts] for name in schema.names if name not in _RECORD},
     }
-    for name, values in columns.items():
-        values.append(row[name])
+    return pa.Table.from_pydict(columns, schema)
 
 
 def _record_rows(records: Sequence[EncodedRecord]) -> pa.Table:
-    rows = [
-        {
-            "attempt": encoded.attempt,
-            "epoch": encoded.record.epoch,
-            "step": encoded.record.step,
-            "rank": encoded.record.rank,
-            "sample": encoded.record.sample,
-            "loss": encoded.record.loss,
-            "tokens": encoded.record.tokens,
-            "norm": encoded.norm,
-            "bytes": encoded.stored_bytes,
-            "dot": encoded.record.dot,
-        }
-        for encoded in records
-    ]
-    return pa.Table.from_pylist(rows, SCHEMAS["records"])
+    columns = {
+        "attempt": [encoded.attempt for encoded in records],
+        "norm": [encoded.norm for encoded in records],
+        "bytes": [encoded.stored_bytes for encoded in records],
+    }
+    for name in (*_MOMENT, "loss", "tokens", "dot"):
+        columns[name] = [getattr(encoded.record, name) for encoded in records]
+    return pa.Table.from_pydict(columns, SCHEMAS["records"])
 
 
-BuildSegment = Callable[[], Iterator[tuple[str, bytes, str, int, int]]]
+def _table(kind: str, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMAS[kind])
+    return pa.Table.from_pydict(dict(zip(SCHEMAS[kind].names, columns, strict=True)), SCHEMAS[kind])
 
 
 class ByteCache:
@@ -293,6 +262,9 @@ class ByteCache:
                 _, (_, oldest_bytes) = self._entries.popitem(last=False)
                 self._bytes -= oldest_bytes
 
+
+# The arrays of one commit as zarr-python opens them, and where each gradient's rows lie in them.
+Arrays: TypeAlias = "tuple[zarr.Group, pa.Table]"
 
 # Owners or bounds of rows: one for all, or one for each gradient.
 Numbers = Sequence[int] | np.ndarray
@@ -339,42 +311,21 @@ class SegmentReader:
         self._map_start, self._map_stop = ends[:-1][order], ends[1:][order]
 
     def _load_chunks(self) -> None:
-        """Sort the chunks that can be read by themselves by array and number; earlier versions named none."""
-        self._chunked: list[str] = []
-        self._chunks = np.zeros((0, 3), np.int64)
-        self._chunk_keys = np.zeros(0, np.int64)
-        if "chunks.parquet" not in self._infos:
-            return
-        table = self._table("chunks.parquet")
-        array, self._chunked = coded(table["array"])
-        keys = array.astype(np.int64) << 32 | table["chunk"].to_numpy()
-        order = np.argsort(keys)
-        self._chunk_keys = keys[order]
-        self._chunks = np.stack([table[name].to_numpy()[order] for name in Chunk._fields], axis=1, dtype=np.int64)
-
-    def _chunk_of(self, array: str, chunk: int) -> Chunk | None:
-        """Return where a chunk lies in its shard; None where only whole shards can be checked."""
-        if array not in self._chunked:
-            return None
-        key = self._chunked.index(array) << 32 | chunk
-        at = int(np.searchsorted(self._chunk_keys, key))
-        found = at < len(self._chunk_keys) and self._chunk_keys[at] == key
-        return Chunk(*self._chunks[at].tolist()) if found else None
+        """Keep where chunks lie that can be read by themselves; earlier versions named none."""
+        self._chunks: dict[tuple[str, int], Chunk] = {}
+        if "chunks.parquet" in self._infos:
+            array, number, *place = self._table("chunks.parquet", SCHEMAS["chunks"].names).to_pydict().values()
+            self._chunks = dict(zip(zip(array, number, strict=True), map(Chunk, *place), strict=True))
 
     @property
     def nbytes(self) -> int:
         """The memory that slices and chunks take."""
         slices = len(self._keys) * 60 + (self._map_values.nbytes if len(self._keys) else 0)
-        return slices + self._chunk_keys.nbytes + self._chunks.nbytes
+        return slices + len(self._chunks) * 300
 
     def has(self, owner: int, role: str) -> bool:
         """Say whether the gradient has rows of that role; a gradient that is zero has none."""
-        return role in ROLE_CODES and bool(self.holds([owner], role)[0])
-
-    def holds(self, owners: Numbers, role: str) -> np.ndarray:
-        """Say of each gradient whether it has rows of that role."""
-        first, stop = self._found(owners, role)
-        return stop > first
+        return role in ROLE_CODES and self.count(owner, role) > 0
 
     def count(self, owner: int, role: str) -> int:
         """Return how many rows the gradient has in that role."""
@@ -384,22 +335,20 @@ class SegmentReader:
         """Return how many rows each gradient has in that role."""
         first, stop = self._found(owners, role)
         counts = np.zeros(len(first), np.int64)
-        held = stop > first
-        counts[held] = self._rows[first[held]]
+        stored = stop > first
+        counts[stored] = self._rows[first[stored]]
         return counts
 
-    def row_map(self, owner: int) -> np.ndarray | None:
-        """Return which rows of the inputs the output gradients belong to, or None for all of them in order."""
-        return next(iter(self.row_maps([owner])))
-
     def row_maps(self, owners: Numbers) -> list[np.ndarray | None]:
-        """Return the `row_map` of each gradient, all of which have output gradients."""
+        """Return of each gradient, all of which have output gradients, which rows of the inputs these belong to.
+
+        None: to all of them, in order.
+        """
         first, _ = self._found(owners, "output_gradients")
         if not self._mapped[first].any():
             return [None] * len(first)
-        spans = zip(self._map_start[first].tolist(), self._map_stop[first].tolist(), strict=True)
-        found = [self._map_values[start:stop] for start, stop in spans]
-        return [one if mapped else None for one, mapped in zip(found, self._mapped[first].tolist(), strict=True)]
+        spans = zip(self._mapped[first], self._map_start[first].tolist(), self._map_stop[first].tolist(), strict=True)
+        return [self._map_values[start:stop] if mapped else None for mapped, start, stop in spans]
 
     def dtype(self, owner: int, role: str) -> str:
         """Return the name of the dtype that the gradient's rows are stored in."""
@@ -539,7 +488,7 @@ class SegmentReader:
         path = f"z/{array}/c/{shard}/0"
 
         def decode() -> np.ndarray:
-            alone = self._chunk_of(array, chunk)
+            alone = self._chunks.get((array, chunk))
             if alone is not None:
                 piece: Any = np.frombuffer(read_part(self._objects, self._info(path), self._commit, alone), np.uint8)
                 return decode_piece(layout, piece, number, self._infos[path].path)
@@ -550,6 +499,23 @@ class SegmentReader:
 
         entry: np.ndarray = self._cache.get((self._commit.digest, path, number), decode, lambda made: made.nbytes)
         return entry
+
+    def group(self) -> "zarr.Group | None":
+        """Return the arrays as zarr-python opens them, each object checked when it is read; None without arrays."""
+        import zarr  # which nothing else needs, and takes a while
+        from zarr.storage import MemoryStore
+
+        if "z/zarr.json" not in self._infos:
+            return None
+        store = MemoryStore(_CheckedObjects(self._infos, self._object), read_only=True)  # type: ignore[arg-type]
+        return zarr.open_group(store, mode="r")
+
+    def slices(self) -> pa.Table:
+        """Return where each gradient's rows lie, in the schema of `slices`; those of states are left out."""
+        if "slices.parquet" not in self._infos:
+            return _table("slices", ())
+        table = self._table("slices.parquet", SCHEMAS["slices"].names)
+        return table.filter(pc.is_in(table["role"], pa.array(ROLES)))
 
     def _layout(self, array: str) -> ArrayLayout:
         if array not in self._layouts:
@@ -579,6 +545,25 @@ class SegmentReader:
     @property
     def _where(self) -> str:
         return f"log/{self._commit.writer}/{self._commit.seq:012d}.json"
+
+
+class _CheckedObjects(Mapping[str, Any]):
+    """The objects of a segment's Zarr group by their keys: zarr would take what is missing or altered for numbers."""
+
+    def __init__(self, infos: Mapping[str, ObjectInfo], read: Callable[[str], bytes]) -> None:
+        self._paths = {path.removeprefix("z/"): path for path in infos if path.startswith("z/")}
+        self._read = read
+
+    def __getitem__(self, key: str) -> Any:
+        from zarr.core.buffer import default_buffer_prototype
+
+        return default_buffer_prototype().buffer.from_bytes(self._read(self._paths[key]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def _fits(part: Gradient, shape: tuple[int, int]) -> bool:
