@@ -190,8 +190,8 @@ def _row_map(union: Keep, keep: Keep) -> np.ndarray | None:
     if keep is None:
         return None
     positions = np.arange(len(keep)) if union is None else np.cumsum(union) - 1
-    found: np.ndarray = positions[keep].astype(np.int32)
-    return found
+    row_map: np.ndarray = positions[keep].astype(np.int32)
+    return row_map
 
 
 def _only(matrix: np.ndarray, keep: Keep) -> np.ndarray:
@@ -281,10 +281,10 @@ def _nonzero_rows(matrix: np.ndarray) -> Keep:
     # Most rows show in their first number that they hold something; only the others are looked through.
     if bits[:, 0].all():
         return None
-    found: np.ndarray = bits[:, 0] != 0
-    rest = np.flatnonzero(~found)
-    found[rest] = bits[rest].any(axis=1)
-    return None if found.all() else found
+    nonzero: np.ndarray = bits[:, 0] != 0
+    rest = np.flatnonzero(~nonzero)
+    nonzero[rest] = bits[rest].any(axis=1)
+    return None if nonzero.all() else nonzero
 
 
 def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:

@@ -148,8 +148,7 @@ class _Fold:
 
     def add(self, commit: Commit) -> None:
         self._gather("commits", commit_rows([commit]))
-        kept = [info for info in commit.objects if info.kind not in FOLDED]
-        self._gather("objects", object_rows(self._number, kept))
+        self._gather("objects", object_rows(self._number, [info for info in commit.objects if info.kind not in FOLDED]))
         for info in commit.objects:
             if info.kind in FOLDED:
                 table = read_rows(self._objects, info, commit)
@@ -198,15 +197,15 @@ def _vacuum(objects: Objects, compaction: Compaction, view: View) -> Iterator[st
         yield from _delete(objects, [info.path for info in infos if info.kind in FOLDED])
         if name[1] < compaction.newest[name[0]].seq:
             yield from _delete(objects, [path])
-    kept = {info.path for info in compaction.files}
+    row_files = {info.path for info in compaction.files}
     for path in objects.list(paths.COMPACTIONS):
         if (paths.parse_compaction_path(path) or compaction.number) >= compaction.number:
             continue
-        yield from _delete(objects, [info.path for info in _named(objects, path) if info.path not in kept])
+        yield from _delete(objects, [info.path for info in _named(objects, path) if info.path not in row_files])
         yield from _delete(objects, [path])
     # Folders of compactions that died before their compaction. One that is still at work on so low a number will not
     # count any more.
-    folders = {path.rpartition("/")[0] for path in kept}
+    folders = {path.rpartition("/")[0] for path in row_files}
     for folder in objects.folders(paths.DATA):
         number_of = paths.parse_fold_prefix(folder)
         if number_of is not None and number_of <= compaction.number and folder not in folders:

@@ -76,7 +76,7 @@ def parse_compaction(data: bytes, path: str, settings: Settings) -> Compaction:
     newest = {writer: _newest(writer, head, path) for writer, head in take(fields, "writers", dict, path).items()}
     files = tuple(parse_info(entry, path) for entry in take(fields, "objects", list, path))
     written_for = [paths.parse_folded_path(info.path) for info in files]
-    if not all(one is not None and one <= number for one in written_for):
+    if not all(earlier is not None and earlier <= number for earlier in written_for):
         raise CorruptionError(f"{path} names objects that are no row files of a compaction", path=path)
     return Compaction(number, take_time(fields, path), take(fields, "commits", int, path), newest, files)
 

@@ -414,17 +414,17 @@ class LogWriter:
         record = self._parse(data, path)  # before anyone else can: a record that readers refuse must not appear
         self._unsettled = path  # and so it stays when an interrupt leaves here
         try:
-            found = create_settled(self._objects, path, data)
+            written = create_settled(self._objects, path, data)
         except Exception as error:
             if getattr(error, "kind", None) != "outcome-unknown":
                 self._unsettled = None
             raise
-        if found == data:
+        if written == data:
             self._newest = record
         self._unsettled = None
-        if found == data:
+        if written == data:
             return record
-        if self._parse(found, path).kind == "fence":
+        if self._parse(written, path).kind == "fence":
             return None
         raise CorruptionError(f"{path} holds a record that this writer did not write", path=path)
 
@@ -472,11 +472,11 @@ def claim_attempt(
         }
         data = paths.seal(fields)
         attempt = parse_attempt(data, path)
-        found = create_settled(objects, path, data)
-        if found == data:
+        written = create_settled(objects, path, data)
+        if written == data:
             return attempt
         if first:
-            return parse_attempt(found, path)
+            return parse_attempt(written, path)
 
 
 def create_settled(objects: Objects, path: str, data: bytes) -> bytes:

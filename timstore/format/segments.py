@@ -266,6 +266,8 @@ class ByteCache:
 # The arrays of one commit as zarr-python opens them, and where each gradient's rows lie in them.
 Arrays: TypeAlias = "tuple[zarr.Group, pa.Table]"
 
+_UNREAD = np.zeros(0, np.float32)
+
 # Owners or bounds of rows: one for all, or one for each gradient.
 Numbers = Sequence[int] | np.ndarray
 
@@ -333,7 +335,7 @@ class SegmentReader:
 
     def counts(self, owners: Numbers, role: str) -> np.ndarray:
         """Return how many rows each gradient has in that role."""
-        first, stop = self._found(owners, role)
+        first, stop = self._slices_of(owners, role)
         counts = np.zeros(len(first), np.int64)
         stored = stop > first
         counts[stored] = self._rows[first[stored]]
@@ -344,7 +346,7 @@ class SegmentReader:
 
         None: to all of them, in order.
         """
-        first, _ = self._found(owners, "output_gradients")
+        first, _ = self._slices_of(owners, "output_gradients")
         if not self._mapped[first].any():
             return [None] * len(first)
         spans = zip(self._mapped[first], self._map_start[first].tolist(), self._map_stop[first].tolist(), strict=True)
@@ -352,13 +354,13 @@ class SegmentReader:
 
     def dtype(self, owner: int, role: str) -> str:
         """Return the name of the dtype that the gradient's rows are stored in."""
-        first, _ = self._found([owner], role)
+        first, _ = self._slices_of([owner], role)
         array: str = self._arrays[self._array[first[0]]]
         return array.rpartition("-")[2]
 
     def width(self, owner: int, role: str) -> int:
         """Return the number of columns of the gradient's rows in that role."""
-        first, stop = self._found([owner], role)
+        first, stop = self._slices_of([owner], role)
         return sum(self._layout(self._arrays[number]).width for number in self._array[first[0] : stop[0]])
 
     def rows(self, owners: Numbers, role: str, first: Any = 0, last: Any = None) -> np.ndarray:
@@ -371,7 +373,7 @@ class SegmentReader:
 
         Cost: one pass over the chunks that hold them, decoded at most once while they are next to each other.
         """
-        at, stop = self._found(owners, role)
+        at, stop = self._slices_of(owners, role)
         if not (stop > at).all():
             raise CorruptionError(f"the slices of {self._where} lack the {role} of a gradient", path=self._where)
         bounds = _each(first, len(at)), _each(np.iinfo(np.int64).max if last is None else last, len(at))
@@ -401,7 +403,7 @@ class SegmentReader:
         return restore(values, self._stored(owners, scales, first, last) if self.has(int(owners[0]), scales) else None)
 
     def _stored(self, owners: np.ndarray, role: str, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        at, stop = self._found(owners, role)
+        at, stop = self._slices_of(owners, role)
         columns = [self._gather(at + piece, first, last) for piece in range(int(stop[0] - at[0]))]
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
@@ -412,14 +414,14 @@ class SegmentReader:
             CorruptionError: what is stored cannot be such parts, though every checksum may be right.
         """
         try:
-            found = self._parts(np.asarray(owners, np.int64), encoding, shape)
+            parts = self._parts(np.asarray(owners, np.int64), encoding, shape)
         except (ValueError, IndexError) as error:
             if isinstance(error, TimstoreError):
                 raise
             raise self._misfit(str(error)) from error
-        if not all(_fits(part, shape) for part in found):
+        if not all(_fits(part, shape) for part in parts):
             raise self._misfit(f"{encoding} of another shape than {shape}")
-        return found
+        return parts
 
     def _misfit(self, what: str) -> CorruptionError:
         return CorruptionError(
@@ -429,35 +431,35 @@ class SegmentReader:
 
     def _parts(self, owners: np.ndarray, encoding: str, shape: tuple[int, int]) -> list[Gradient]:
         role = "output_gradients" if encoding == "factors" else "values"
-        at, stop = self._found(owners, role)
-        held = np.flatnonzero(stop > at)
-        found: list[Gradient] = [np.zeros(0, np.float32)] * len(owners)
-        for run in self._alike(at[held], stop[held]):
-            chosen = owners[held[run]]
+        at, stop = self._slices_of(owners, role)
+        stored = np.flatnonzero(stop > at)
+        parts: list[Gradient] = [np.zeros(shape, np.float32) if empty else _UNREAD for empty in stop == at]
+        for run in self._alike(at[stored], stop[stored]):
+            chosen = owners[stored[run]]
             values = self._split(chosen, role)
             if encoding == "dense":
-                whole: list[Gradient] = [one.reshape(shape) for one in values]
+                whole: list[Gradient] = [matrix.reshape(shape) for matrix in values]
             elif encoding == "rows":
                 indices = self._split(chosen, "indices")
-                whole = [Rows(which, one, shape) for which, one in zip(indices, values, strict=True)]
+                whole = [Rows(rows, matrix, shape) for rows, matrix in zip(indices, values, strict=True)]
             else:
                 inputs, maps = self._split(chosen, "inputs"), self.row_maps(chosen)
-                mapped = (one if row_map is None else one[row_map] for one, row_map in zip(inputs, maps, strict=True))
-                whole = [Factors(one, outputs) for one, outputs in zip(mapped, values, strict=True)]
-            for number, one in zip(held[run].tolist(), whole, strict=True):
-                found[number] = one
-        for number in np.flatnonzero(stop == at).tolist():
-            found[number] = np.zeros(shape, np.float32)
-        return found
+                mapped = (
+                    rows if row_map is None else rows[row_map] for rows, row_map in zip(inputs, maps, strict=True)
+                )
+                whole = [Factors(rows, outputs) for rows, outputs in zip(mapped, values, strict=True)]
+            for number, part in zip(stored[run].tolist(), whole, strict=True):
+                parts[number] = part
+        return parts
 
     def _split(self, owners: np.ndarray, role: str) -> list[np.ndarray]:
-        """Return the rows of each gradient, an array of its own each: one that is held holds no other."""
+        """Return the rows of each gradient, an array of its own each, so that keeping one of them keeps no other."""
         rows = self.rows(owners, role)
         if len(owners) == 1:
             return [rows]
-        return [one.copy() for one in np.split(rows, np.cumsum(self.counts(owners, role))[:-1])]
+        return [part.copy() for part in np.split(rows, np.cumsum(self.counts(owners, role))[:-1])]
 
-    def _found(self, owners: Numbers, role: str) -> tuple[np.ndarray, np.ndarray]:
+    def _slices_of(self, owners: Numbers, role: str) -> tuple[np.ndarray, np.ndarray]:
         """Return where each gradient's slices of a role begin and end."""
         wanted = np.asarray(owners, np.int64) * len(ROLE_CODES) + ROLE_CODES[role]
         return np.searchsorted(self._keys, wanted, "left"), np.searchsorted(self._keys, wanted, "right")

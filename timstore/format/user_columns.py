@@ -7,12 +7,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import types
 
 from timstore.format.schemas import as_text
 
-# DuckDB and Arrow agree on these.
-_TIME, _SPAN = pa.time64("us"), pa.duration("us")
 _DECIMAL_DIGITS = 38
+_INTERVAL = pa.month_day_nano_interval()
+_LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+# What DuckDB takes and gives back as it is.
+_SIMPLE = (
+    *(types.is_null, types.is_boolean, types.is_integer, types.is_float32, types.is_float64, types.is_string),
+    *(types.is_binary, types.is_date32, types.is_time64, types.is_timestamp, types.is_duration),
+)
+# What it gives back in another type, of the same values.
+_PLAIN_TYPES = (
+    (types.is_float16, pa.float32()),
+    *((is_text, pa.string()) for is_text in (types.is_large_string, types.is_string_view)),
+    *(
+        (is_bytes, pa.binary())
+        for is_bytes in (types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    ),
+    (types.is_date64, pa.date32()),
+    (types.is_time, pa.time64("us")),
+    (types.is_duration, pa.duration("us")),
+)
+# What Arrow casts to text without loss.
+_DIRECT = (
+    *(types.is_null, types.is_string, types.is_boolean, types.is_integer, types.is_date, types.is_time),
+    *(types.is_timestamp, types.is_decimal),
+)
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
@@ -55,7 +78,7 @@ def cast_exactly(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArra
         back = cast.cast(column.type)
     except pa.ArrowException:
         return None
-    if pa.types.is_floating(column.type):  # NaN is not equal to itself
+    if types.is_floating(column.type):  # NaN is not equal to itself
         return cast if np.array_equal(back.to_numpy(), column.to_numpy(), equal_nan=True) else None
     return cast if back.equals(column) else None
 
@@ -85,16 +108,15 @@ def _in_one_type(columns: Sequence[pa.ChunkedArray]) -> list[pa.ChunkedArray]:
     return [_text(column) for column in columns]
 
 
-def _kind(one: pa.DataType) -> Any:
+def _kind(column_type: pa.DataType) -> Any:
     """Return what a type's values are: only those of one kind are the same value in another type of theirs."""
-    types = pa.types
-    if types.is_integer(one) or types.is_floating(one) or types.is_decimal(one):
+    if types.is_integer(column_type) or types.is_floating(column_type) or types.is_decimal(column_type):
         return "number"
-    if types.is_date(one) or types.is_timestamp(one):
-        return "moment", types.is_timestamp(one) and one.tz is not None
-    if types.is_list(one) or types.is_large_list(one) or types.is_fixed_size_list(one):
-        return "list", _kind(one.value_type)
-    return one
+    if types.is_date(column_type) or types.is_timestamp(column_type):
+        return "moment", types.is_timestamp(column_type) and column_type.tz is not None
+    if any(is_list(column_type) for is_list in _LISTS):
+        return "list", _kind(column_type.value_type)
+    return column_type
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -102,8 +124,8 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if wanted == column.type:
         return column
     try:
-        if column.type == pa.month_day_nano_interval():
-            return pa.chunked_array([pa.array([_microseconds(span) for span in column.to_pylist()], _SPAN)])
+        if column.type == _INTERVAL:
+            return pa.chunked_array([pa.array([_microseconds(span) for span in column.to_pylist()], pa.duration("us"))])
         if wanted is not None:
             return column.cast(wanted)
     except (pa.ArrowException, ValueError):
@@ -111,42 +133,30 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return _text(column)
 
 
-def _plain_type(one: pa.DataType) -> pa.DataType | None:
+def _plain_type(column_type: pa.DataType) -> pa.DataType | None:
     """Return the type that DuckDB gives back for a column of this one, None if it is to be text."""
-    types = pa.types
-    if types.is_timestamp(one) and one.tz is not None:
+    if column_type == _INTERVAL:
+        return pa.duration("us")
+    if types.is_timestamp(column_type) and column_type.tz is not None:
         # The same moments; DuckDB calls the zone by the machine's name.
-        return pa.timestamp(one.unit, "UTC")
-    if types.is_float16(one):
-        return pa.float32()
-    if types.is_large_string(one) or types.is_string_view(one):
-        return pa.string()
-    if types.is_large_binary(one) or types.is_fixed_size_binary(one) or types.is_binary_view(one):
-        return pa.binary()
-    if types.is_date64(one):
-        return pa.date32()
-    if types.is_time(one):
-        return _TIME
-    if types.is_duration(one) or one == pa.month_day_nano_interval():
-        return _SPAN
-    if types.is_decimal(one) and not types.is_decimal128(one):
-        return pa.decimal128(_DECIMAL_DIGITS, one.scale) if 0 <= one.scale <= _DECIMAL_DIGITS else None
-    return one if _is_plain(one) else None
+        return pa.timestamp(column_type.unit, "UTC")
+    if types.is_decimal(column_type) and not types.is_decimal128(column_type):
+        scale = column_type.scale
+        return pa.decimal128(_DECIMAL_DIGITS, scale) if 0 <= scale <= _DECIMAL_DIGITS else None
+    plain_types = (wanted for is_one, wanted in _PLAIN_TYPES if is_one(column_type))
+    return next(plain_types, column_type if _is_plain(column_type) else None)
 
 
-def _is_plain(one: pa.DataType) -> bool:
-    types = pa.types
-    if types.is_list(one) or types.is_large_list(one) or types.is_fixed_size_list(one):
-        return _is_plain(one.value_type)
-    if types.is_struct(one):
-        return one.num_fields > 0 and all(_is_plain(part.type) for part in one)
-    if types.is_map(one):
-        return _is_plain(one.key_type) and _is_plain(one.item_type)
-    if types.is_decimal128(one):
-        return bool(0 <= one.scale <= one.precision)
-    simple = (types.is_null, types.is_boolean, types.is_integer, types.is_float32, types.is_float64)
-    others = (types.is_string, types.is_binary, types.is_date32, types.is_time64, types.is_timestamp, types.is_duration)
-    return any(is_one(one) for is_one in (*simple, *others))
+def _is_plain(column_type: pa.DataType) -> bool:
+    if any(is_list(column_type) for is_list in _LISTS):
+        return _is_plain(column_type.value_type)
+    if types.is_struct(column_type):
+        return column_type.num_fields > 0 and all(_is_plain(field.type) for field in column_type)
+    if types.is_map(column_type):
+        return _is_plain(column_type.key_type) and _is_plain(column_type.item_type)
+    if types.is_decimal128(column_type):
+        return bool(0 <= column_type.scale <= column_type.precision)
+    return any(is_simple(column_type) for is_simple in _SIMPLE)
 
 
 def _microseconds(span: Any) -> int | None:
@@ -164,16 +174,14 @@ def _microseconds(span: Any) -> int | None:
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return values as text: every digit of an integer, a float as Python writes it, what has parts as JSON."""
-    types, one = pa.types, column.type
-    direct = (types.is_null, types.is_string, types.is_boolean, types.is_integer, types.is_date, types.is_time)
-    if any(is_one(one) for is_one in direct) or types.is_timestamp(one) or types.is_decimal(one):
+    if any(is_direct(column.type) for is_direct in _DIRECT):
         return column.cast(pa.string())
-    values = column.to_pylist()
-    return pa.chunked_array([pa.array([None if value is None else _said(value, one) for value in values], pa.string())])
+    values = [None if value is None else _said(value, column.type) for value in column.to_pylist()]
+    return pa.chunked_array([pa.array(values, pa.string())])
 
 
-def _said(value: Any, one: pa.DataType) -> str:
-    if pa.types.is_float32(one):
+def _said(value: Any, column_type: pa.DataType) -> str:
+    if types.is_float32(column_type):
         return str(np.float32(value))
     if isinstance(value, bytes):
         return value.hex()
