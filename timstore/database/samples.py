@@ -1,6 +1,7 @@
 """The user's own columns beside sample ids."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,9 @@ class ColumnTypes:
             cast = cast_exactly(column, field.type)
             if cast is None:
                 at = first_misfit(column, field.type)
-                value, sample, kept = column[at].as_py(), table["sample"][at].as_py(), field.type
+                value, sample, kept = column[at], table["sample"][at].as_py(), field.type
+                with suppress(ValueError, OverflowError, pa.ArrowException):  # a moment that Python has no number for
+                    value = value.as_py()
                 raise InvalidInputError(
                     f"the samples column {name} holds {kept}, not {column.type}: {shown(value)} of sample {sample} "
                     f"cannot become {kept} unchanged. Give it as {kept}, or under another name",
