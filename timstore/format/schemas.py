@@ -4,7 +4,7 @@ The row number in a commit's gradients file is that gradient's `owner` number in
 states file, whose roles are others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -63,16 +63,16 @@ def _schema(kind: str) -> pa.Schema:
     return pa.schema([(name, _TYPES[type_name]) for name, type_name in columns])
 
 
-def _marked(kind: str, *marks: str) -> tuple[str, ...]:
-    return tuple(column.split()[0] for column in _COLUMNS[kind].split(", ") if column.endswith(marks))
+def _named(kind: str, is_one: Callable[[str], bool]) -> tuple[str, ...]:
+    return tuple(column.split()[0] for column in _COLUMNS[kind].split(", ") if is_one(column))
 
 
 COMMITS, OBJECTS = _schema("commits"), _schema("objects")
 SCHEMAS: dict[str, pa.Schema] = {kind: _schema(kind) for kind in _COLUMNS if kind not in ("commits", "objects")}
 
-# Columns in which a row may say nothing, and among them those that stores written earlier lack.
-NULLABLE = {kind: _marked(kind, "?", "+") for kind in _COLUMNS}
-ADDED = {kind: _marked(kind, "+") for kind in _COLUMNS}
+# Columns in which every row says something, and those that stores written earlier lack.
+REQUIRED = {kind: _named(kind, lambda column: not column.endswith(("?", "+"))) for kind in _COLUMNS}
+ADDED = {kind: _named(kind, lambda column: column.endswith("+")) for kind in _COLUMNS}
 
 # What a compaction folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
 FOLDED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))

@@ -17,7 +17,7 @@ from timstore.errors import CorruptionError, TimstoreError
 from timstore.format.checksums import read_part, read_verified
 from timstore.format.local_files import Objects
 from timstore.format.log import Commit, ObjectInfo
-from timstore.format.schemas import NULLABLE, SCHEMAS, coded, read_rows, write_rows
+from timstore.format.schemas import REQUIRED, SCHEMAS, coded, read_rows, write_rows
 from timstore.format.zarr_shards import (
     GROUP_JSON,
     ROW_BYTES,
@@ -530,7 +530,7 @@ class SegmentReader:
         table = read_rows(self._object(path), info.path, columns, rows=info.rows)
         for name in columns or schema.names:
             kind = schema.field(name).type
-            empty = name not in NULLABLE[info.kind] and name in table.column_names and table[name].null_count
+            empty = name in REQUIRED[info.kind] and name in table.column_names and table[name].null_count
             if name not in table.column_names or table.schema.field(name).type != kind or empty:
                 raise CorruptionError(f"{info.path} has no column {name} of {kind} in every row", path=info.path)
         return table
