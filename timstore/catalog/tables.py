@@ -102,7 +102,7 @@ def load_commits(
         folded: (kind, rows) of a compaction, in its order; those of the commits that it covers are of kind `commits`.
 
     Raises:
-        FormatError: rows that are not those of `format.tables`.
+        FormatError: rows that are not those of `format.schemas`.
     """
     loading = {kind: _Loading(connection, kind) for kind in STORED}
     samples: list[pa.Table] = []

@@ -142,7 +142,7 @@ def build_segment(
     one contiguous range.
 
     Args:
-        tables: further row tables by kind, already in the schema of `format.tables`.
+        tables: further row tables by kind, already in the schema of `format.schemas`.
         blobs: other objects by file name, written as they are (the probe).
         states: (role, numbers) of each row of the `states` table, in its order.
     """
