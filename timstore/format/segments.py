@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,11 +48,11 @@ ROLES = (
 # consumed; parameters and optimizer state before the first recorded step; parameters before a rollback.
 STATE_ROLES = ("exp_avg_sq", "theta", "gradient", "start_theta", "start_state")
 
-_MOMENT = ("epoch", "step", "rank", "sample")
-_RECORD = ("attempt", *_MOMENT)
-
 # Roles as numbers, those of gradients first.
 ROLE_CODES = {role: code for code, role in enumerate((*ROLES, *STATE_ROLES))}
+
+# What says which record a row is of, beside its attempt.
+_RECORD = ("epoch", "step", "rank", "sample")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -197,27 +197,28 @@ def _lay_out(
 
 def _gradient_rows(parts: Sequence[tuple[EncodedRecord, Encoded]]) -> pa.Table:
     schema = SCHEMAS["gradients"]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "attempt": [encoded.attempt for encoded, _ in parts],
-        **{name: [getattr(encoded.record, name) for encoded, _ in parts] for name in _MOMENT},
-        **{name: [getattr(part, name) for _, part in parts] for name in schema.names if name not in _RECORD},
+        **{name: [getattr(encoded.record, name) for encoded, _ in parts] for name in _RECORD},
     }
+    for name in schema.names[len(columns) :]:
+        columns[name] = [getattr(part, name) for _, part in parts]
     return pa.Table.from_pydict(columns, schema)
 
 
 def _record_rows(records: Sequence[EncodedRecord]) -> pa.Table:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "attempt": [encoded.attempt for encoded in records],
         "norm": [encoded.norm for encoded in records],
         "bytes": [encoded.stored_bytes for encoded in records],
     }
-    for name in (*_MOMENT, "loss", "tokens", "dot"):
+    for name in (*_RECORD, "loss", "tokens", "dot"):
         columns[name] = [getattr(encoded.record, name) for encoded in records]
     return pa.Table.from_pydict(columns, SCHEMAS["records"])
 
 
 def _table(kind: str, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMAS[kind])
+    columns: Iterable[tuple[Any, ...]] = zip(*rows, strict=True) if rows else [()] * len(SCHEMAS[kind])
     return pa.Table.from_pydict(dict(zip(SCHEMAS[kind].names, columns, strict=True)), SCHEMAS[kind])
 
 
