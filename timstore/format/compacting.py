@@ -225,8 +225,8 @@ def _named(objects: Objects, path: str) -> Sequence[ObjectInfo]:
         return []
 
 
-def _delete(objects: Objects, paths: Iterable[str]) -> Iterator[str]:
-    for path in paths:
+def _delete(objects: Objects, superfluous: Iterable[str]) -> Iterator[str]:
+    for path in superfluous:
         with suppress(NotFoundError):  # another compaction was here
             objects.delete(path)
             yield path
