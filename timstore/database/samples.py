@@ -95,6 +95,7 @@ class ColumnTypes:
             field = self._fields.get(name.lower())
             if field is None or (field.type != column.type and not self._has_values(field)):
                 self._fields[name.lower()] = table.schema.field(name)
+                self._stored.discard(name.lower())
                 continue
             cast = cast_exactly(column, field.type)
             if cast is None:

@@ -63,8 +63,8 @@ def _schema(kind: str) -> pa.Schema:
     return pa.schema([(name, _TYPES[type_name]) for name, type_name in columns])
 
 
-def _named(kind: str, is_one: Callable[[str], bool]) -> tuple[str, ...]:
-    return tuple(column.split()[0] for column in _COLUMNS[kind].split(", ") if is_one(column))
+def _named(kind: str, is_wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    return tuple(column.split()[0] for column in _COLUMNS[kind].split(", ") if is_wanted(column))
 
 
 COMMITS, OBJECTS = _schema("commits"), _schema("objects")

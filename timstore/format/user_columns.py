@@ -143,7 +143,7 @@ def _plain_type(column_type: pa.DataType) -> pa.DataType | None:
     if types.is_decimal(column_type) and not types.is_decimal128(column_type):
         scale = column_type.scale
         return pa.decimal128(_DECIMAL_DIGITS, scale) if 0 <= scale <= _DECIMAL_DIGITS else None
-    plain_types = (wanted for is_one, wanted in _PLAIN_TYPES if is_one(column_type))
+    plain_types = (wanted for is_such, wanted in _PLAIN_TYPES if is_such(column_type))
     return next(plain_types, column_type if _is_plain(column_type) else None)
 
 
