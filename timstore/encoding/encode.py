@@ -63,7 +63,8 @@ class _Layer:
         """How many bytes its output gradients are smaller than the product: what is left to pay for the inputs."""
         inputs, outputs = self.factors.inputs, self.factors.output_gradients
         dense = self.parameter.numel * max(_number_bytes(outputs), _number_bytes(inputs))
-        return dense - _count(self.keep, inputs) * outputs.shape[1] * outputs.itemsize
+        factor: int = _count(self.keep, inputs) * outputs.shape[1] * outputs.itemsize
+        return dense - factor
 
 
 def encode(
