@@ -29,7 +29,7 @@ import sys
 from timstore.cli import app
 for arguments in ["info"], ["sql", {SQL!r}], ["sql", {SQL!r}, "--json"]:
     assert app([arguments[0], {str(filled)!r}, *arguments[1:]], standalone_mode=False) in (None, 0)
-heavy = "torch", "transformers", "pandas", "polars", "zarr", "numcodecs", "rich", "pyarrow.compute", "pyarrow.parquet"
+heavy = "torch", "transformers", "pandas", "polars", "zarr", "numcodecs", "rich", "pyarrow.compute"
 print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -181,14 +181,14 @@ def test_json_comes_over_as_it_is_nested_and_with_gaps(store, tmp_path):
             "day": "2026-01-02",
             "n": -(2**63),
             "tags": ["a", None],
-            "at": {"x/~y": [1, 2], "none": None},
+            "pair": {"x/~y": [1, 2], "none": None},
             "f": 1.5,
         },
-        {"sample": 2, "day": "x", "n": 2**63 - 1, "tags": [], "at": {"x/~y": [], "none": None}, "f": 3},
-        {"sample": 3, "day": None, "n": None, "tags": None, "at": None, "f": None},
+        {"sample": 2, "day": "x", "n": 2**63 - 1, "tags": [], "pair": {"x/~y": [], "none": None}, "f": 3},
+        {"sample": 3, "day": None, "n": None, "tags": None, "pair": None, "f": None},
     ]
     run("samples", "import", store, written(tmp_path / "a.jsonl", rows))
-    assert held(store, "sample, day, n, tags, at, f", "sample IN (1, 2, 3)") == rows
+    assert held(store, "sample, day, n, tags, pair, f", "sample IN (1, 2, 3)") == rows
     (kinds,) = held(store, "typeof(n) AS n, typeof(day) AS day", "sample = 1")
     assert kinds == {"n": "BIGINT", "day": "VARCHAR"}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+from pyarrow import parquet
 
 from timstore.errors import InvalidInputError
 
@@ -18,8 +19,8 @@ _ROWS = 50_000
 _LINE_BYTES = 16 * 2**20
 _ID = re.compile(r"\s*[+-]?[0-9]+\s*")
 
-# The kind of a number: BIGINT; DIGITS, a BIGINT that a double, with its 53 bits, would round; DOUBLE; WIDE, which none of
-# these holds.
+# Kinds of numbers: BIGINT; DIGITS, a BIGINT that a double, with its 53 bits, would round; DOUBLE; WIDE, too large for
+# both.
 _WHOLE, _NUMBER = r"\s*[+-]?\d+\s*", r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
 _NUMBER_KIND = f"""CASE
     WHEN regexp_full_match(value, '{_WHOLE}') THEN CASE
@@ -263,8 +264,6 @@ def _signed(structure: Any) -> Any:
 
 def _parquet(connection: duckdb.DuckDBPyConnection, path: Path, text: Collection[str]) -> Iterator[pa.Table]:
     # By arrow, which knows all types of the format; DuckDB would round decimals of more than 38 digits.
-    from pyarrow import parquet
-
     with path.open("rb") as file, parquet.ParquetFile(file) as rows:
         for batch in rows.iter_batches(_ROWS):
             yield pa.Table.from_batches([batch])
