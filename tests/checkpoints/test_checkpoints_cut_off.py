@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import timstore
-from timstore.checkpoints import writing
+from timstore.checkpoints import publish
 from timstore.model.fingerprints import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
@@ -66,7 +66,7 @@ class Disturbed:
 def test_ctrl_c_while_files_are_renamed_comes_when_all_of_them_are(
     in_files: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    monkeypatch.setattr(writing, "os", Disturbed(call, number, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    monkeypatch.setattr(publish, "os", Disturbed(call, number, lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt) as told:
         timstore.rollback(in_files / "model", [1], in_files / "s", in_place=True)
     assert numbers_in(in_files / "model") == NEW
@@ -77,7 +77,7 @@ def test_ctrl_c_while_files_are_renamed_comes_when_all_of_them_are(
 def killed(in_files: Path, call: str, number: int) -> None:
     """Roll back in place in another process, which is killed before a call."""
     if (process := os.fork()) == 0:
-        writing.os = Disturbed(call, number, lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[assignment]
+        publish.os = Disturbed(call, number, lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[assignment]
         try:
             timstore.rollback(in_files / "model", [1], in_files / "s", in_place=True)
         finally:

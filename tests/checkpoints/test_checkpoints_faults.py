@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import timstore
-from timstore.checkpoints import writing
+from timstore.checkpoints import publish
 from timstore.database.store import Store
 from timstore.model.fingerprints import digest
 
@@ -95,7 +95,7 @@ def test_any_call_that_fails_leaves_everything_as_it_was(
     with timstore.open(recorded / "s") as store:
         for last in itertools.count(1):
             failing = FailingOs(error, (None, last))
-            monkeypatch.setattr(writing, "os", failing)
+            monkeypatch.setattr(publish, "os", failing)
             try:
                 store.rollback(recorded / path, [1], **options)
             except KeyboardInterrupt:
@@ -153,9 +153,9 @@ def test_a_change_that_is_not_finite_leaves_no_output(recorded: Path) -> None:
 def killed(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Roll back in place, and stop between the two renames as a killed process does."""
     with monkeypatch.context() as patched:
-        patched.setattr(writing, "os", FailingOs(SystemExit(), ("replace", 2)))
-        patched.setattr(writing.Writing, "_take_back", lambda *_: None)
-        patched.setattr(writing.Writing, "end", lambda *_: None)
+        patched.setattr(publish, "os", FailingOs(SystemExit(), ("replace", 2)))
+        patched.setattr(publish.Writing, "_take_back", lambda *_: None)
+        patched.setattr(publish.Writing, "end", lambda *_: None)
         with pytest.raises(SystemExit):
             timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
 
@@ -195,7 +195,7 @@ def test_a_kill_between_two_renames_leaves_both_versions_of_each_file(
 
 def test_what_cannot_be_put_back_is_said(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made.files_in(recorded / "model")
-    monkeypatch.setattr(writing, "os", FailingOs(BROKEN, ("replace", 2), for_ever=True))
+    monkeypatch.setattr(publish, "os", FailingOs(BROKEN, ("replace", 2), for_ever=True))
     with pytest.raises(
         timstore.StorageError, match=r"could not be put back .*: the old ones lie beside them"
     ) as raised:

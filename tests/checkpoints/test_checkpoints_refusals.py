@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timstore
-from timstore.checkpoints.folder import opened
-from timstore.checkpoints.target import CheckpointTarget
+from timstore.checkpoints.discover import opened
+from timstore.checkpoints.patch import CheckpointTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from timstore.checkpoints.folder import Checkpoint
+from timstore.checkpoints.discover import Checkpoint
 from timstore.checkpoints.names import Naming
 from timstore.errors import InvalidInputError, ModelMismatchError
 from timstore.model.fingerprints import digest

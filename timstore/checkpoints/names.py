@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from timstore.checkpoints.folder import Checkpoint
+from timstore.checkpoints.discover import Checkpoint
 from timstore.errors import ModelMismatchError
 from timstore.records import Parameter
 from timstore.rollbacks.difference import other_adapter

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from timstore.checkpoints.cut_off import LEFT
-from timstore.checkpoints.folder import PICKLES, SUFFIX, Checkpoint
+from timstore.checkpoints.discover import PICKLES, SUFFIX, Checkpoint
 
 # Weights in other formats, and what optimizers saved: their moments are sums of the samples' gradients.
 _WEIGHTS = (SUFFIX, *PICKLES, ".pickle", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".npz", ".npy", ".distcp")

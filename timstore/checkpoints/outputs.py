@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from timstore.checkpoints.discover import Checkpoint
 from timstore.checkpoints.files import PlainFile, TensorFile
-from timstore.checkpoints.folder import Checkpoint
-from timstore.checkpoints.writing import Span, Writing, check_free
+from timstore.checkpoints.publish import Span, Writing, check_free
 from timstore.errors import AlreadyExistsError, InvalidInputError, ReadOnlyError
 from timstore.os_errors import reporting
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from timstore.checkpoints.discover import Checkpoint
 from timstore.checkpoints.files import TensorFile
-from timstore.checkpoints.folder import Checkpoint
 from timstore.checkpoints.header import StoredTensor
 from timstore.checkpoints.loaded import loaded_model
 from timstore.checkpoints.names import Naming
 from timstore.checkpoints.outputs import Output
-from timstore.checkpoints.writing import Writing
+from timstore.checkpoints.publish import Writing
 from timstore.errors import FormatError
 from timstore.interrupts import CriticalSection
 from timstore.model.fingerprints import digest_of_blocks, digests_by
