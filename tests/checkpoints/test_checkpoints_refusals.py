@@ -320,13 +320,19 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "true": (forged({"a": entry(0, 4, (True,))}), "tensor a is not described"),
     "huge": (forged({"a": entry(0, 2**70)}), "tensor a is not described"),
     "dtype of a number": (forged({"a": entry(0, 4, dtype=7)}), "tensor a is not described"),
-    "ends before it begins": (forged({"a": entry(4, 0)}, WORDS), "tensor a ends before it begins"),
+    "ends before it begins": (forged({"a": entry(4, 0)}, WORDS), "cannot take -4 bytes"),
     "beyond the end": (forged({"a": entry(0, 16, (4,))}, WORDS), r"tensor a lies at bytes .* of"),
     "shape of other bytes": (forged({"a": entry(0, 8, (3,))}, WORDS), r"shape \(3,\) cannot take 8 bytes"),
     "shape that overflows": (forged({"a": entry(0, 8, (2**62, 4))}, WORDS), "cannot take 8 bytes"),
-    "overlap": (forged({"a": entry(0, 8, (2,)), "b": entry(4, 8)}, WORDS), "tensor b overlaps another one"),
-    "same place": (forged({"a": entry(0, 8, (2,)), "b": entry(0, 8, (2,))}, WORDS), "tensor b overlaps another one"),
-    "hole": (forged({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "tensor b leaves a hole before it"),
+    "overlap": (
+        forged({"a": entry(0, 8, (2,)), "b": entry(4, 8)}, WORDS),
+        "tensor b lies at .* the one before it ends at",
+    ),
+    "same place": (
+        forged({"a": entry(0, 8, (2,)), "b": entry(0, 8, (2,))}, WORDS),
+        "tensor b lies at .* the one before it ends at",
+    ),
+    "hole": (forged({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "tensor b lies at .* the one before it ends at"),
     "more at the end": (forged({"a": entry(0, 4)}, WORDS), "its tensors end at byte"),
     "cut off": (forged({"a": entry(0, 8, (2,))}, WORDS)[:-1], "tensor a lies at bytes"),
 }
