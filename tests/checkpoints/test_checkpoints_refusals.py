@@ -350,9 +350,7 @@ def test_a_file_that_is_not_whole(template: Path, tmp_path: Path, name: str) -> 
     data, match = HOSTILE[name]
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
-    with pytest.raises(
-        timstore.FormatError, match=f"a.safetensors is no whole .*{match}.*Restore it"
-    ):
+    with pytest.raises(timstore.FormatError, match=f"a.safetensors is no whole .*{match}.*Restore it"):
         timstore.rollback(path, [1], template / "s", output=tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.safetensors"] and path.read_bytes() == data
 
