@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +48,7 @@ def known(recorded: Path) -> Path:
 
 
 class Disturbed:
-    """The calls by which a checkpoint is written; something is done before one of them.
+    """The module `os`; something is done before one of the calls by which a checkpoint is written.
 
     Args:
         act: it may raise, or kill the process.
@@ -57,33 +56,23 @@ class Disturbed:
         for_ever: whether before the later ones too.
     """
 
-    CHANGES = ("copyfile", "fchmod", "fsync", "link", "open", "replace", "write")
+    CHANGES = ("fchmod", "fsync", "link", "open", "pwrite", "replace")
 
     def __init__(self, act: Callable[[], None], at: tuple[str | None, int], *, for_ever: bool = False) -> None:
         self.calls: list[str] = []
         self._act, self._at, self._for_ever = act, at, for_ever
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(publish, "os", _Module(self, os))
-        monkeypatch.setattr(publish, "shutil", _Module(self, shutil))
-        monkeypatch.setattr(publish, "open", partial(self.call, "write", open), raising=False)
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        return partial(self._call, name, function) if name in self.CHANGES else function
 
-    def call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.calls.append(name)
         only, last = self._at
         count = len(self.calls) if only is None else self.calls.count(only)
         if only in (None, name) and (count == last or (self._for_ever and count > last)):
             self._act()
         return function(*args, **kwargs)
-
-
-class _Module:
-    def __init__(self, disturbed: Disturbed, module: Any) -> None:
-        self._disturbed, self._module = disturbed, module
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._module, name)
-        return partial(self._disturbed.call, name, function) if name in Disturbed.CHANGES else function
 
 
 def failing(error: BaseException) -> Callable[[], None]:
@@ -123,7 +112,7 @@ def test_any_call_that_fails_leaves_everything_as_it_was(
     with timstore.open(recorded / "s") as store:
         for last in itertools.count(1):
             disturbed = Disturbed(failing(error), (None, last))
-            disturbed.install(monkeypatch)
+            monkeypatch.setattr(publish, "os", disturbed)
             try:
                 store.rollback(recorded / path, [1], **options)
             except KeyboardInterrupt:
@@ -178,7 +167,8 @@ def test_a_change_that_is_not_finite_leaves_no_output(recorded: Path) -> None:
 def test_ctrl_c_while_files_are_renamed_comes_when_all_of_them_are(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    Disturbed(lambda: os.kill(os.getpid(), signal.SIGINT), (call, number)).install(monkeypatch)
+    disturbed = Disturbed(lambda: os.kill(os.getpid(), signal.SIGINT), (call, number))
+    monkeypatch.setattr(publish, "os", disturbed)
     with pytest.raises(KeyboardInterrupt) as told:
         timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
     assert is_at(recorded / "model", NEW)
@@ -188,7 +178,7 @@ def test_ctrl_c_while_files_are_renamed_comes_when_all_of_them_are(
 
 def test_what_cannot_be_put_back_is_said(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made.files_in(recorded / "model")
-    Disturbed(failing(BROKEN), ("replace", 2), for_ever=True).install(monkeypatch)
+    monkeypatch.setattr(publish, "os", Disturbed(failing(BROKEN), ("replace", 2), for_ever=True))
     match = r"could not be put back .*: the old ones lie beside them"
     with pytest.raises(timstore.StorageError, match=match) as raised:
         timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
@@ -201,7 +191,8 @@ def test_what_cannot_be_put_back_is_said(recorded: Path, monkeypatch: pytest.Mon
 def killed(folder: Path, call: str, number: int) -> None:
     """Roll back in place in another process, which is killed before a call."""
     if (process := os.fork()) == 0:
-        Disturbed(lambda: os.kill(os.getpid(), signal.SIGKILL), (call, number)).install(pytest.MonkeyPatch())
+        disturbed = Disturbed(lambda: os.kill(os.getpid(), signal.SIGKILL), (call, number))
+        pytest.MonkeyPatch().setattr(publish, "os", disturbed)
         try:
             timstore.rollback(folder / "model", [1], folder / "s", in_place=True)
         finally:
@@ -216,7 +207,7 @@ def named(hidden: Path) -> str:
 
 @pytest.mark.parametrize(
     ("call", "number", "is_mixture"),
-    [("write", 1, False), ("link", 2, False), ("replace", 1, False), ("replace", 2, True), ("replace", 3, True)],
+    [("pwrite", 1, False), ("link", 2, False), ("replace", 1, False), ("replace", 2, True), ("replace", 3, True)],
 )
 def test_a_rollback_in_place_that_was_killed_is_taken_up_by_the_next(
     known: Path, call: str, number: int, is_mixture: bool

@@ -11,10 +11,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import duckdb
+
+from timstore.errors import StorageError, TimstoreError
+
 _PREFIX = "timstore-catalogue-"
 # Locked for as long as its process needs the folder. The lock decides who lives, not a number of a process: those of
 # another container that shares the temporary directory mean nothing here.
 _LOCK = "lock"
+
+
+@contextmanager
+def in_temporary_space() -> Iterator[None]:
+    """Turn what the system and DuckDB say while tables are made there into errors of ours that name the place.
+
+    Raises:
+        StorageError: there is no room, or no temporary directory that can be written.
+    """
+    try:
+        yield
+    except TimstoreError:
+        raise
+    except (OSError, duckdb.OperationalError) as error:
+        where = tempfile.tempdir or "any temporary directory"
+        raise StorageError(
+            f"SQL's tables cannot be kept in {where}: {error}. Set the environment variable TMPDIR to a directory with "
+            "room (14 bytes per gradient row), and start again; the store itself is as it was",
+            kind="temporary-space",
+            path=str(where),
+        ) from error
+    except RuntimeError as error:
+        # What DuckDB makes of Ctrl-C.
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error
 
 
 @contextmanager

@@ -112,20 +112,8 @@ class TensorFile:
         self._check_covered(begin, size)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return bytes [start, stop) as uint8, on the host.
-
-        Raises:
-            StorageError: it cannot be read, or has become shorter.
-        """
-        data = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
-        rest = data.numpy().data
-        with reporting("read", self.path):
-            while rest:
-                done = os.preadv(self._descriptor, [rest], stop - len(rest))
-                if done == 0:
-                    raise StorageError(f"{self.path} became shorter while it was read", path=str(self.path))
-                rest = rest[done:]
-        return data
+        """Return bytes [start, stop) as uint8, on the host."""
+        return read(self._descriptor, self.path, start, stop)
 
     def check_unchanged(self) -> None:
         """Refuse to go on when somebody wrote to the file, or replaced it.
@@ -198,6 +186,23 @@ def plain_file(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read(descriptor: int, path: Path, start: int, stop: int) -> torch.Tensor:
+    """Return bytes [start, stop) of an open file as uint8, on the host.
+
+    Raises:
+        StorageError: it cannot be read, or has become shorter.
+    """
+    data = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+    rest = data.numpy().data
+    with reporting("read", path):
+        while rest:
+            done = os.preadv(descriptor, [rest], stop - len(rest))
+            if done == 0:
+                raise StorageError(f"{path} became shorter while it was read", path=str(path))
+            rest = rest[done:]
+    return data
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

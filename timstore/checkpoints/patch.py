@@ -86,8 +86,7 @@ class CheckpointTarget:
 
     def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
         assert self._output is not None
-        changed = {tensor.file for place in self._places.values() for tensor in place.tensors}
-        with self._output.copied(changed):
+        with self._output.copied(tensor for place in self._places.values() for tensor in place.tensors):
             writes.make()
             self._output.finish()
             for file in self._checkpoint.files:
