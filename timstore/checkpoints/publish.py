@@ -261,13 +261,10 @@ def _mixtures(folder: Path) -> list[tuple[list[Path], list[Path]]]:
 
 
 def _is_mixture(old: Sequence[Path], new: Sequence[Path]) -> bool:
-    replaced = {_final(path) for path in old if not _is_same(path, _final(path))}
+    pairs = [(path, _final(path)) for path in old]
+    replaced = {final for path, final in pairs if not (final.exists() and final.samefile(path))}
     # A new file that waits for a place that has another one by now: someone wrote there since.
     return bool(replaced and new) and replaced.isdisjoint(map(_final, new))
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    return other.exists() and other.samefile(path)
 
 
 def _final(hidden: Path) -> Path:
