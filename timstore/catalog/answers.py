@@ -153,8 +153,8 @@ def _aware(kind: DuckDBPyType | None, value: Any) -> Any:
     if kind.id == "struct":
         return {name: _aware(part, value[name]) for name, part in parts.items()}
     if kind.id == "map":
-        return {_aware(parts["key"], key): _aware(parts["value"], one) for key, one in value.items()}
-    return type(value)(_aware(parts["child"], one) for one in value)
+        return {_aware(parts["key"], key): _aware(parts["value"], part) for key, part in value.items()}
+    return type(value)(_aware(parts["child"], part) for part in value)
 
 
 def _parts(kind: DuckDBPyType) -> dict[str, DuckDBPyType]:

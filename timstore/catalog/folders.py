@@ -147,12 +147,12 @@ def _removed_by_signals(folder: Path) -> Iterator[None]:
 
     taken = []
     if threading.current_thread() is threading.main_thread():
-        taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+        taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     try:
-        for one in taken:
-            signal.signal(one, end)
+        for number in taken:
+            signal.signal(number, end)
         yield
     finally:
-        for one in taken:
-            if signal.getsignal(one) is end:
-                signal.signal(one, signal.SIG_DFL)
+        for number in taken:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)

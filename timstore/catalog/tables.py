@@ -89,7 +89,7 @@ def create_tables(connection: duckdb.DuckDBPyConnection) -> None:
     columns |= {"commits": _COMMITS, "samples": {"sample": "BIGINT"}}
     connection.execute("CREATE SCHEMA stored")
     for kind, types in columns.items():
-        named = ", ".join(f"{quoted(name)} {one}" for name, one in types.items())
+        named = ", ".join(f"{quoted(name)} {sql_type}" for name, sql_type in types.items())
         connection.execute(f"CREATE TABLE stored.{kind} ({named})")
 
 
@@ -127,8 +127,8 @@ def load_commits(
                 samples.append(table)
             elif kind in loading:
                 loading[kind].add(numbered(table, kind, commit.number), where, writer=commit.writer, seq=commit.seq)
-    for one in loading.values():
-        one.insert()
+    for rows in loading.values():
+        rows.insert()
     connection.execute(f"INSERT INTO stored.commits BY NAME {_unnested(_COMMITS)}", list(heads.values()))
     if samples:
         _merge_samples(connection, samples)
@@ -206,7 +206,7 @@ def _merge_samples(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Ta
     before = connection.sql("FROM stored.samples").to_arrow_table()
     try:
         # A column without a name, which earlier versions took, cannot be asked for.
-        named = [one.select([name for name in one.column_names if name]) for one in tables]
+        named = [rows.select([name for name in rows.column_names if name]) for rows in tables]
         table = joined([before, *named])
         names = table.column_names
         # Numbers for names, so that no name of the user's can meet one of ours.
@@ -276,7 +276,7 @@ def _live(attempts: Sequence[AttemptRow]) -> str:
     """
     cases = []
     until: tuple[int, int] | None = None
-    for attempt in sorted(attempts, key=lambda one: one.attempt, reverse=True):
+    for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True):
         if until is not None:
             epoch, step = until
             cases.append(f"WHEN {attempt.attempt} THEN r.epoch < {epoch} OR (r.epoch = {epoch} AND r.step < {step})")

@@ -100,7 +100,7 @@ def opened(path: Path, header_bytes: int) -> Iterator[Checkpoint]:
     """
     with ExitStack() as stack:
         paths, places = _paths(path)
-        files = tuple(TensorFile(one, stack.enter_context(plain_file(one)), header_bytes) for one in paths)
+        files = tuple(TensorFile(place, stack.enter_context(plain_file(place)), header_bytes) for place in paths)
         tensors: dict[str, StoredTensor] = {}
         for file in files:
             for name, tensor in file.tensors.items():

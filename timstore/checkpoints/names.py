@@ -81,7 +81,7 @@ def understood(
             tensors[name] = stored[noted]
         elif name in trained and len(missing) == 1 and is_certain:
             used = set(tensors.values())
-            alike = [one for one in stored.values() if one not in used and one.shape == trained[name].shape]
+            alike = [other for other in stored.values() if other not in used and other.shape == trained[name].shape]
             if len(alike) == 1:
                 tensors[name] = alike[0]
     absent = tuple(name for name in missing if name not in tensors)
@@ -111,21 +111,21 @@ def understood(
 
 
 def _renaming(checkpoint: Checkpoint, names: list[str], adapters: list[str]) -> Renaming:
-    """Return the renaming that most names are found by; names as they are count more than others."""
+    """Return the renaming that most names are matches by; names as they are count more than others."""
     renamings = [Renaming(), *map(Renaming, adapters)]
     for renaming in tuple(renamings):
         prefixes = _prefixes([renaming(name) for name in names], checkpoint.tensors)
         renamings += [replace(renaming, off=off, before=before) for off, before in prefixes]
-    found = {way: {name: way(name) for name in names if way(name) in checkpoint.tensors} for way in renamings}
-    best = max(renamings, key=lambda way: len(found[way]))  # of equals the first
-    if not found[best]:
+    matches = {way: {name: way(name) for name in names if way(name) in checkpoint.tensors} for way in renamings}
+    best = max(renamings, key=lambda way: len(matches[way]))  # of equals the first
+    if not matches[best]:
         raise ModelMismatchError(
             f"{checkpoint.path} holds no recorded parameter: {_some(names)} were recorded, and it has "
             f"{_some(checkpoint.tensors) or 'no tensor'}. It was saved from another model"
         )
-    rivals = [way for way in renamings if len(found[way]) == len(found[best]) and found[way] != found[best]]
+    rivals = [way for way in renamings if len(matches[way]) == len(matches[best]) and matches[way] != matches[best]]
     if rivals and best != Renaming():
-        name = next(name for name in names if found[best].get(name) != found[rivals[0]].get(name))
+        name = next(name for name in names if matches[best].get(name) != matches[rivals[0]].get(name))
         raise ModelMismatchError(
             f"parameter {name} could be tensor {best(name)} of {checkpoint.path} as well as {rivals[0](name)}: "
             "pass a checkpoint of the recorded model alone",
@@ -136,14 +136,14 @@ def _renaming(checkpoint: Checkpoint, names: list[str], adapters: list[str]) -> 
 
 def _prefixes(names: list[str], tensors: Iterable[str]) -> list[tuple[str, str]]:
     """Return (taken off, put before) of every prefix by which one of some names becomes a tensor's."""
-    found = set()
+    prefixes = set()
     for name in names[:: max(1, len(names) // _TRIED)]:
         for tensor in tensors:
             if tensor.endswith(f".{name}"):
-                found.add(("", tensor.removesuffix(name)))
+                prefixes.add(("", tensor.removesuffix(name)))
             elif name.endswith(f".{tensor}"):
-                found.add((name.removesuffix(tensor), ""))
-    return sorted(found)
+                prefixes.add((name.removesuffix(tensor), ""))
+    return sorted(prefixes)
 
 
 def _without_adapter(name: str, adapter: str) -> str:
