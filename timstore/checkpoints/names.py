@@ -111,7 +111,7 @@ def understood(
 
 
 def _renaming(checkpoint: Checkpoint, names: list[str], adapters: list[str]) -> Renaming:
-    """Return the renaming that most names are matches by; names as they are count more than others."""
+    """Return the renaming that most names are found by; names as they are count more than others."""
     renamings = [Renaming(), *map(Renaming, adapters)]
     for renaming in tuple(renamings):
         prefixes = _prefixes([renaming(name) for name in names], checkpoint.tensors)
