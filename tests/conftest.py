@@ -17,7 +17,7 @@ import timstore
 from timstore.database.lifetime import attended_stores
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
-from timstore.legacy.pickles import read_pickle
+from timstore.legacy.pickle_files import read_pickle
 from timstore.recording import accumulation, standstill
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/recording/test_c*
@@ -80,8 +80,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # And what tests before left in cycles: files go away when that is collected, which must not be while one watches.
     gc.collect()
     for protocol in (0, pickle.DEFAULT_PROTOCOL):
-        made.write_bytes(pickle.dumps([np.ones(2, bool), torch.ones(2), np.float32(1), "text"], protocol))
-        read_pickle(made)
+        parameters = {"a": np.ones(2), "b": torch.ones(2), "c": np.float32(1), "d": [1.0]}
+        made.write_bytes(pickle.dumps({"sample_gradients": {"text": parameters}}, protocol))
+        list(read_pickle(made))
     return made
 
 

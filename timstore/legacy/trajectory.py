@@ -13,8 +13,7 @@ from timstore.database.lifetime import open_stores, unattended
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, StorageError
 from timstore.format.layout import SETTINGS
-from timstore.legacy.layout import INFO, finite, sample_of
-from timstore.legacy.visits import narrowed
+from timstore.legacy.layout import INFO, finite, narrowed, sample_of
 from timstore.os_errors import reporting
 
 STORE = "trajectories.tim"
