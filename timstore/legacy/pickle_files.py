@@ -8,6 +8,7 @@ array is a view of the file's bytes, in a wrapper that no opcode can look into.
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -203,7 +204,7 @@ class _Unpickler(pickle._Unpickler):
         self.source, self.calls = io.BytesIO(data), calls
         super().__init__(self.source)
         self.dispatch = _HANDLERS  # type: ignore[misc]
-        self._room = len(data)
+        self._room = 2 * len(data)  # below protocol 3, storages are text first
 
     def spend(self, size: int) -> None:
         """Count bytes that are made of the file's: to name those often would make much out of little."""
@@ -252,7 +253,8 @@ def _build(machine: Any) -> None:
 
 class _Handlers(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> Never:
-        raise FormatError(f"no gradient needs the opcode {bytes([code])!r}: {_AGAIN}")
+        name = next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), "which is none")
+        raise FormatError(f"no gradient needs the opcode {code}, {name}: {_AGAIN}")
 
 
 _HANDLERS = _Handlers(
