@@ -233,7 +233,7 @@ def test_arrays_come_back_bit_for_bit(path: Path, protocol: int) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_tensors_come_back_as_arrays_bit_for_bit(path: Path, protocol: int) -> None:
     for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
-        flat = torch.frombuffer(bytearray(byte & 1 for byte in BITS) if kind is torch.bool else BITS, dtype=kind)
+        flat = torch.frombuffer(bytearray(byte & 1 if kind is torch.bool else byte for byte in BITS), dtype=kind)
         views = views_of(flat) | {"windows": flat.as_strided((5, 3), (2, 1))}
         views |= {"parameter": torch.nn.Parameter(flat, requires_grad=flat.is_floating_point())}
         for name, array in read(path, dumped(views, protocol)).items():
