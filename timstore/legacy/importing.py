@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,35 +110,30 @@ def import_trajectories(
         FormatError: a file that is broken off or not of the layout; the store is as it was.
         StorageError: a file cannot be read, or the store not be written.
     """
-    found = find(user_path(directory), format)
-    if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in found.files.values()):
+    trajectories = find(user_path(directory), format)
+    if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in trajectories.files.values()):
         raise InvalidInputError(
             f"{directory} holds pickles: pass allow_pickle=True to read them by an unpickler that runs nothing",
             kind="pickle",
         )
-    if lr is not None or (found.rate is None and not found.rates):
-        found = replace(found, rate=_given_rate(lr, directory), rates={})
-    scale = _given_scale(scale if scale is not None else found.scale)
-    sizes = sum(path.stat().st_size for path in found.files.values())
+    if lr is not None or (trajectories.rate is None and not trajectories.rates):
+        trajectories = replace(trajectories, rate=_given_rate(lr, directory), rates={})
+    scale = _given_scale(scale if scale is not None else trajectories.scale)
+    sizes = sum(path.stat().st_size for path in trajectories.files.values())
+    other_epoch = partial(_other_epoch, trajectories=trajectories, scale=scale)
     with ExitStack() as stack:
-        target, is_new = stack.enter_context(_target(store, dry_run, lambda half: _other_epoch(half, found, scale)))
-        other = _other_epoch(target, found, scale)
-        if other is not None:
+        target, is_new = stack.enter_context(_target(store, dry_run, other_epoch))
+        if (other := other_epoch(target)) is not None:
             raise InvalidInputError(
-                f"{target.path} holds records of epoch {other} that are not of {found.files[other]}, or came with "
-                "another lr or scale: import into another store",
+                f"{target.path} holds records of epoch {other} that are not of {trajectories.files[other]}, or came "
+                "with another lr or scale: import into another store",
                 kind="other-records",
             )
         passes = [False] if dry_run else [True] if is_new else [False, True]
         bars = stack.enter_context(shown(progress, "bytes"))
         task = bars.add_task("importing", total=sizes * len(passes))
-
-        def advance(count: int) -> None:
-            bars.advance(task, count)
-
-        report = Imported()
         for writes in passes:
-            report = _Import(found, target, scale, writes).run(advance)
+            report = _Import(trajectories, target, scale, writes).run(lambda count: bars.advance(task, count))
     if report.not_finite:
         warnings.warn(
             f"{report.not_finite} gradients hold NaN or Inf: a rollback of their samples is refused",
@@ -390,7 +386,7 @@ def _given_rate(lr: float | None, directory: Any) -> float:
 
 
 def _given_scale(scale: float | None) -> float:
-    found = 1.0 if scale is None else finite(scale, "scale")
-    if found == 0:
+    checked = 1.0 if scale is None else finite(scale, "scale")
+    if checked == 0:
         raise InvalidInputError("scale is a number other than zero")
-    return found
+    return checked

@@ -17,7 +17,7 @@ import ijson
 import numpy as np
 
 from timstore.errors import FormatError
-from timstore.legacy.layout import GRADIENTS, MARKER, Entry, Samples, is_scalar, nested, said
+from timstore.legacy.layout import DEEPEST, GRADIENTS, MARKER, Entry, Samples, is_scalar, nested, said
 from timstore.os_errors import reporting
 
 # Read at once: what comes of it stays in the processor's cache. Beyond the other size, gradients wait on disk for step
@@ -26,7 +26,6 @@ _READ_BYTES = 16 * 1024
 _SPOOL_BYTES = 32 * 1024 * 1024
 _NO_COMMA_BYTES = 64 * 1024 * 1024
 _WRITE_NUMBERS = 1 << 18
-_DEEPEST = 32  # of what is skipped
 
 # What stands for them in what is handed on: text with a character that a file would have to mean.
 _NOT_FINITE = {"\x00NaN": math.nan, "\x00Infinity": math.inf, "\x00-Infinity": -math.inf}
@@ -141,8 +140,8 @@ class _Reader:
         for event, _ in events:
             depth += event.startswith("start_")
             depth -= event.startswith("end_")
-            if depth > _DEEPEST:
-                raise self.wrong(f"it is nested more than {_DEEPEST} deep")
+            if depth > DEEPEST:
+                raise self.wrong(f"it is nested more than {DEEPEST} deep")
             if depth == 0:
                 return
 

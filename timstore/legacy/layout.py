@@ -29,7 +29,7 @@ FORMATS = {"json": (".json",), "pickle": (".pkl", ".pickle")}
 
 _EPOCH = re.compile(r"epoch_(\d+)(\.json|\.pkl|\.pickle)")
 _DECIMAL = re.compile(r"0|-?[1-9]\d{0,18}")
-_DEEPEST = 32  # no gradient has as many axes
+DEEPEST = 32  # no gradient has as many axes
 _RAGGED = "its lists are ragged: each axis needs one length"
 
 Entry = int | float | Callable[[], np.ndarray]
@@ -117,10 +117,10 @@ def finite(value: Any, what: str) -> float:
     Raises:
         InvalidInputError: it is no number, or not finite.
     """
-    found = math.nan if isinstance(value, bool) else number(value, what)
-    if not math.isfinite(found):
+    checked = math.nan if isinstance(value, bool) else number(value, what)
+    if not math.isfinite(checked):
         raise InvalidInputError(f"{what} must be a finite number, not {value!r:.80}")
-    return found
+    return checked
 
 
 def is_scalar(value: Any) -> bool:
@@ -175,8 +175,8 @@ def nested(
         elif event == "start_array":
             if row:
                 raise wrong(_RAGGED)
-            if len(counts) == _DEEPEST:
-                raise wrong(f"lists are nested more than {_DEEPEST} deep")
+            if len(counts) == DEEPEST:
+                raise wrong(f"lists are nested more than {DEEPEST} deep")
             if counts:
                 counts[-1] += 1
             counts.append(0)
