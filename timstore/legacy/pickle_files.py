@@ -64,27 +64,22 @@ def read_pickle(path: Path) -> Iterator[tuple[int | str, list[tuple[str, Entry]]
         where = f"{path}, sample {key!r:.80}"
         if type(parameters) is not _Items or not all(type(name) is str for name in parameters):
             raise FormatError(f"{where}: it is no mapping of parameters, named by text", path=str(path))
-        yield (
-            key,
-            [
-                (
-                    name,
-                    value if is_scalar(value) else partial(_gradient, value, room, f"{where}, parameter {name!r:.80}"),
-                )
-                for name, value in parameters.items()
-            ],
-        )
+        entries: list[tuple[str, Entry]] = []
+        for name, value in parameters.items():
+            load = partial(_gradient, value, room, f"{where}, parameter {name!r:.80}", path)
+            entries.append((name, value if is_scalar(value) else load))
+        yield key, entries
 
 
-def _gradient(value: Any, room: list[int], where: str) -> np.ndarray:
+def _gradient(value: Any, room: list[int], where: str, path: Path) -> np.ndarray:
     """Return a value as a gradient: in the order of C and of the machine's bytes, integers as floats."""
 
     def wrong(what: str) -> FormatError:
-        return FormatError(f"{where}: {what}")
+        return FormatError(f"{where}: {what}", path=str(path))
 
     if type(value) in (list, tuple):
         return nested(_events(value, room, wrong), {}, wrong)
-    if type(value) is not _Array:
+    if type(value) is not _Array or value.numbers is _UNFILLED:
         raise wrong(f"a gradient is an array, or numbers in lists, not a {type(value).__name__}")
     if value.numbers.dtype.kind in "iu":
         return narrowed(value.numbers.astype(np.float64))
