@@ -206,7 +206,7 @@ def views_of(flat: Any) -> dict[str, Any]:
     matrix = flat[:60].reshape(6, 10)
     return {
         "flat": flat,
-        "zero axes": flat[7].reshape(()),
+        "zero axes": flat[7:8].reshape(()),
         "three axes": flat[:60].reshape(3, 4, 5),
         "empty": flat[:0].reshape(0, 7),
         "transposed": matrix.T,
