@@ -37,6 +37,7 @@ class SegmentReader:
         self._cache = cache
         self._infos = {info.path.split("/", 3)[3]: info for info in commit.objects}
         self._layouts: dict[str, ArrayLayout] = {}
+        self._arrays: list[str] = []
         self._load_slices()
         self._load_chunks()
 
@@ -44,7 +45,7 @@ class SegmentReader:
         """Sort the slices by owner and role; those of one matrix keep their order, that of its columns."""
         columns = ["owner", "role", "array", "start", "rows", "row_map"]
         if "slices.parquet" not in self._infos:
-            self._keys, self._arrays = np.zeros(0, np.int64), []
+            self._keys = np.zeros(0, np.int64)
             return
         table = self._table("slices.parquet", columns)
         owner, start, rows = (table[name].to_numpy() for name in ("owner", "start", "rows"))

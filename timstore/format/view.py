@@ -218,15 +218,16 @@ def _read(objects: Objects, path: str) -> bytes:
         raise _missing(path, "it was listed a moment ago") from error
 
 
-def _missing(path: str, why: str, **fields: int) -> CorruptionError:
-    return CorruptionError(f"{path} is missing: {why}. Restore it from a copy", kind="missing", path=path, **fields)
+def _missing(path: str, why: str) -> CorruptionError:
+    return CorruptionError(f"{path} is missing: {why}. Restore it from a copy", kind="missing", path=path)
 
 
 def _gap(writer: str, first: int, last: int) -> CorruptionError:
-    """Return the fault of records first to last, both included, which only their first one's path names."""
+    """Return the fault of records first to last, both included, by the path of the first."""
     path = layout.record_path(writer, first)
-    others = f", like the {last - first} after it" if last > first else ""
-    return _missing(path, f"a later record of its writer exists or was seen{others}", last=last)
+    what = f"{path} is missing" if first == last else f"{path} and the {last - first} records after it are missing"
+    message = f"{what}: a later record of its writer exists or was seen. Restore what is missing from a copy"
+    return CorruptionError(message, kind="missing", path=path, last=last)
 
 
 def _lost_tail(path: str, torn: Fault) -> CorruptionError:

@@ -64,7 +64,7 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
         objects=walk.objects,
         bytes=walk.bytes,
         seconds=time.monotonic() - began,
-        findings=ordered([one for one in findings if not _is_gone(disk, one)]),
+        findings=ordered([finding for finding in findings if not _is_gone(disk, finding)]),
     )
 
 

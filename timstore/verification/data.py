@@ -62,7 +62,7 @@ class Walk:
         """Read what a log names, but for commits that an earlier walk found sound."""
         checkpoint = log.view.checkpoint
         covered, fresh = self._unread(log.covered), self._unread(log.fresh)
-        named = [checkpoint.files if checkpoint else ()]
+        named: list[Sequence[ObjectInfo]] = [checkpoint.files if checkpoint else ()]
         named += [commit.objects for commit in (*covered.values(), *fresh.values())]
         self._total = self.bytes + sum(info.bytes for infos in named for info in infos)
         self._declare(log)
@@ -73,41 +73,40 @@ class Walk:
 
     def _unread(self, commits: Sequence[Commit]) -> dict[int, Commit]:
         """Return commits by their numbers."""
-        return {number: one for number, one in enumerate(commits) if (one.writer, one.seq) not in self._sound}
+        return {n: commit for n, commit in enumerate(commits) if (commit.writer, commit.seq) not in self._sound}
 
     def _declare(self, log: Log) -> None:
         """Take up the shapes of all parameters; what is wrong with a file is found when all files are read."""
-        checkpoint = log.view.checkpoint
-        files: list[tuple[ObjectInfo, object]] = [
-            (info, checkpoint) for info in (checkpoint.files if checkpoint else ())
-        ]
-        files += [(info, commit) for commit in log.fresh for info in commit.objects]
+        owners = [log.view.checkpoint] if log.view.checkpoint else []
         self._all_declared = not log.findings
-        for info, owner in files:
-            if info.kind == "parameters":
-                try:
-                    table = _parsed(info, read_verified(self._disk, info, owner))
-                    for name, shape in zip(
-                        *(table[column].to_pylist() for column in ("parameter", "shape")), strict=True
-                    ):
-                        self._shapes[name] = Parameter(name, tuple(shape), "").matrix_shape
-                except Exception:
-                    self._all_declared = False
+        for owner in (*owners, *log.fresh):
+            for info in owner.files if isinstance(owner, Checkpoint) else owner.objects:
+                if info.kind == "parameters":
+                    self._declare_from(info, owner)
+
+    def _declare_from(self, info: ObjectInfo, owner: Checkpoint | Commit) -> None:
+        try:
+            table = read_rows(read_verified(self._disk, info, owner), info.path, kind=info.kind)
+            for row in table.select(["parameter", "shape"]).to_pylist():
+                self._shapes[row["parameter"]] = Parameter(row["parameter"], tuple(row["shape"]), "").matrix_shape
+        except Exception:  # as of a commit's objects
+            self._all_declared = False
 
     def _folded(self, checkpoint: Checkpoint, covered: Mapping[int, Commit]) -> None:
         """Read the row files of a checkpoint, and the objects and numbers of the commits that it covers."""
         for info in checkpoint.files:
             if info.kind not in _WITH_NUMBERS:
                 self._rows(info, checkpoint)
-        faults = {number: found for number, commit in covered.items() if (found := self._objects_of(commit)[0])}
+        faults = {number: self._objects_of(commit)[0] for number, commit in covered.items()}
+        faults = {number: unreadable for number, unreadable in faults.items() if unreadable}
         for kind in _WITH_NUMBERS:
             for number, table in self._by_commit(checkpoint, kind):
                 if number in faults and kind == "gradients":
                     self._tell(covered[number], faults.pop(number), table, table)
                 elif number in covered and number not in faults:
                     self._restore(covered[number], table)
-        for number, found in faults.items():
-            self._tell(covered[number], found, None, None)
+        for number, unreadable in faults.items():
+            self._tell(covered[number], unreadable, None, None)
 
     def _by_commit(self, checkpoint: Checkpoint, kind: str) -> Iterator[tuple[int, pa.Table]]:
         """Yield the number of each covered commit and its rows, which may go on in the next file."""

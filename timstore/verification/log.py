@@ -141,7 +141,7 @@ class Log:
 
     def maybe_covered(self, writer: str, seq: int) -> bool:
         """Say whether a checkpoint that is lost may cover a record: all up to the first that is still in the log."""
-        return self.lost and seq <= min((one.seq for one in self.fresh if one.writer == writer), default=seq)
+        return self.lost and seq <= min((commit.seq for commit in self.fresh if commit.writer == writer), default=seq)
 
 
 def read_log(disk: Disk, settings: Settings) -> Log:
@@ -212,11 +212,11 @@ def _told(disk: Disk, fault: Fault) -> Finding:
 
 def data_folders(disk: Disk) -> list[tuple[str, str]]:
     """Return what lies in `data/` and in the writers' folders there, as `Disk.entries`."""
-    found = []
+    folders: list[tuple[str, str]] = []
     for path, what in disk.entries(layout.DATA.rstrip("/")):
         is_writer = what == "folder" and layout.parse_data_path(f"{path}/{0:012d}-{0:08x}/any.parquet") is not None
-        found += disk.entries(path) if is_writer else [(path, what)]
-    return found
+        folders += disk.entries(path) if is_writer else [(path, what)]
+    return folders
 
 
 def leftovers(disk: Disk, log: Log, folders: Sequence[tuple[str, str]]) -> Iterator[Finding]:
@@ -235,14 +235,15 @@ def leftovers(disk: Disk, log: Log, folders: Sequence[tuple[str, str]]) -> Itera
     yield from _records(disk, log)
     yield from _covered_records(disk, log)
     named = {_folder(commit.objects[0].path): commit for commit in log.view.commits if len(commit.objects)}
-    files = log.view.checkpoint.files if log.view.checkpoint else ()
-    folds = {_folder(info.path) for info in files}
+    checkpoint = log.view.checkpoint
+    row_files = {info.path for info in checkpoint.files} if checkpoint else set()
+    folds = {_folder(path) for path in row_files}
     for path, what in folders:
         if what == "folder" and path in named:
-            commit = named[path]
-            yield from _beside(disk, path, {info.path for info in commit.objects}, commit)
+            objects = {info.path for info in named[path].objects}
+            yield from _beside(disk, path, objects, f"{named[path]} does not name it", named[path])
         elif what == "folder" and path in folds:
-            yield from _beside(disk, path, {info.path for info in files}, log.view.checkpoint)
+            yield from _beside(disk, path, row_files, f"{checkpoint} does not name it")
         else:
             yield from _unnamed(disk, log, path, what)
 
@@ -291,13 +292,15 @@ def _covered_records(disk: Disk, log: Log) -> Iterator[Finding]:
             yield replace(finding, message=message, severity=severity)
 
 
-def _beside(disk: Disk, folder: str, named: Container[str], owner: Commit | Checkpoint) -> Iterator[Finding]:
+def _beside(
+    disk: Disk, folder: str, named: Container[str], message: str, commit: Commit | None = None
+) -> Iterator[Finding]:
     """Yield what lies in a folder of row files and arrays and is not named: no reader looks at it."""
-    where = {"writer": owner.writer, "seq": owner.seq, "steps": owner.steps} if isinstance(owner, Commit) else {}
+    where = (commit.writer, commit.seq, commit.steps) if commit else (None, None, None)
     for path, what in disk.below(folder):
         if path not in named:
             kind = "temporary" if _is_hidden(path) else "unreferenced" if what == "file" else "not-a-file"
-            yield Finding(kind, path, f"{owner} does not name it", LEFTOVER, **where)
+            yield Finding(kind, path, message, LEFTOVER, *where)
 
 
 def _unnamed(disk: Disk, log: Log, path: str, what: str) -> Iterator[Finding]:
