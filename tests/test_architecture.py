@@ -32,7 +32,7 @@ OWNERS = {
     "zarr": ["timstore.format"],
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
-    "isal": ["timstore.format", "timstore.verification"],
+    "isal": ["timstore.format"],
     "duckdb": ["timstore.catalog", "timstore.database.handle", "timstore.cli.sample_files"],
     "torch": [
         "timstore.model",

@@ -3,8 +3,10 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
+from timstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
+from timstore.format import layout
 from timstore.format.commits import Commit, Moment
 
 DAMAGE = "damage"
@@ -19,9 +21,7 @@ KINDS = {
     "foreign": "a record of another store",
     "misplaced": "a record that belongs under another name",
     "malformed": "a file with the right checksum that does not say what it should",
-    "slices": "slices that do not fit their arrays, gradients or states",
-    "chunk": "a chunk of an array that does not decode",
-    "count": "numbers that disagree: of records, of rows, of steps",
+    "count": "a row file that holds more or fewer rows than its record says",
     "newer": "a file that needs a newer timstore",
     "not-a-file": "a symbolic link, a folder or something else where a file belongs",
     "unreadable": "a file that the system does not let be read",
@@ -59,6 +59,23 @@ class Finding:
     seq: int | None = None
     steps: tuple[Moment, Moment] | None = None
     samples: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, error: Exception, path: str, commit: Commit | None = None, *, severity: str = DAMAGE, **fields: Any
+    ) -> Self:
+        """Return what a reader said of a file.
+
+        Args:
+            path: of the file, where the error names none.
+            commit: whose file it is, where it is one's.
+        """
+        path = str(getattr(error, "fields", {}).get("path", path))
+        if commit is not None:
+            fields = {"writer": commit.writer, "seq": commit.seq, "steps": commit.steps, **fields}
+        elif named := layout.parse_record_path(path):
+            fields = {"writer": named[0], "seq": named[1], **fields}
+        return cls(_kind(error, path), path, str(error), severity, **fields)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -140,6 +157,14 @@ def ordered(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(set(findings), key=lambda one: (one.severity != DAMAGE, one.path, one.kind, one.message)))
 
 
-def of_commit(commit: Commit) -> dict[str, Any]:
-    """Return the fields of a finding that concerns a whole commit."""
-    return {"writer": commit.writer, "seq": commit.seq, "steps": commit.steps}
+def _kind(error: Exception, path: str) -> str:
+    if isinstance(error, NotFoundError):
+        return "missing"
+    if isinstance(error, StorageError):
+        return "unreadable"
+    if isinstance(error, FormatError) and not isinstance(error, CorruptionError):
+        return "newer"
+    kind = getattr(error, "kind", "")
+    if kind == "missing" and layout.parse_record_path(path):
+        return "gap"
+    return kind if kind in KINDS else "malformed"
