@@ -25,7 +25,7 @@ from timstore.format.objects import LocalObjects
 from timstore.interrupts import Held
 from timstore.model.fingerprints import digests
 from timstore.rollbacks import vectors
-from timstore.rollbacks.engine import Budget
+from timstore.rollbacks.streaming_sum import Budget
 from timstore.rollbacks.targets import InModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")

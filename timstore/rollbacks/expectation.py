@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import torch
 
 from timstore.rollbacks.filtering import Way, phi
-from timstore.rollbacks.loading import ParameterRows, by_parameter, rows_of
+from timstore.rollbacks.gradient_blocks import ParameterRows, by_parameter, rows_of
 from timstore.rollbacks.report import Estimate, ExpectedKL
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.timeline import Timeline, moment_key

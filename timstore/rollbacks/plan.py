@@ -9,8 +9,8 @@ import pyarrow.compute
 
 from timstore.errors import CoverageError
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change
-from timstore.rollbacks.loading import ENCODINGS, ParameterRows, by_parameter, encodings_of, rows_of
+from timstore.rollbacks.clip_factors import Change
+from timstore.rollbacks.gradient_blocks import ENCODINGS, ParameterRows, by_parameter, encodings_of, rows_of
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.timeline import Division, Timeline, moment_of
 

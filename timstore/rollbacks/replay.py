@@ -15,11 +15,11 @@ import torch
 from timstore.errors import InvalidInputError
 from timstore.model.optimizer_names import ELEMENTWISE
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change
-from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
-from timstore.rollbacks.loading import ParameterRows, Piece, pieces_of
+from timstore.rollbacks.clip_factors import Change
+from timstore.rollbacks.gradient_blocks import ParameterRows, Piece, pieces_of
 from timstore.rollbacks.places import Place
 from timstore.rollbacks.reruns import Rerun
+from timstore.rollbacks.streaming_sum import Budget, Readers, sums_by_bin
 from timstore.rollbacks.tape import Tape
 from timstore.rollbacks.timeline import Timeline
 from timstore.rollbacks.vectors import Vector, Workspace

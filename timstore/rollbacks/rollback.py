@@ -18,11 +18,10 @@ from timstore.database.store import Store
 from timstore.errors import InvalidInputError, ReadOnlyError, StateError
 from timstore.format.cache import ByteCache
 from timstore.interrupts import CriticalSection
+from timstore.rollbacks.adam_preconditioner import decayed, into_steps, read_coordinates
 from timstore.rollbacks.apply import Writes, foresee, moves
 from timstore.rollbacks.asking import Asked, Given, probe_to_ask
-from timstore.rollbacks.coordinates import decayed, into_steps, read_coordinates
 from timstore.rollbacks.earlier import warnings_of_earlier
-from timstore.rollbacks.engine import Budget
 from timstore.rollbacks.expectation import expected_kl, faded, order_noise
 from timstore.rollbacks.filtering import Stretch, probe_filter
 from timstore.rollbacks.optimizer_state import Correction, check_optimizers
@@ -36,6 +35,7 @@ from timstore.rollbacks.request import Request
 from timstore.rollbacks.room import Room
 from timstore.rollbacks.run import Run
 from timstore.rollbacks.selection import select
+from timstore.rollbacks.streaming_sum import Budget
 from timstore.rollbacks.targets import Target
 from timstore.rollbacks.vectors import Vector, Workspace
 from timstore.rollbacks.waypoints import read_path

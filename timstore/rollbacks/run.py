@@ -11,9 +11,7 @@ from timstore.database.identity import Identity
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CoverageError
 from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
-from timstore.rollbacks.changes import changes_of, sources_of
-from timstore.rollbacks.consumed import Change
-from timstore.rollbacks.engine import Budget, Readers, stream
+from timstore.rollbacks.clip_factors import Change
 from timstore.rollbacks.expectation import first_use
 from timstore.rollbacks.methods import FINAL_MOMENT, REPLAY, Method, approximated, choose
 from timstore.rollbacks.optimizer_state import Correction, buffers_of, described
@@ -22,6 +20,8 @@ from timstore.rollbacks.plan import Plan, Sources, bin_edges, check_steps, make_
 from timstore.rollbacks.replay import Replay, Replayed
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection
+from timstore.rollbacks.step_changes import changes_of, sources_of
+from timstore.rollbacks.streaming_sum import Budget, Readers, stream
 from timstore.rollbacks.tape import Tape, find_tape
 from timstore.rollbacks.timeline import Timeline, moment_key, read_timelines
 from timstore.rollbacks.vectors import Vector, Workspace

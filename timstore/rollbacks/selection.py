@@ -11,7 +11,7 @@ from timstore.database.identity import Identity, taken_out
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError, StateError
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Leaving
+from timstore.rollbacks.clip_factors import Leaving
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.timeline import Moment, moment_key, up_to
 

@@ -13,10 +13,10 @@ from timstore.database.states import State
 from timstore.format.cache import ByteCache
 from timstore.model.optimizer_names import class_of
 from timstore.records import Parameter
-from timstore.rollbacks.changes import complete_steps
-from timstore.rollbacks.loading import by_parameter
+from timstore.rollbacks.gradient_blocks import by_parameter
 from timstore.rollbacks.reruns import hyperparameters
 from timstore.rollbacks.selection import whole_gradients
+from timstore.rollbacks.step_changes import complete_steps
 from timstore.rollbacks.timeline import Timeline, moment_key, moment_of, up_to
 
 _RECORD_IT = "record with optimizer_history='gradients' from the run's start on"

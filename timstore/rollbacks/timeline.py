@@ -10,8 +10,8 @@ import numpy as np
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CoverageError, StateError
 from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
-from timstore.rollbacks.coefficients import Schedule, adam_weights, own_counts, step_lengths, weights
 from timstore.rollbacks.rounds import clipped_together
+from timstore.rollbacks.unrolled_weights import Schedule, adam_weights, own_counts, step_lengths, weights
 
 Moment = tuple[int, int]
 

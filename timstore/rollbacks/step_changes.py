@@ -10,12 +10,12 @@ import torch
 from timstore.database.identity import Identity
 from timstore.database.snapshot import Snapshot
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change, change_of, needs_dots, needs_norms
-from timstore.rollbacks.engine import Budget, Readers, sums_by_bin
-from timstore.rollbacks.loading import Piece, by_parameter, pieces_of, rows_of
+from timstore.rollbacks.clip_factors import Change, change_of, needs_dots, needs_norms
+from timstore.rollbacks.gradient_blocks import Piece, by_parameter, pieces_of, rows_of
 from timstore.rollbacks.plan import Sources
 from timstore.rollbacks.request import Request
 from timstore.rollbacks.selection import Selection, rest_of, whole_gradients
+from timstore.rollbacks.streaming_sum import Budget, Readers, sums_by_bin
 from timstore.rollbacks.timeline import Timeline
 
 

@@ -13,7 +13,7 @@ from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
-from timstore.rollbacks.loading import ParameterRows, Piece, additions, pieces_of
+from timstore.rollbacks.gradient_blocks import ParameterRows, Piece, additions, pieces_of
 from timstore.rollbacks.plan import Plan
 from timstore.rollbacks.vectors import Vector
 from timstore.rollbacks.workers import MOST, Task, side_by_side
