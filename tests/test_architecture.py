@@ -20,6 +20,7 @@ FLOORS = [
     ["timstore.catalog"],
     ["timstore.database"],
     ["timstore.model"],
+    ["timstore.options"],
     ["timstore.recording", "timstore.rollbacks", "timstore.verification", "timstore.legacy"],
     ["timstore.checkpoints"],
     ["timstore"],

@@ -13,9 +13,7 @@ from timstore.errors import InvalidInputError
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.filtering import Filtered, probe_filter
 from timstore.rollbacks.krylov import krylov, random_signs
-from timstore.rollbacks.outcome import Outcome
-from timstore.rollbacks.probe import Answer, Probe
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.probe import Answer, Outcome, Probe, Room
 from timstore.rollbacks.vectors import Vector, Workspace
 
 DOUBLE = torch.float64
@@ -148,7 +146,7 @@ def run(
             Probe(model, probe, loss=loss),
             workspace,
             depth=120,
-            coordinates=vector_of(workspace, factors, model) if adam else None,
+            preconditioner=vector_of(workspace, factors, model) if adam else None,
             decays=decays,
         )
         delta = torch.cat([found.delta.read(name).clone() for name in names])
@@ -373,7 +371,7 @@ def test_answers_kept_before_changes_change_time_and_nothing_else(loss: str) -> 
             assert first > 0
             assert others == [first, first]
     # Four outputs of each of the six positions that count (seven of mse), and of four.
-    assert [len(outcome._kept) for outcome in outcomes] == [0, int(loss == "cross_entropy"), 2]
+    assert [len(outcome._answered) for outcome in outcomes] == [0, int(loss == "cross_entropy"), 2]
 
 
 class Stateful(nn.Module):

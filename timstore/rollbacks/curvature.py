@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.rollbacks.probe import Probe, tensors_of
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.probe import Probe, Room, tensors_of
 from timstore.rollbacks.vectors import Vector
 
 

@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import torch
 
 from timstore.rollbacks.filtering import Way, phi
-from timstore.rollbacks.gradient_blocks import ParameterRows, by_parameter, rows_of
+from timstore.rollbacks.gradient_blocks import GradientRows, by_parameter
 from timstore.rollbacks.report import Estimate, ExpectedKL
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.timeline import Timeline, moment_key
@@ -62,7 +62,7 @@ def order_noise(ways: Sequence[Way], timeline: Timeline) -> float | None:
     )
 
 
-def first_use(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, ParameterRows]:
+def first_use(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, GradientRows]:
     """Return each leaving sample's gradient in the step that used it first, parameter by parameter.
 
     They are weighted so that their sum is the gradient of the samples' mean loss then: a step's loss is a mean over its
@@ -77,7 +77,7 @@ def first_use(selection: Selection, timelines: dict[int, Timeline]) -> dict[str,
         timeline = timelines[selection.known[name].group_id]
         at = np.searchsorted(timeline.keys, mine["key"].to_numpy())
         weights = timeline.samples[at] / timeline.amp_scale[at] / len(first)
-        found[name] = replace(rows_of(mine, np.zeros(len(at), np.int64)), weight=weights)
+        found[name] = replace(GradientRows.of(mine, np.zeros(len(at), np.int64)), weight=weights)
     return found
 
 

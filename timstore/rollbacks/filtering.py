@@ -23,28 +23,34 @@ that is missing along x: where few directions hold most of that, it is large, an
 others.)
 
 For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
-the filter works in the coordinates in which Adam's steps are plain ones.
+the filter works in coordinates in which Adam's steps are plain ones.
 
 Source: docs/design/curvature.md.
 """
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
+from timstore.database.snapshot import Snapshot
+from timstore.database.states import State
+from timstore.format.cache import ByteCache
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.krylov import Apply, Space, eigen, krylov, random_signs
-from timstore.rollbacks.outcome import Outcome
-from timstore.rollbacks.probe import Probe
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.plan import Plan, longest
+from timstore.rollbacks.probe import Outcome, Probe, Room
+from timstore.rollbacks.timeline import Moment, Timeline, moment_key, up_to
 from timstore.rollbacks.vectors import Vector, Workspace
 
+# At how many waypoints a probe is asked: eight are no better (docs/design/curvature.md).
+_WAYPOINTS = 3
 # Positions that tell enough of a stretch's curvature: sharing out rows of text costs nothing, of digits it does
 # (docs/design/curvature.md).
 _ENOUGH = 150
@@ -65,6 +71,64 @@ class Stretch:
 
     share: float
     parameters: Vector | None = None
+
+
+def read_path(
+    snapshot: Snapshot,
+    cache: ByteCache,
+    moment: Moment | None,
+    plan: Plan,
+    timelines: dict[int, Timeline],
+    workspace: Workspace,
+) -> list[Stretch]:
+    """Return the stretches of a run up to a moment, each with the parameters of one of the waypoints that are kept.
+
+    The vectors are the caller's. Without a waypoint the whole run is one stretch, for which the model speaks.
+    """
+    moments = snapshot.catalog.sql(
+        f"SELECT DISTINCT epoch, step FROM states WHERE role = 'theta' AND rollback_id IS NULL AND {up_to(moment)}"
+    ).fetchall()
+    timeline = longest(timelines)
+    covered = np.concatenate([[0.0], np.cumsum(timeline.lengths(""))])
+    keys = [moment_key(*one) for one in moments]
+    # After which share of the run's length each waypoint is.
+    places = (covered[np.searchsorted(timeline.keys, keys, side="right")] / (covered[-1] or 1.0)).tolist()
+    by_place = dict(zip(places, moments, strict=True))
+    speaking: list[tuple[float, Vector | None]] = []
+    for place in _best_spread(by_place):
+        state = State.find(snapshot, cache, "theta", moment=by_place[place])
+        if workspace.sizes.keys() <= state.places.keys():
+            speaking.append((place, _vector(state, plan, workspace)))
+    speaking.append((1.0, None))
+    edges = pairwise(_edges([place for place, _ in speaking]))
+    return [Stretch(end - begin, vector) for (_, vector), (begin, end) in zip(speaking, edges, strict=True)]
+
+
+def _best_spread(places: Iterable[float]) -> tuple[float, ...]:
+    """Return those, in order, that are nearest to the run's moments together with its end, by mean square."""
+
+    # A place speaks for the moments from begin to end around it: the integral of (t - place)^2 over them is a third of
+    # the sum of the cubes.
+    def away(chosen: tuple[float, ...]) -> float:
+        spoken = zip((*chosen, 1.0), pairwise(_edges((*chosen, 1.0))), strict=True)
+        return sum((end - place) ** 3 + (place - begin) ** 3 for place, (begin, end) in spoken)
+
+    inside = sorted(place for place in places if 0 < place < 1)
+    return min(combinations(inside, min(len(inside), _WAYPOINTS)), key=away)
+
+
+def _edges(places: Sequence[float]) -> list[float]:
+    """Return where the stretches of a run begin and end whose moments are nearest to each of some places."""
+    return [0.0, *((place + following) / 2 for place, following in pairwise(places)), 1.0]
+
+
+def _vector(state: State, plan: Plan, workspace: Workspace) -> Vector:
+    vector = workspace.new()
+    for block in workspace.blocks():
+        width = plan.parameters[block.parameter].matrix_shape[1]
+        numbers = torch.from_numpy(state.read(block.parameter, width, block.start, block.stop))
+        vector.write(block.parameter, block.start, numbers.to(workspace.device, workspace.dtype))
+    return vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +176,7 @@ def probe_filter(
     *,
     depth: int,
     path: Sequence[Stretch] = (Stretch(1.0),),
-    coordinates: Vector | None = None,
+    preconditioner: Vector | None = None,
     decays: Mapping[str, float] | None = None,
     judge: Probe | None = None,
     keep_bytes: int = 0,
@@ -130,14 +194,14 @@ def probe_filter(
             the whole are taken to be the same for all parameters.
         path: the run's stretches, in order of time; the last one's parameters are the model's.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
-        coordinates: what multiplies tau element by element (Adam); 1 when None.
+        preconditioner: what multiplies tau element by element (Adam); 1 when None.
         judge: rows to hold the change against, like the training's, instead of the other half: then all of the probe is
             one half.
         keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time, and then
             for answers before the change.
         advance: called after every product.
     """
-    pushes = _Pushes.of(increments, lengths, coordinates, workspace)
+    pushes = _Pushes.of(increments, lengths, preconditioner, workspace)
     with probe.undisturbed():
         halves = _halves(probe) if judge is None else [(probe, judge)]
         found = [_one_way(model, *half, pushes, path, decays or {}, depth, keep_bytes, advance) for half in halves]
@@ -175,11 +239,11 @@ class _Pushes:
         cls,
         increments: Sequence[Vector],
         lengths: Sequence[Mapping[str, float]],
-        coordinates: Vector | None,
+        preconditioner: Vector | None,
         workspace: Workspace,
     ) -> "_Pushes":
         whole = {name: sum(taus[name] for taus in lengths) for name in workspace.sizes}
-        scale, first_order = _scale(whole, coordinates), workspace.new()
+        scale, first_order = _scale(whole, preconditioner), workspace.new()
         for increment in increments:
             first_order.add(increment)
             _push(increment, scale)
@@ -309,14 +373,20 @@ def _one_way(
 ) -> tuple[Vector, Way]:
     """Return the change by the curvature of `own`, damped by what it makes of the answers of `others`."""
     workspace = pushes.first_order.workspace
-    delta, names = workspace.new(), list(workspace.sizes)
-    positions = GaussNewton(model, names, own).positions
-    shared = own.parts(len(path)) if positions >= _ENOUGH * len(path) else [own] * len(path)
-    room = Room(keep_bytes)
-    curvatures = [
-        GaussNewton(model, names, part, instead=one.parameters, room=room)
-        for part, one in zip(shared, path, strict=True)
-    ]
+    delta, room = workspace.new(), Room(keep_bytes)
+
+    def curvatures_of(parts: Sequence[Probe]) -> list[GaussNewton]:
+        asked = zip(parts, path, strict=True)
+        return [
+            GaussNewton(model, list(workspace.sizes), part, instead=one.parameters, room=room) for part, one in asked
+        ]
+
+    parts = own.parts(len(path))
+    curvatures = curvatures_of(parts)
+    if len(path) > 1 and sum(one.positions for one in curvatures) < _ENOUGH * len(path):
+        parts = [own] * len(path)
+        curvatures = curvatures_of(parts)
+    positions = sum(one.positions for one in curvatures) / sum(part.sequences for part in parts)
     bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
     space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
     del curvatures, bent  # and the graphs that they kept
@@ -330,7 +400,7 @@ def _one_way(
     damping = _least(lambda damping: changes.loss(damping, seen(damping)))
     changes.write(damping, delta)
     expected, spectrum = changes.expected(damping), changes.spectrum()
-    way = Way(len(space.basis), damping, expected, seen(damping), spectrum, positions / own.sequences)
+    way = Way(len(space.basis), damping, expected, seen(damping), spectrum, positions)
     space.free()
     return delta, way
 
@@ -364,10 +434,10 @@ def _shares(lengths: Sequence[Mapping[str, float]]) -> torch.Tensor:
     return sums / sums.sum() if sums.sum() else torch.full_like(sums, 1 / len(sums))
 
 
-def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
-    if coordinates is None:
+def _scale(taus: Mapping[str, float], preconditioner: Vector | None) -> Scale:
+    if preconditioner is None:
         return lambda name: taus[name] ** 0.5
-    return lambda name: (coordinates.read(name) * taus[name]).sqrt()
+    return lambda name: (preconditioner.read(name) * taus[name]).sqrt()
 
 
 def _push(change: Vector, scale: Scale) -> None:

@@ -1,8 +1,7 @@
-"""Chosen gradients as numbers to multiply: rows out of segments, a bounded number at a time."""
+"""Chosen gradients as blocks of numbers to multiply: rows out of segments, a bounded number at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ ENCODINGS = ("factors", "dense", "rows", "whole")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class ParameterRows:
+class GradientRows:
     """Chosen gradients of one parameter, in reading order: by commit, then owner; arrays of one length.
 
     Attributes:
@@ -32,11 +31,17 @@ class ParameterRows:
     weight: np.ndarray
     bin: np.ndarray
 
-    def take(self, chosen: np.ndarray | slice) -> "ParameterRows":
-        """Return some of them; a slice of them without a copy."""
-        return ParameterRows(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+    @classmethod
+    def of(cls, table: pa.Table, bins: np.ndarray) -> "GradientRows":
+        """Return the rows of a table of gradients (commit, owner, encoding), weight 1."""
+        commit, owner = table["commit"].to_numpy(), table["owner"].to_numpy()
+        return cls(commit, owner, encodings_of(table), np.ones(len(bins)), bins)
 
-    def by_commit(self) -> Iterator[tuple[int, "ParameterRows"]]:
+    def take(self, chosen: np.ndarray | slice) -> "GradientRows":
+        """Return some of them; a slice of them without a copy."""
+        return GradientRows(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+    def by_commit(self) -> Iterator[tuple[int, "GradientRows"]]:
         """Yield (commit, its gradients), commits in order."""
         commits, starts = np.unique(self.commit, return_index=True)
         stops = [*starts[1:].tolist(), len(self.commit)]
@@ -49,24 +54,15 @@ def by_parameter(table: pa.Table) -> dict[str, pa.Table]:
     codes, names = coded(table["parameter"])
     order = np.argsort(codes, kind="stable")
     sorted_rows = table.take(order)
-    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
-    return {
-        name: sorted_rows.slice(start, stop - start)
-        for name, start, stop in zip(names, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    }
+    edges = np.searchsorted(codes[order], np.arange(len(names) + 1)).tolist()
+    return {name: sorted_rows.slice(edges[n], edges[n + 1] - edges[n]) for n, name in enumerate(names)}
 
 
 def encodings_of(table: pa.Table) -> np.ndarray:
     """Return the place in `ENCODINGS` of each row's encoding."""
     codes, words = coded(table["encoding"].cast(pa.string()))
-    places: np.ndarray = np.array([ENCODINGS.index(one) for one in words], np.int8)[codes]
+    places: np.ndarray = np.array([ENCODINGS.index(word) for word in words], np.int8)[codes]
     return places
-
-
-def rows_of(table: pa.Table, bins: np.ndarray) -> ParameterRows:
-    """Return the rows of a table of gradients (commit, owner, encoding), weight 1."""
-    columns = table["commit"].to_numpy(), table["owner"].to_numpy(), encodings_of(table)
-    return ParameterRows(*columns, np.ones(len(bins)), bins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +74,15 @@ class Piece:
     last: int
 
     @property
-    def width(self) -> int:
-        """The number of columns."""
-        return self.parameter.matrix_shape[1]
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.last - self.first, self.parameter.matrix_shape[1]
 
     @property
     def span(self) -> tuple[int, int]:
         """Elements [start, stop) of the flat parameter."""
-        return self.first * self.width, self.last * self.width
+        width = self.parameter.matrix_shape[1]
+        return self.first * width, self.last * width
 
 
 def pieces_of(parameter: Parameter, limit_bytes: int, element_bytes: int) -> Iterator[Piece]:
@@ -96,134 +93,128 @@ def pieces_of(parameter: Parameter, limit_bytes: int, element_bytes: int) -> Ite
         yield Piece(parameter, first, min(rows, first + fitting))
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Addition:
-    """One addition to a piece: `left.T @ right` for factors and dense, indexed rows for rows.
+def add_gradients(
+    reader: SegmentReader,
+    rows: GradientRows,
+    piece: Piece,
+    unit_bytes: int,
+    sums: Mapping[int, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor,
+) -> int:
+    """Add gradients of one segment to the sums of their bins, (rows, columns) each, in place; return how many.
 
-    Attributes:
-        left: holds the weights already.
-        done: how many gradients it finishes.
+    Gradients of one bin and one encoding are added together, in reading order.
     """
-
-    left: np.ndarray
-    right: np.ndarray
-    indices: np.ndarray | None
-    done: int
-
-    def add_to(self, total: torch.Tensor) -> None:
-        """Add it to a (rows, columns) tensor, in place."""
-        left, right = (torch.from_numpy(one).to(total.device, total.dtype) for one in (self.left, self.right))
-        if self.indices is not None:
-            total.index_add_(0, torch.from_numpy(self.indices).to(total.device), left * right)
-        elif left.shape[1] == 1 and right.shape[1] == total.numel():
-            total.view(-1).addmv_(right.T, left[:, 0])
-        else:
-            total.addmm_(left.T, right)
-
-
-def additions(
-    reader: SegmentReader, rows: ParameterRows, piece: Piece, unit_bytes: int
-) -> Iterator[tuple[int, Addition]]:
-    """Yield (bin, addition) for gradients of one segment, each run of equals in reading order."""
     kinds = rows.bin.astype(np.int64) * len(ENCODINGS) + rows.encoding
     for kind in np.unique(kinds).tolist():
-        chosen = np.flatnonzero(kinds == kind)
         number, encoding = divmod(kind, len(ENCODINGS))
-        load = _LOADERS[ENCODINGS[encoding]]
-        for left, right, indices, done in load(reader, rows.owner[chosen], rows.weight[chosen], piece, unit_bytes):
-            yield number, Addition(left, right, indices, done)
+        load, role = _LOADERS[ENCODINGS[encoding]]
+        mine = rows.take(np.flatnonzero(kinds == kind))
+        counts = reader.counts(mine.owner, role)
+        # A gradient that is zero has no rows.
+        nonzero = counts > 0
+        owners, weights = mine.owner[nonzero], mine.weight[nonzero]
+        for block in load(reader, role, owners, weights, counts[nonzero], piece, unit_bytes):
+            _add_block(sums[number], *block)
+    return len(rows.owner)
 
 
-Loaded = tuple[np.ndarray, np.ndarray, np.ndarray | None, int]
+# (left, right, which rows): left.T @ right, or left * right added to these rows. Left holds the weights already.
+_Loaded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _add_block(total: torch.Tensor, left: np.ndarray, right: np.ndarray, indices: np.ndarray | None) -> None:
+    one, other = (torch.from_numpy(side).to(total.device, total.dtype) for side in (left, right))
+    if indices is not None:
+        total.index_add_(0, torch.from_numpy(indices).to(total.device), one * other)
+    elif one.shape[1] == 1 and other.shape[1] == total.numel():
+        total.view(-1).addmv_(other.T, one[:, 0])
+    else:
+        total.addmm_(one.T, other)
 
 
 def _load_factors(
-    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, piece: Piece, unit_bytes: int
-) -> Iterator[Loaded]:
-    rows, width = piece.parameter.matrix_shape
-    owners, weights, counts = _held(reader, owners, weights, "output_gradients")
+    reader: SegmentReader,
+    role: str,
+    owners: np.ndarray,
+    weights: np.ndarray,
+    counts: np.ndarray,
+    piece: Piece,
+    unit_bytes: int,
+) -> Iterator[_Loaded]:
+    # The weighted sum of D' A over gradients is one product of all their rows: (w D)' A.
     maps = reader.row_maps(owners)
     # Of the inputs, everything between the first and the last row of a map is read.
-    spans = [0 if one is None or not len(one) else int(one.max() - one.min()) + 1 for one in maps]
-    for batch, first, last in _batches(np.maximum(counts, spans), counts, (rows + width) * 8, unit_bytes):
-        chosen = owners[batch]
-        outputs = reader.rows(chosen, "output_gradients", first, last)[:, piece.first : piece.last]
-        taken = np.minimum(counts[batch], last) - first
-        _weigh(outputs, weights[batch], taken)
-        inputs = _inputs(reader, chosen, maps[batch], first, last)
-        yield outputs, inputs, None, int(np.sum(counts[batch] <= last))
+    spans = [0 if rows is None or not len(rows) else int(rows.max() - rows.min()) + 1 for rows in maps]
+    row_bytes = sum(piece.parameter.matrix_shape) * 8
+    for batch, first, last in _batches(np.maximum(counts, spans), counts, row_bytes, unit_bytes):
+        outputs = reader.rows(owners[batch], role, first, last)[:, piece.first : piece.last]
+        if not (weights[batch] == 1).all():
+            taken = np.minimum(counts[batch], last) - first
+            outputs *= np.repeat(weights[batch], taken).astype(outputs.dtype)[:, None]
+        yield outputs, _inputs(reader, owners[batch], maps[batch], first, last), None
 
 
 def _inputs(
     reader: SegmentReader, owners: np.ndarray, maps: list[np.ndarray | None], first: int, last: int
 ) -> np.ndarray:
     """Return the input rows that belong to rows [first, last) of the output gradients, each by its row map."""
-    if all(one is None for one in maps):
+    if all(rows is None for rows in maps):
         return reader.rows(owners, "inputs", first, last)
     counts = np.minimum(reader.counts(owners, "inputs"), last).tolist()
     wanted = [
-        np.arange(first, count) if one is None else one[first:last] for one, count in zip(maps, counts, strict=True)
+        np.arange(first, count) if rows is None else rows[first:last] for rows, count in zip(maps, counts, strict=True)
     ]
-    low = np.array([one.min() for one in wanted])
-    high = np.array([one.max() + 1 for one in wanted])
+    low = np.array([rows.min() for rows in wanted])
+    high = np.array([rows.max() + 1 for rows in wanted])
     begins = np.concatenate([[0], np.cumsum(high - low)[:-1]])
-    places = np.concatenate([one + shift for one, shift in zip(wanted, begins - low, strict=True)])
-    found: np.ndarray = reader.rows(owners, "inputs", low, high)[places]
-    return found
+    places = np.concatenate([rows + shift for rows, shift in zip(wanted, begins - low, strict=True)])
+    inputs: np.ndarray = reader.rows(owners, "inputs", low, high)[places]
+    return inputs
 
 
 def _load_dense(
     reader: SegmentReader,
+    role: str,
     owners: np.ndarray,
     weights: np.ndarray,
+    counts: np.ndarray,
     piece: Piece,
     unit_bytes: int,
-    role: str = "values",
-) -> Iterator[Loaded]:
-    height = piece.last - piece.first
-    at_once = max(1, unit_bytes // max(1, height * piece.width * 8))
-    owners, weights, _ = _held(reader, owners, weights, role)
+) -> Iterator[_Loaded]:
+    # Each gradient is a row of its own, so that their sum is one product with the row of weights.
+    size = piece.shape[0] * piece.shape[1]
+    at_once = max(1, unit_bytes // max(1, size * 8))
     for start in range(0, len(owners), at_once):
         batch = slice(start, start + at_once)
         values = reader.rows(owners[batch], role, piece.first, piece.last)
-        flat = values.reshape(len(owners[batch]), height * piece.width)
-        yield weights[batch].astype(flat.dtype)[:, None], flat, None, len(flat)
+        flat = values.reshape(len(owners[batch]), size)
+        yield weights[batch].astype(flat.dtype)[:, None], flat, None
 
 
 def _load_rows(
-    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, piece: Piece, unit_bytes: int
-) -> Iterator[Loaded]:
-    owners, weights, counts = _held(reader, owners, weights, "values")
-    for batch, first, last in _batches(counts, counts, piece.width * 8, unit_bytes):
+    reader: SegmentReader,
+    role: str,
+    owners: np.ndarray,
+    weights: np.ndarray,
+    counts: np.ndarray,
+    piece: Piece,
+    unit_bytes: int,
+) -> Iterator[_Loaded]:
+    for batch, first, last in _batches(counts, counts, piece.shape[1] * 8, unit_bytes):
         indices = reader.rows(owners[batch], "indices", first, last)
-        values = reader.rows(owners[batch], "values", first, last)
+        values = reader.rows(owners[batch], role, first, last)
         inside = (indices >= piece.first) & (indices < piece.last)
         scale = np.repeat(weights[batch], np.minimum(counts[batch], last) - first).astype(values.dtype)
-        done = int(np.sum(counts[batch] <= last))
-        yield scale[inside, None], values[inside], indices[inside].astype(np.int64) - piece.first, done
+        yield scale[inside, None], values[inside], indices[inside].astype(np.int64) - piece.first
 
 
-_LOADERS: dict[str, Callable[..., Iterator[Loaded]]] = {
-    "factors": _load_factors,
-    "dense": _load_dense,
-    "rows": _load_rows,
-    "whole": partial(_load_dense, role="gradient"),
+# By encoding: what loads it, and the role of the rows that every gradient of it has which is not zero.
+_LOADERS = {
+    "factors": (_load_factors, "output_gradients"),
+    "dense": (_load_dense, "values"),
+    "rows": (_load_rows, "values"),
+    "whole": (_load_dense, "gradient"),
 }
-
-
-def _held(
-    reader: SegmentReader, owners: np.ndarray, weights: np.ndarray, role: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (owners, weights, rows of each) of those gradients that are not zero."""
-    counts = reader.counts(owners, role)
-    held = counts > 0
-    return (owners, weights, counts) if held.all() else (owners[held], weights[held], counts[held])
-
-
-def _weigh(values: np.ndarray, weights: np.ndarray, counts: np.ndarray) -> None:
-    """Multiply each gradient's rows by its weight, in place."""
-    if not (weights == 1).all():
-        values *= np.repeat(weights, counts).astype(values.dtype)[:, None]
 
 
 def _batches(

@@ -1,23 +1,48 @@
-"""A probe: batches of any data like the training data, and how to ask the model about them."""
+"""A probe: batches of any data like the training data, which one a rollback asks, and what the model says about it."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from timstore.database.arguments import choice, listed
-from timstore.errors import InvalidInputError, shown
+from timstore.database.kept_rows import KEPT, asks_kept
+from timstore.database.snapshot import Snapshot
+from timstore.errors import CorruptionError, InvalidInputError
 from timstore.model.eval_guard import given, undisturbed
 from timstore.model.sample_ids import content_rows, row_hash
+from timstore.options import Loss, RollbackOptions
+from timstore.rollbacks.targets import Target
+from timstore.rollbacks.vectors import Vector
 
-LOSSES = ("cross_entropy", "mse")
 _IGNORED = -100
+
+
+class Room:
+    """Bytes for answers and graphs that need not be asked for again: whoever comes first takes of them.
+
+    The first that does not fit ends it for all, so that what is kept is always the first batches.
+    """
+
+    def __init__(self, size_bytes: int = 0) -> None:
+        self._free_bytes = size_bytes
+
+    @property
+    def is_left(self) -> bool:
+        """Whether anything may still fit."""
+        return self._free_bytes > 0
+
+    def take(self, size_bytes: int) -> bool:
+        """Say whether so many bytes fit, and take them."""
+        self._free_bytes -= size_bytes
+        return self._free_bytes >= 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,11 +87,9 @@ class Probe:
         outputs: Callable[[Any], Any] | None = None,
         loss: str = "cross_entropy",
     ) -> None:
-        self.loss = choice(loss, LOSSES, "loss")
+        self.loss = choice(loss, get_args(Loss), "loss")
         if isinstance(batches, torch.Tensor | np.ndarray | Mapping | str):
             raise InvalidInputError("probe is an iterable of batches; put a single batch into a list")
-        if not (outputs is None or callable(outputs)):
-            raise InvalidInputError(f"outputs is a function of what the model returns, not {shown(outputs)}")
         self._model = model
         self._outputs = _logits if outputs is None else outputs
         self._device = next(model.parameters()).device
@@ -209,3 +232,150 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     return 0 if first is None or first.ndim == 0 else len(first)
+
+
+class Outcome:
+    """A model and a probe, asked before a change and after it.
+
+    Args:
+        room: for answers before a change, which another change is held against as well; batches whose answers do not
+            fit are asked again.
+    """
+
+    def __init__(self, model: torch.nn.Module, probe: Probe, *, room: Room | None = None) -> None:
+        self._model, self._probe = model, probe
+        self._room = room or Room()
+        self._answered: list[Answer] = []
+
+    def divergence(self, delta: Vector) -> float:
+        """Return the mean over positions of KL(before || after), or of the mean squared difference for mse."""
+        total, positions = 0.0, 0
+        for old, new in self._answers(delta):
+            if self._probe.loss == "mse":
+                total += float(F.mse_loss(new.outputs, old.outputs)) * len(old.outputs)
+            else:
+                before, after = (one.outputs.double().log_softmax(-1) for one in (old, new))
+                total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+            positions += len(old.outputs)
+        return total / positions
+
+    def losses(self, delta: Vector) -> tuple[float, float]:
+        """Return the probe's own mean loss before and after the change.
+
+        Where a batch names no targets, the model's outputs before the change are the targets.
+        """
+        totals, positions = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
+        for old, new in self._answers(delta):
+            losses = [_loss(self._probe.loss, one.outputs, old) for one in (old, new)]
+            totals += torch.tensor(losses, dtype=torch.float64)
+            positions += len(old.outputs)
+        return totals[0].item() / positions, totals[1].item() / positions
+
+    def _answers(self, delta: Vector) -> Iterator[tuple[Answer, Answer]]:
+        """Yield the answers to each batch before and after a change."""
+        before = tensors_of(self._model)
+        after = dict(before)
+        for name in delta.workspace.sizes:
+            after[name] = before[name] + delta.read(name).to(before[name]).view(before[name].shape)
+        with torch.no_grad(), self._probe.undisturbed():
+            yield from zip(self._before(before), self._probe.answers(after), strict=True)
+
+    def _before(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Answer]:
+        """Yield the answers before a change; keep the first ones for another, as many as fit."""
+        answered = list(self._answered)
+        yield from answered
+        for answer in self._probe.answers(tensors, first=len(answered)):
+            if self._room.is_left and self._room.take(answer.outputs.nbytes):
+                self._answered.append(answer)
+            yield answer
+
+
+def _loss(kind: str, outputs: torch.Tensor, old: Answer) -> float:
+    if kind == "mse":
+        targets = old.outputs if old.targets is None else old.targets
+        return float(F.mse_loss(outputs, targets.to(outputs.dtype)) * len(outputs))
+    targets = old.outputs.softmax(-1) if old.targets is None else old.targets
+    return float(F.cross_entropy(outputs, targets, reduction="sum"))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """The probe that a rollback asks, and where it comes from.
+
+    Attributes:
+        probe: None for none.
+        rows: how many rows of the training the store keeps, where the probe is of them.
+        left_out: how many of those are to be forgotten, or alike.
+        training: rows of the training to hold a probe against that somebody chose; None where there are none.
+        overlap: samples to be forgotten that it holds.
+        advice: what could be asked instead of nothing.
+    """
+
+    probe: Probe | None
+    rows: int | None = None
+    left_out: int = 0
+    training: Probe | None = None
+    overlap: tuple[int, ...] = ()
+    advice: str = ""
+
+    @property
+    def knows_training(self) -> bool:
+        """Whether a change is held against rows of the training."""
+        return self.rows is not None or self.training is not None
+
+
+def probe_to_ask(snapshot: Snapshot, target: Target, options: RollbackOptions, forgotten: Collection[int]) -> Asked:
+    """Return the probe that is given, the one that the store keeps, rows of the training, or none.
+
+    Args:
+        forgotten: samples that leave, or left before.
+
+    Raises:
+        InvalidInputError: what is given is no probe.
+    """
+    if options.probe is False:
+        return Asked(None)
+    contents = _contents(snapshot, forgotten)
+
+    def of(batches: Iterable[Any], loss: str | None) -> Asked:
+        probe = Probe(target.model(), batches, outputs=options.outputs, loss=loss or "cross_entropy")
+        hashes = probe.row_hashes()
+        return Asked(probe, overlap=tuple(sorted(sample for content, sample in contents.items() if content in hashes)))
+
+    def of_training() -> Asked:
+        rows = snapshot.kept_rows()
+        left = rows.without(frozenset(forgotten), contents.keys())
+        if not left:
+            return Asked(None)
+        loss = options.loss or rows.loss
+        if loss is None:
+            return Asked(
+                None,
+                advice=f". The store keeps {len(rows)} rows of the training itself, which are asked where loss= says "
+                f"what its loss is: that was not recognised ({rows.reason or 'no gradient came to the outputs'})",
+            )
+        probe = Probe(target.model(), left.batches(), outputs=options.outputs, loss=loss)
+        return Asked(probe, len(rows), len(rows) - len(left))
+
+    if options.probe is not None and not asks_kept(options.probe):
+        asked = of(options.probe, options.loss)
+        with suppress(CorruptionError):  # `verify` tells; a probe of one's own needs none of them
+            asked = replace(asked, training=of_training().probe)
+        return asked
+    recorded = snapshot.probe()
+    if options.probe is None and not target.is_loaded:
+        there = recorded or snapshot.kept_rows()
+        return Asked(None, advice=f', or probe="{KEPT}", what the store keeps' if there else "")
+    return of_training() if recorded is None else of(recorded[0], options.loss or recorded[1])
+
+
+def _contents(snapshot: Snapshot, samples: Collection[int]) -> dict[str, int]:
+    """Return the content hashes of samples, and whose they are."""
+    if "content_hash" not in snapshot.catalog.rows("SELECT * FROM samples LIMIT 0").column_names:
+        return {}
+    rows = snapshot.catalog.fetch(
+        "SELECT content_hash, sample FROM samples WHERE content_hash IS NOT NULL AND sample IN "
+        "(SELECT unnest(?::BIGINT[])) ORDER BY sample DESC",
+        [list(samples)],
+    )
+    return dict(rows)

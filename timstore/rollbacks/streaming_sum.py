@@ -1,10 +1,11 @@
 """The streaming sum: chunks in, one matrix product per parameter and segment, deltas out; memory bounded."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,17 +14,16 @@ from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError
 from timstore.format.cache import ByteCache
 from timstore.format.reader import SegmentReader
-from timstore.rollbacks.gradient_blocks import ParameterRows, Piece, additions, pieces_of
-from timstore.rollbacks.plan import Plan
+from timstore.interrupts import Held
+from timstore.records import Parameter
+from timstore.rollbacks.gradient_blocks import GradientRows, Piece, add_gradients, pieces_of
 from timstore.rollbacks.vectors import Vector
-from timstore.rollbacks.workers import MOST, Task, side_by_side
 
-# So many readers are kept whatever their tables take.
-_READERS = MOST + 1
+_MOST_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryShares:
     """How `memory_limit` is divided while records stream.
 
     Two fifths stay free for copies under way and for freed memory that the allocator keeps.
@@ -43,16 +43,15 @@ class Budget:
     workers: int
 
     @classmethod
-    def divide(cls, limit_bytes: int, snapshot: Snapshot) -> "Budget":
+    def divide(cls, limit_bytes: int, snapshot: Snapshot) -> "MemoryShares":
         """Divide a limit.
 
         Raises:
             InvalidInputError: if it is too small for the largest object and its decoded chunks.
         """
-        largest = snapshot.view.largest_object()
         # An eighth is the cache: one whole object, and the chunk that is decoded from it.
-        held = largest + 2 * 1024 * 1024
-        needed = 8 * held
+        object_bytes = snapshot.view.largest_object() + 2 * 1024 * 1024
+        needed = 8 * object_bytes
         if limit_bytes < needed:
             raise InvalidInputError(
                 f"memory_limit is {limit_bytes:,} bytes; the objects of this store need at least {needed:,}",
@@ -60,7 +59,7 @@ class Budget:
                 needed_bytes=needed,
             )
         cache_bytes = limit_bytes // 8
-        workers = min(MOST, torch.get_num_threads(), max(1, cache_bytes // held))
+        workers = min(_MOST_WORKERS, torch.get_num_threads(), max(1, cache_bytes // object_bytes))
         return cls(limit_bytes // 4, limit_bytes * 3 // 32, limit_bytes * 3 // 64, cache_bytes, workers)
 
 
@@ -70,57 +69,116 @@ class Readers:
     May be used by several threads.
     """
 
-    def __init__(self, snapshot: Snapshot, budget: Budget) -> None:
+    def __init__(self, snapshot: Snapshot, memory: MemoryShares) -> None:
         self.snapshot = snapshot
-        self.cache = ByteCache(budget.cache_bytes)
-        self._kept: OrderedDict[int, SegmentReader] = OrderedDict()
-        self._tables_bytes = budget.cache_bytes // 4
+        self.memory = memory
+        self.cache = ByteCache(memory.cache_bytes)
+        self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getitem__(self, commit: int) -> SegmentReader:
         with self._lock:
-            if commit in self._kept:
-                self._kept.move_to_end(commit)
-            else:
-                self._kept[commit] = self.snapshot.reader(commit, self.cache)
-                total = sum(reader.nbytes for reader in self._kept.values())
-                while len(self._kept) > _READERS and total > self._tables_bytes:
-                    total -= self._kept.popitem(last=False)[1].nbytes
-            return self._kept[commit]
+            if commit not in self._readers:
+                self._readers[commit] = self.snapshot.reader(commit, self.cache)
+                total = sum(reader.nbytes for reader in self._readers.values())
+                # One for each worker is kept whatever its tables take.
+                while len(self._readers) > _MOST_WORKERS + 1 and total > self.memory.cache_bytes // 4:
+                    total -= self._readers.popitem(last=False)[1].nbytes
+            self._readers.move_to_end(commit)
+            return self._readers[commit]
+
+
+@contextmanager
+def crew(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that share torch's own among them; when the block ends, however it does, none of them runs.
+
+    Torch's threads are divided since those of several products at once would wait for each other.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers, "timstore-rollback", torch.set_num_threads, initargs=(max(1, threads // workers),)
+    )
+    met = threading.Barrier(workers)
+    try:
+        # All begin here: an interrupt while one begins would leave it behind, unknown to the pool.
+        with Held():
+            for _ in range(workers):
+                pool.submit(met.wait)
+        yield pool
+    finally:
+        with Held():
+            met.abort()
+            pool.shutdown(cancel_futures=True)
+        # Set by a worker, the number holds for that worker and for threads made later.
+        torch.set_num_threads(threads)
 
 
 def stream(
-    plan: Plan,
+    parameters: Mapping[str, Parameter],
+    rows: Mapping[str, GradientRows],
     readers: Readers,
     vectors: Sequence[Vector],
-    budget: Budget,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the weighted sum of the plan's gradients into one vector per time bin, summed where these are.
+    """Write the weighted sum of gradients into one vector per time bin, summed where these are.
 
-    Cost: reads every chunk that holds a chosen row once per group of parameters whose sums fit the budget,
-    usually one; memory within the budget whatever the store's and the parameters' size.
+    Cost: reads every chunk that holds a chosen row once per group of parameters whose sums fit the budget, usually one;
+    memory within the budget whatever the store's and the parameters' size.
 
     Args:
+        rows: of each parameter, the gradients that are summed.
         advance: told how many gradients were added.
 
     Raises:
         CorruptionError: an object is missing or was changed; nothing but the vectors was written.
     """
-    like = vectors[0].workspace
-    for group in _groups(plan, budget, len(vectors), like.dtype.itemsize):
+    workspace, memory = vectors[0].workspace, readers.memory
+    for group in _groups(parameters.values(), memory.sums_bytes, len(vectors) * workspace.dtype.itemsize):
         sums = [
-            torch.zeros(len(vectors), p.last - p.first, p.width, dtype=like.dtype, device=like.device) for p in group
+            torch.zeros(len(vectors), *piece.shape, dtype=workspace.dtype, device=workspace.device) for piece in group
         ]
-        tasks = _tasks(plan, group, sums, readers, budget.unit_bytes)
-        side_by_side(tasks, min(budget.workers, len(group)), advance)
+        with crew(min(memory.workers, len(group))) as pool:
+            _add_up(pool, group, sums, rows, readers, advance)
         for piece, total in zip(group, sums, strict=True):
             for number, vector in enumerate(vectors):
                 vector.write(piece.parameter.name, piece.span[0], total[number].flatten())
 
 
+def _add_up(
+    pool: ThreadPoolExecutor,
+    group: Sequence[Piece],
+    sums: Sequence[torch.Tensor],
+    rows: Mapping[str, GradientRows],
+    readers: Readers,
+    advance: Callable[[int], None],
+) -> None:
+    """Add to the sum of each piece of a group, segment by segment, in the order that a segment has."""
+    by_commit: dict[int, list[tuple[int, GradientRows]]] = {}
+    for number, piece in enumerate(group):
+        for commit, mine in rows[piece.parameter.name].by_commit():
+            by_commit.setdefault(commit, []).append((number, mine))
+
+    def add(earlier: Future[int] | None, commit: int, mine: GradientRows, number: int) -> int:
+        # Each sum is added to in one order, so that its rounding is the same however many threads there are. The
+        # earlier one of the same sum was begun before this one: whoever waits for it waits for a running thread.
+        if earlier is not None:
+            earlier.result()
+        return add_gradients(readers[commit], mine, group[number], readers.memory.unit_bytes, sums[number])
+
+    latest: dict[int, Future[int]] = {}
+    waiting: deque[Future[int]] = deque()
+    for commit in sorted(by_commit):
+        for number, mine in by_commit.pop(commit):
+            latest[number] = pool.submit(add, latest.get(number), commit, mine, number)
+            waiting.append(latest[number])
+            if len(waiting) > 2 * _MOST_WORKERS:
+                advance(waiting.popleft().result())
+    for future in waiting:
+        advance(future.result())
+
+
 def sums_by_bin(
-    rows: ParameterRows, piece: Piece, readers: Readers, unit_bytes: int, dtype: torch.dtype, device: torch.device
+    rows: GradientRows, piece: Piece, readers: Readers, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (bin, weighted sum of its gradients), bins in order; one (rows, columns) tensor is alive at a time.
 
@@ -130,46 +188,24 @@ def sums_by_bin(
     order = np.argsort(rows.bin, kind="stable")
     edges = np.flatnonzero(np.diff(rows.bin[order])) + 1
     for members in np.split(order, edges) if len(order) else ():
-        total = torch.zeros(piece.last - piece.first, piece.width, dtype=dtype, device=device)
         mine = rows.take(members)
+        number, total = int(mine.bin[0]), torch.zeros(piece.shape, dtype=dtype, device=device)
         for commit, here in mine.by_commit():
-            for _, one in additions(readers[commit], here, piece, unit_bytes):
-                one.add_to(total)
-        yield int(mine.bin[0]), total
+            add_gradients(readers[commit], here, piece, readers.memory.unit_bytes, {number: total})
+        yield number, total
 
 
-def _groups(plan: Plan, budget: Budget, bins: int, itemsize: int) -> Iterator[list[Piece]]:
-    """Cut the parameters into pieces of rows, and gather pieces into groups whose sums fit the budget."""
+def _groups(parameters: Iterable[Parameter], limit_bytes: int, element_bytes: int) -> Iterator[list[Piece]]:
+    """Cut the parameters into pieces of rows, and gather pieces into groups whose sums fit the limit."""
     group: list[Piece] = []
     used = 0
-    for parameter in plan.parameters.values():
-        for piece in pieces_of(parameter, budget.sums_bytes, bins * itemsize):
-            size = (piece.last - piece.first) * piece.width * bins * itemsize
-            if group and used + size > budget.sums_bytes:
+    for parameter in parameters:
+        for piece in pieces_of(parameter, limit_bytes, element_bytes):
+            size = piece.shape[0] * piece.shape[1] * element_bytes
+            if group and used + size > limit_bytes:
                 yield group
                 group, used = [], 0
             group.append(piece)
             used += size
     if group:
         yield group
-
-
-def _tasks(
-    plan: Plan, group: list[Piece], sums: list[torch.Tensor], readers: Readers, unit_bytes: int
-) -> Iterator[Task]:
-    """Yield what is to be added to each piece of a group, segment by segment, in the order that a segment has."""
-    waiting: dict[int, list[tuple[int, ParameterRows]]] = {}
-    for number, piece in enumerate(group):
-        for commit, rows in plan.rows[piece.parameter.name].by_commit():
-            waiting.setdefault(commit, []).append((number, rows))
-    for commit in sorted(waiting):
-        for number, rows in waiting.pop(commit):
-            yield number, partial(_add, readers, commit, rows, group[number], sums[number], unit_bytes)
-
-
-def _add(
-    readers: Readers, commit: int, rows: ParameterRows, piece: Piece, sums: torch.Tensor, unit_bytes: int
-) -> Iterator[int]:
-    for number, one in additions(readers[commit], rows, piece, unit_bytes):
-        one.add_to(sums[number])
-        yield one.done

@@ -1,6 +1,6 @@
 """The optimizer's history as the store holds it: one timeline per parameter group, checked for gaps."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,13 +10,14 @@ import numpy as np
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CoverageError, StateError
 from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
-from timstore.rollbacks.rounds import clipped_together
 from timstore.rollbacks.unrolled_weights import Schedule, adam_weights, own_counts, step_lengths, weights
 
 Moment = tuple[int, int]
 
 # (epoch, step) as one integer that sorts the same way.
 _EPOCH = 2**40
+# Clip factors of one round differ by rounding alone.
+_ALIKE = 1e-3
 
 
 def moment_key(epoch: Any, step: Any) -> Any:
@@ -158,10 +159,48 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_group.setdefault(row["group_id"], []).append({**row["scalars"], **{name: row[name] for name in summed}})
-    rounds = clipped_together(by_group)
+    rounds = _clipped_together(by_group)
     timelines = {group: _timeline(group, rows, rounds) for group, rows in by_group.items()}
     _check_no_gap(timelines)
     return timelines
+
+
+def _clipped_together(by_group: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[Moment, tuple[Moment, float]]:
+    """Return, for each step of a round, (the round's first step, the norm over all of the round's gradients).
+
+    A round is steps of several optimizers that consumed one backward pass, clipped by one norm over all of them.
+
+    Args:
+        by_group: rows of the `steps` table in order of time, with `batch`, a hash of the step's samples.
+    """
+    rows: dict[Moment, Mapping[str, Any]] = {}
+    groups: dict[Moment, set[int]] = {}
+    for group, steps in by_group.items():
+        for row in steps:
+            moment = row["epoch"], row["step"]
+            rows.setdefault(moment, row)
+            groups.setdefault(moment, set()).add(group)
+    rounds: list[list[Moment]] = []
+    for moment in sorted(rows):
+        batch, latest = rows[moment]["batch"], rounds[-1] if rounds else []
+        same = bool(latest) and batch is not None and batch == rows[latest[0]]["batch"]
+        if same and all(groups[moment].isdisjoint(groups[other]) for other in latest):
+            latest.append(moment)
+        else:
+            rounds.append([moment])
+    several = [moments for moments in rounds if len(moments) > 1]
+    # Nobody wrote down over which parameters a norm was taken. By one norm over all of them every step of a round gets
+    # the same factor; where that is not so in some round, each optimizer is taken to have been clipped alone.
+    factors = [
+        [float(rows[moment]["consumed_ratio"] * (rows[moment]["amp_scale"] or 1.0)) for moment in moments]
+        for moments in several
+    ]
+    one_norm = all(max(found) - min(found) <= _ALIKE * max(found) for found in factors)
+    if not one_norm or not any(min(found) < 1 - 1e-6 for found in factors):
+        return {}
+    # |g| over all parameters is the root of the sum of the optimizers' own squares.
+    norms = [sum((rows[moment]["grad_norm"] or 0.0) ** 2 for moment in moments) ** 0.5 for moments in several]
+    return {moment: (moments[0], norm) for moments, norm in zip(several, norms, strict=True) for moment in moments}
 
 
 def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tuple[Moment, float]]) -> Timeline:
