@@ -37,6 +37,7 @@ OWNERS = {
     "duckdb": ["timstore.catalog", "timstore.database.handle"],
     "torch": [
         "timstore.model",
+        "timstore.options",  # for types alone
         "timstore.recording",
         "timstore.rollbacks",
         "timstore.legacy",

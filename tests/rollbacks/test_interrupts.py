@@ -383,7 +383,7 @@ def test_a_compact_that_is_cut_off_is_done_or_not_and_says_which(
     assert compacted(saved_models.copied(commits, "calm")) == "done"
     last, states = calls, []
     # The checkpoint is made after about half of the calls; deleting is the rest.
-    for at in range(last // 3, last + 1, 4):
+    for at in range(last // 3, last + 1, 7):
         calls, path = 0, saved_models.copied(commits, str(at))
         states.append(compacted(path))
         if states[-1] != "unknown":

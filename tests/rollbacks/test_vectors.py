@@ -49,7 +49,7 @@ def test_the_space_of_a_freed_vector_is_used_again_and_starts_at_zero(limit: int
         assert not again.read("b").any() and again.norm() == 0
         assert vectors[0].read("b").sum() == vectors[2].read("b").sum() == 37
         if limit == SPILLED:
-            assert os.fstat(workspace.spill._file).st_size == 3 * 1037 * 4
+            assert os.fstat(workspace.spill._file.fileno()).st_size == 3 * 1037 * 4
 
 
 def test_the_spill_file_has_no_name_and_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch) -> None:

@@ -59,7 +59,7 @@ def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, wo
             for block, change, new in moved_blocks(place, delta, name, workspace.block_numel):
                 old, wanted = block.double(), change.double()
                 lost = (new.double() - old).sub_(wanted)
-                of_block = torch.stack([one.dot(one) for one in (wanted, old, lost)]).cpu()
+                of_block = torch.stack([numbers.dot(numbers) for numbers in (wanted, old, lost)]).cpu()
                 squares.add_(of_block)
                 # A new value that is not finite is a loss that is not; large losses may overflow as well.
                 finite = finite and (bool(of_block[2].isfinite()) or bool(new.isfinite().all()))
@@ -105,18 +105,17 @@ class Writes:
         Raises:
             StorageError: they fit neither into the workspace's limit nor on the disk.
         """
-        kept = []
-        for one in self.each:
-            place = one.place
+        writes = []
+        for place in (write.place for write in self.each):
             blocks = place.blocks(self.workspace.block_numel)
             old = self.workspace.keep(blocks, math.prod(place.shape), place.dtype, place.device)
-            kept.append(Write(place, old.blocks))
-        return Writes(kept, self.workspace, self.workers)
+            writes.append(Write(place, old.blocks))
+        return Writes(writes, self.workspace, self.workers)
 
     def make(self) -> None:
         """Write, several places at a time. Where it fails, some are written; no thread is at it any more."""
         with crew(max(1, min(self.workers, len(self.each)))) as pool:
-            for _ in pool.map(lambda one: one.place.write(one.blocks()), self.each):
+            for _ in pool.map(lambda write: write.place.write(write.blocks()), self.each):
                 pass
 
     def make_or_restore(self, old: "Writes") -> None:

@@ -1,7 +1,8 @@
 """Chosen gradients as blocks of numbers to multiply: rows out of segments, a bounded number at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,7 @@ def add_gradients(
     rows: GradientRows,
     piece: Piece,
     unit_bytes: int,
-    sums: Mapping[int, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor,
+    sums: Mapping[int, torch.Tensor] | torch.Tensor,
 ) -> int:
     """Add gradients of one segment to the sums of their bins, (rows, columns) each, in place; return how many.
 
@@ -112,14 +113,14 @@ def add_gradients(
         counts = reader.counts(mine.owner, role)
         # A gradient that is zero has no rows.
         nonzero = counts > 0
-        owners, weights = mine.owner[nonzero], mine.weight[nonzero]
-        for block in load(reader, role, owners, weights, counts[nonzero], piece, unit_bytes):
-            _add_block(sums[number], *block)
+        chosen = _Chosen(reader, role, mine.owner[nonzero], mine.weight[nonzero], counts[nonzero])
+        for left, right, indices in load(chosen, piece, unit_bytes):
+            _add_block(sums[number], left, right, indices)
     return len(rows.owner)
 
 
 # (left, right, which rows): left.T @ right, or left * right added to these rows. Left holds the weights already.
-_Loaded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+_Loaded = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
 
 
 def _add_block(total: torch.Tensor, left: np.ndarray, right: np.ndarray, indices: np.ndarray | None) -> None:
@@ -132,26 +133,53 @@ def _add_block(total: torch.Tensor, left: np.ndarray, right: np.ndarray, indices
         total.addmm_(one.T, other)
 
 
-def _load_factors(
-    reader: SegmentReader,
-    role: str,
-    owners: np.ndarray,
-    weights: np.ndarray,
-    counts: np.ndarray,
-    piece: Piece,
-    unit_bytes: int,
-) -> Iterator[_Loaded]:
+class _Chosen(NamedTuple):
+    """Gradients of one encoding in one segment, none of them zero, and how many rows each has in a role."""
+
+    reader: SegmentReader
+    role: str
+    owners: np.ndarray
+    weights: np.ndarray
+    counts: np.ndarray
+
+    def batches(self, sizes: np.ndarray, row_bytes: int, unit_bytes: int) -> Iterator[tuple[slice, int, int]]:
+        """Yield (which gradients, first, last): those read together, or a range of rows of one that is too large.
+
+        Args:
+            sizes: rows that each takes in memory, no less than its counts.
+        """
+        most = max(1, unit_bytes // row_bytes)
+        ends = np.cumsum(sizes)
+        start = 0
+        while start < len(sizes):
+            before = int(ends[start - 1]) if start else 0
+            stop = int(np.searchsorted(ends, before + most, "right"))
+            if stop > start:
+                yield slice(start, stop), 0, most
+                start = stop
+                continue
+            count = int(self.counts[start])
+            for first in range(0, count, most):
+                yield slice(start, start + 1), first, min(count, first + most)
+            start += 1
+
+    def row_weights(self, batch: slice, first: int, last: int, dtype: np.dtype) -> np.ndarray:
+        """Return the weight of each row of a batch as a column."""
+        rows = np.minimum(self.counts[batch], last) - first
+        return np.repeat(self.weights[batch], rows).astype(dtype)[:, None]
+
+
+def _load_factors(chosen: _Chosen, piece: Piece, unit_bytes: int) -> _Loaded:
     # The weighted sum of D' A over gradients is one product of all their rows: (w D)' A.
-    maps = reader.row_maps(owners)
+    reader, maps = chosen.reader, chosen.reader.row_maps(chosen.owners)
     # Of the inputs, everything between the first and the last row of a map is read.
     spans = [0 if rows is None or not len(rows) else int(rows.max() - rows.min()) + 1 for rows in maps]
     row_bytes = sum(piece.parameter.matrix_shape) * 8
-    for batch, first, last in _batches(np.maximum(counts, spans), counts, row_bytes, unit_bytes):
-        outputs = reader.rows(owners[batch], role, first, last)[:, piece.first : piece.last]
-        if not (weights[batch] == 1).all():
-            taken = np.minimum(counts[batch], last) - first
-            outputs *= np.repeat(weights[batch], taken).astype(outputs.dtype)[:, None]
-        yield outputs, _inputs(reader, owners[batch], maps[batch], first, last), None
+    for batch, first, last in chosen.batches(np.maximum(chosen.counts, spans), row_bytes, unit_bytes):
+        outputs = reader.rows(chosen.owners[batch], chosen.role, first, last)[:, piece.first : piece.last]
+        if not (chosen.weights[batch] == 1).all():
+            outputs *= chosen.row_weights(batch, first, last, outputs.dtype)
+        yield outputs, _inputs(reader, chosen.owners[batch], maps[batch], first, last), None
 
 
 def _inputs(
@@ -172,40 +200,24 @@ def _inputs(
     return inputs
 
 
-def _load_dense(
-    reader: SegmentReader,
-    role: str,
-    owners: np.ndarray,
-    weights: np.ndarray,
-    counts: np.ndarray,
-    piece: Piece,
-    unit_bytes: int,
-) -> Iterator[_Loaded]:
+def _load_dense(chosen: _Chosen, piece: Piece, unit_bytes: int) -> _Loaded:
     # Each gradient is a row of its own, so that their sum is one product with the row of weights.
     size = piece.shape[0] * piece.shape[1]
     at_once = max(1, unit_bytes // max(1, size * 8))
-    for start in range(0, len(owners), at_once):
+    for start in range(0, len(chosen.owners), at_once):
         batch = slice(start, start + at_once)
-        values = reader.rows(owners[batch], role, piece.first, piece.last)
-        flat = values.reshape(len(owners[batch]), size)
-        yield weights[batch].astype(flat.dtype)[:, None], flat, None
+        owners = chosen.owners[batch]
+        flat = chosen.reader.rows(owners, chosen.role, piece.first, piece.last).reshape(len(owners), size)
+        yield chosen.weights[batch].astype(flat.dtype)[:, None], flat, None
 
 
-def _load_rows(
-    reader: SegmentReader,
-    role: str,
-    owners: np.ndarray,
-    weights: np.ndarray,
-    counts: np.ndarray,
-    piece: Piece,
-    unit_bytes: int,
-) -> Iterator[_Loaded]:
-    for batch, first, last in _batches(counts, counts, piece.shape[1] * 8, unit_bytes):
-        indices = reader.rows(owners[batch], "indices", first, last)
-        values = reader.rows(owners[batch], role, first, last)
+def _load_rows(chosen: _Chosen, piece: Piece, unit_bytes: int) -> _Loaded:
+    for batch, first, last in chosen.batches(chosen.counts, piece.shape[1] * 8, unit_bytes):
+        indices = chosen.reader.rows(chosen.owners[batch], "indices", first, last)
+        values = chosen.reader.rows(chosen.owners[batch], chosen.role, first, last)
         inside = (indices >= piece.first) & (indices < piece.last)
-        scale = np.repeat(weights[batch], np.minimum(counts[batch], last) - first).astype(values.dtype)
-        yield scale[inside, None], values[inside], indices[inside].astype(np.int64) - piece.first
+        scale = chosen.row_weights(batch, first, last, values.dtype)
+        yield scale[inside], values[inside], indices[inside].astype(np.int64) - piece.first
 
 
 # By encoding: what loads it, and the role of the rows that every gradient of it has which is not zero.
@@ -215,28 +227,3 @@ _LOADERS = {
     "rows": (_load_rows, "values"),
     "whole": (_load_dense, "gradient"),
 }
-
-
-def _batches(
-    sizes: np.ndarray, counts: np.ndarray, row_bytes: int, unit_bytes: int
-) -> Iterator[tuple[slice, int, int]]:
-    """Yield (which gradients, first, last): those read together, or a range of rows of one that is too large.
-
-    Args:
-        sizes: rows that each takes in memory, no less than its counts.
-        counts: rows that each has.
-    """
-    most = max(1, unit_bytes // row_bytes)
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + most, "right"))
-        if stop > start:
-            yield slice(start, stop), 0, most
-            start = stop
-            continue
-        count = int(counts[start])
-        for first in range(0, count, most):
-            yield slice(start, start + 1), first, min(count, first + most)
-        start += 1

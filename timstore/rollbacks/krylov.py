@@ -53,25 +53,26 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
         weights: of the matrices in their mean.
     """
     basis: list[Vector] = []
-    given = [_added(one, basis) for one in starts]
+    coefficients = [_added(start, basis) for start in starts]
     products: list[list[list[float]]] = [[] for _ in weights]
     first, last = 0, len(basis)
     for level in range(depth):
         for number in range(first, last):
             image, part = workspace.new(), workspace.new()
-            for found, weight, result in zip(products, weights, apply(basis[number]), strict=True):
+            for columns, weight, result in zip(products, weights, apply(basis[number]), strict=True):
                 for name, numbers in result.items():
                     part.write(name, 0, numbers)
                 # The matrices are symmetric: what later vectors have of it is seen when their turn comes.
-                found.append([part.dot(other) for other in basis[: number + 1]])
+                columns.append([part.dot(other) for other in basis[: number + 1]])
                 image.add(part, weight)
             part.free()
             _added(image, basis, keep=level + 1 < depth)
         first, last = last, len(basis)
-    upper = torch.stack([_columns(found, len(basis)) for found in products])
+    # Of a symmetric matrix the upper triangle tells all.
+    upper = torch.stack([_columns(columns, len(basis)) for columns in products])
     matrices = upper + upper.mT.tril(-1)
     mean = torch.tensor(weights, dtype=torch.float64, device="cpu") @ matrices.flatten(1)
-    return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(given, len(basis)))
+    return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(coefficients, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:
@@ -87,24 +88,24 @@ def random_signs(workspace: Workspace) -> Vector:
 def _added(vector: Vector, basis: list[Vector], *, keep: bool = True) -> list[float]:
     """Take a vector into an orthonormal basis, unless it lies in it or is not kept; return its coefficients."""
     length = vector.norm()
-    found = [0.0] * len(basis)
+    coefficients = [0.0] * len(basis)
     for _ in range(2):  # once leaves what rounding put back
         for number, other in enumerate(basis):
             share = vector.dot(other)
             vector.add(other, -share)
-            found[number] += share
+            coefficients[number] += share
     rest = vector.norm()
     if not keep or rest <= _ROUNDING * length:
         vector.free()
-        return found
+        return coefficients
     vector.scale(1 / rest)
     basis.append(vector)
-    return [*found, rest]
+    return [*coefficients, rest]
 
 
-def _columns(found: Sequence[Sequence[float]], size: int) -> torch.Tensor:
+def _columns(columns: Sequence[Sequence[float]], size: int) -> torch.Tensor:
     """Return (size, columns): the columns, each with zeros below."""
-    made = torch.zeros(size, len(found), dtype=torch.float64, device="cpu")
-    for column, numbers in enumerate(found):
+    made = torch.zeros(size, len(columns), dtype=torch.float64, device="cpu")
+    for column, numbers in enumerate(columns):
         made[: len(numbers), column] = torch.tensor(numbers, dtype=torch.float64)
     return made

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from timstore.database.states import State
@@ -25,7 +26,7 @@ from timstore.rollbacks.places import Place
 from timstore.rollbacks.selection import Selection
 from timstore.rollbacks.step_changes import complete_steps
 from timstore.rollbacks.streaming_sum import Readers, sums_by_bin
-from timstore.rollbacks.timeline import Timeline, moment_key, moment_of, up_to
+from timstore.rollbacks.timeline import Moment, Timeline, moment_key, moment_of, up_to
 from timstore.rollbacks.vectors import Vector
 
 _EXACT = torch.float64
@@ -71,10 +72,9 @@ def find_tape(
     Args:
         optimizers: of the classes that took the steps, where those are not torch's own.
     """
-    snapshot, identity = selection.snapshot, selection.identity
-    first, restarted = int(selection.leaving.keys[0]), moment_key(*identity.restarted)
-    if first < restarted:
-        epoch, step = identity.restarted
+    snapshot = selection.snapshot
+    epoch, step = selection.identity.restarted
+    if int(selection.leaving.keys[0]) < moment_key(epoch, step):
         return (
             f"training went on from a rolled-back model at epoch {epoch}, step {step}, and a replay from before that "
             "would not end at this model"
@@ -82,48 +82,58 @@ def find_tape(
     gradients = selection.whole_gradients()
     if not gradients.num_rows:
         return f"no step's whole gradient was kept; {_RECORD_IT}"
-    keys = np.unique(np.concatenate([timeline.keys for timeline in timelines.values()]))
-    gaps = np.setdiff1d(keys, complete_steps(gradients["key"].to_numpy(), selection.known, timelines))
-    starts = snapshot.catalog.sql(
-        "SELECT DISTINCT epoch, step FROM states "
-        f"WHERE role = 'start_theta' AND {up_to(identity.moment)} ORDER BY ALL DESC"
-    ).fetchall()
-    # The latest start before what leaves, after which no step's gradient is missing.
-    usable = [at for at in starts if restarted <= moment_key(*at) <= first and not (gaps >= moment_key(*at)).any()]
-    if not usable:
-        later = gaps[gaps >= first]
-        epoch, step = moment_of(later[0] if len(later) else first)
-        what = "its whole gradient" if len(later) else "what the run began from before it"
-        return f"epoch {epoch}, step {step}: {what} was not kept; {_RECORD_IT}"
-    start = moment_key(*usable[0])
-    kinds, options = {}, {}
+    began = _latest_start(selection, gradients, timelines)
+    if isinstance(began, str):
+        return began
+    kinds: dict[int, type[torch.optim.Optimizer]] = {}
+    options: dict[int, list[dict[str, Any]]] = {}
     for group, timeline in timelines.items():
         kind = class_of(timeline.optimizer, optimizers)
         if kind is None:
             return f"{timeline.optimizer} is not one of torch's own classes: pass optimizer= of that class"
-        steps = range(int(np.searchsorted(timeline.keys, start)), len(timeline.keys))
-        plain = [_hyperparameters(timeline, step) for step in steps]
-        if None in plain:
-            return (
-                f"the hyperparameters of {timeline.optimizer} were not recorded: some are no plain numbers, words or "
-                "lists; pass options= (JSON) in append_step's groups"
-            )
-        kinds[group], options[group] = kind, [one for one in plain if one is not None]
+        kinds[group], options[group] = kind, []
+        for step in range(int(np.searchsorted(timeline.keys, moment_key(*began))), len(timeline.keys)):
+            taken = _hyperparameters(timeline, step)
+            if taken is None:
+                return (
+                    f"the hyperparameters of {timeline.optimizer} were not recorded: some are no plain numbers, words "
+                    "or lists; pass options= (JSON) in append_step's groups"
+                )
+            options[group].append(taken)
     names = snapshot.catalog.sql(
-        "SELECT DISTINCT name FROM states WHERE role = 'start_state' AND epoch = ? AND step = ?", list(usable[0])
+        "SELECT DISTINCT name FROM states WHERE role = 'start_state' AND epoch = ? AND step = ?", list(began)
     ).fetchall()
     places = {}
     for name, rows in by_parameter(gradients.sort_by("key")).items():
         places[name] = rows["key"].to_numpy(), rows["commit"].to_numpy(), rows["owner"].to_numpy()
     return Tape(
-        start,
-        State.find(snapshot, readers.cache, "start_theta", moment=usable[0]),
-        {name: State.find(snapshot, readers.cache, "start_state", moment=usable[0], name=name) for (name,) in names},
+        moment_key(*began),
+        State.find(snapshot, readers.cache, "start_theta", moment=began),
+        {name: State.find(snapshot, readers.cache, "start_state", moment=began, name=name) for (name,) in names},
         places,
         int(np.sum(gradients["dense_bytes"].to_numpy())),
         kinds,
         options,
     )
+
+
+def _latest_start(selection: Selection, gradients: pa.Table, timelines: dict[int, Timeline]) -> Moment | str:
+    """Return where a replay can begin: at a start that was kept, after which no step's gradient is missing."""
+    identity, first = selection.identity, int(selection.leaving.keys[0])
+    keys = np.unique(np.concatenate([timeline.keys for timeline in timelines.values()]))
+    gaps = np.setdiff1d(keys, complete_steps(gradients["key"].to_numpy(), selection.known, timelines))
+    starts = selection.snapshot.catalog.sql(
+        "SELECT DISTINCT epoch, step FROM states "
+        f"WHERE role = 'start_theta' AND {up_to(identity.moment)} ORDER BY ALL DESC"
+    ).fetchall()
+    for epoch, step in starts:
+        key = moment_key(epoch, step)
+        if moment_key(*identity.restarted) <= key <= first and not (gaps >= key).any():
+            return epoch, step
+    later = gaps[gaps >= first]
+    epoch, step = moment_of(later[0] if len(later) else first)
+    what = "its whole gradient" if len(later) else "what the run began from before it"
+    return f"epoch {epoch}, step {step}: {what} was not kept; {_RECORD_IT}"
 
 
 def _hyperparameters(timeline: Timeline, step: int) -> dict[str, Any] | None:
@@ -214,6 +224,10 @@ class Replayed:
     def relative_off(self) -> float:
         """How far the first run ended from the model, over how far the run went."""
         return self.off / self.moved if self.moved else 0.0
+
+    @property
+    def state_names(self) -> list[str]:
+        return sorted({*self.states, *(key for _, key in self.others)})
 
     def keep_state(self, run: _Rerun, piece: Piece, like: Vector) -> None:
         """Take over the optimizer's state at the end of a run."""

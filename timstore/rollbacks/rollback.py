@@ -80,7 +80,6 @@ class FirstOrder:
         increments: of each time bin.
         preconditioner: of Adam's steps; None where nothing is to be divided and no probe asked.
         largest: by parameter, the most that an error of its sum was multiplied by.
-        optimizer_text: what becomes of the optimizers' state; None where none was given.
     """
 
     increments: list[Vector]
@@ -88,7 +87,6 @@ class FirstOrder:
     preconditioner: Vector | None
     largest: dict[str, float]
     correction: Correction
-    optimizer_text: str | None
 
 
 def compute(prepared: Prepared, workspace: Workspace, bar: Bar) -> FirstOrder:
@@ -110,7 +108,6 @@ def compute(prepared: Prepared, workspace: Workspace, bar: Bar) -> FirstOrder:
             keep_states=bool(prepared.optimizers),
         ).run(prepared.places, increments, bar.added)
         _check_replayed(prepared, replayed)
-    correction, text = _correction(prepared, replayed, workspace)
     preconditioner, largest = None, dict.fromkeys(workspace.sizes, 1.0)
     if prepared.asked.probe is not None or prepared.divides:
         moment = prepared.selection.identity.moment
@@ -118,7 +115,8 @@ def compute(prepared: Prepared, workspace: Workspace, bar: Bar) -> FirstOrder:
         preconditioner = read_preconditioner(plan, moments, workspace)
     if preconditioner is not None and prepared.divides:
         largest = into_steps(increments, preconditioner)
-    return FirstOrder(increments, replayed, preconditioner, largest, correction, text)
+    correction = _correction(prepared, replayed, workspace)
+    return FirstOrder(increments, replayed, preconditioner, largest, correction)
 
 
 def _check_replayed(prepared: Prepared, replayed: Replayed) -> None:
@@ -135,19 +133,19 @@ def _check_replayed(prepared: Prepared, replayed: Replayed) -> None:
         )
 
 
-def _correction(prepared: Prepared, replayed: Replayed | None, workspace: Workspace) -> tuple[Correction, str | None]:
-    """Return what is to be done to the optimizers' state, and that in words (None without an optimizer)."""
+def _correction(prepared: Prepared, replayed: Replayed | None, workspace: Workspace) -> Correction:
+    """Return what is to be done to the optimizers' state."""
     if not prepared.optimizers:
-        return Correction(), None
+        return Correction()
     text = described(prepared.timelines, replayed)
     if replayed is not None:
-        return Correction(replaced=replayed.states, others=replayed.others), text
+        return Correction(replayed=replayed, text=text)
     buffers = buffers_of(prepared.timelines, prepared.selection.known)
     if not workspace.sizes.keys() & buffers.keys():
-        return Correction(), text
+        return Correction(text=text)
     plan, change = prepared.plan_of(workspace.sizes, 1, of="buffer"), workspace.new()
     stream(plan.parameters, plan.rows, prepared.readers, [change])
-    return Correction(change, buffers), text
+    return Correction(change, buffers, text=text)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -289,7 +287,7 @@ def publish(
         seconds=0.0,
         rollback_id=combined_digest({name: after[name] for name in identity.names}),
         replay_off=None if first_order.replayed is None else first_order.replayed.relative_off,
-        optimizer=first_order.optimizer_text,
+        optimizer=correction.text,
         probe=probed,
         expected_kl=filtered.expected,
         checkpoint=prepared.target.text,

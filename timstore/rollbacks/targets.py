@@ -69,16 +69,17 @@ class ModelInMemory:
         return digests(self._model)
 
     def places(self, wanted: Mapping[str, Parameter]) -> dict[str, Place]:
-        held = dict(self._model.named_parameters())
-        for name, parameter in wanted.items():
-            if name not in held:
+        parameters, places = dict(self._model.named_parameters()), {}
+        for name, recorded in wanted.items():
+            if name not in parameters:
                 raise ModelMismatchError(f"the model has no parameter {name}, which was recorded", parameter=name)
-            if tuple(held[name].shape) != parameter.shape:
+            shape = tuple(parameters[name].shape)
+            if shape != recorded.shape:
                 raise ModelMismatchError(
-                    f"parameter {name} has shape {tuple(held[name].shape)}; {parameter.shape} was recorded",
-                    parameter=name,
+                    f"parameter {name} has shape {shape}; {recorded.shape} was recorded", parameter=name
                 )
-        return {name: InModule(held[name]) for name in wanted}
+            places[name] = InModule(parameters[name])
+        return dict(places)
 
     def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
         old = writes.keep()
@@ -172,9 +173,9 @@ def _received(tensors: Sequence[torch.Tensor], ranks: Ranks, workspace: Workspac
 
 def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.Tensor]:
     """Return what a change may have reached, in the same order in every process."""
-    found = [parameter.detach() for parameter in model.parameters()]
+    tensors = [parameter.detach() for parameter in model.parameters()]
     for optimizer in optimizers:
-        for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = optimizer.state.get(parameter, {})
-            found += [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
-    return found
+            tensors += [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
+    return tensors

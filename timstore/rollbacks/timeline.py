@@ -59,7 +59,7 @@ class Timeline:
         keys: `moment_key` of each step.
         rounds: that of the first step that was clipped together with it, by one norm; its own if there was no other.
         optimizer: the class that took the steps.
-        kept: the share of the step's batch that is not removed.
+        staying: the share of the step's batch that is not removed.
         ratio: consumed over accumulated gradient.
         idle, fresh: per step, names of parameters; fresh is None where unknown.
         grad_norm: of the accumulated gradient, all of the round's, NaN where unknown.
@@ -77,7 +77,7 @@ class Timeline:
     optimizer: str
     schedule: Schedule
     ratio: np.ndarray
-    kept: np.ndarray
+    staying: np.ndarray
     idle: list[frozenset[str]]
     fresh: list[frozenset[str] | None]
     grad_norm: np.ndarray
@@ -102,8 +102,7 @@ class Timeline:
         """
         active = self.active(parameter)
         weigh = adam_weights if self.optimizer in ADAM_FAMILY else weights
-        result: np.ndarray = weigh(self.schedule, active, self.fresh_steps(parameter, active), of=of)
-        return result
+        return weigh(self.schedule, active, self.fresh_steps(parameter, active), of)
 
     def division(self, parameter: str) -> Division | None:
         """Return what Adam divided by at the end; None for other optimizers, and where it never took a step."""
@@ -118,7 +117,7 @@ class Timeline:
 
     def lengths(self, parameter: str) -> np.ndarray:
         """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
-        lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.kept
+        lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.staying
         return lengths
 
     def pattern(self, parameter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -220,14 +219,13 @@ def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tu
     moments = [(row["epoch"], row["step"]) for row in rows]
     together = [rounds.get(moment, (moment, np.nan)) for moment in moments]
     norms = np.array([norm for _, norm in together], np.float64)
-    columns = {name: np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__}
     return Timeline(
         keys=np.array([moment_key(*moment) for moment in moments], np.int64),
         rounds=np.array([moment_key(*first) for first, _ in together], np.int64),
         optimizer=rows[0]["optimizer"],
-        schedule=Schedule.from_columns(columns),
+        schedule=Schedule(*(np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__)),
         ratio=np.array([row["consumed_ratio"] for row in rows]),
-        kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
+        staying=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
         idle=[frozenset(row["idle"] or ()) for row in rows],
         fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
         grad_norm=np.where(np.isnan(norms), _numbers(rows, "grad_norm"), norms),

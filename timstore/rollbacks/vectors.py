@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 
@@ -82,15 +82,14 @@ class Workspace:
 
 
 class _SpillFile:
-    """Bytes beyond the limit.
+    """Bytes beyond the limit, in a file without a name: nothing is left behind, whatever happens.
 
-    Read and written in blocks, never mapped: mapped pages would count as memory. The file is deleted from its directory
-    as soon as it is open, so that nothing is left behind.
+    Read and written in blocks, never mapped: mapped pages would count as memory.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._file: int | None = None
+        self._file: IO[bytes] | None = None
         self._end = 0
         self._released: dict[int, list[int]] = {}
 
@@ -111,11 +110,11 @@ class _SpillFile:
     def write(self, place: int, data: memoryview) -> None:
         try:
             if self._file is None:
-                self._file, name = tempfile.mkstemp(prefix="timstore-", suffix=".spill", dir=self._directory)
-                os.unlink(name)
+                # Open as long as the workspace is, which closes it.
+                self._file = tempfile.TemporaryFile(prefix="timstore-", dir=self._directory)  # noqa: SIM115
             done = 0
             while done < len(data):
-                done += os.pwrite(self._file, data[done:], place + done)
+                done += os.pwrite(self._file.fileno(), data[done:], place + done)
         except OSError as error:
             where = self._directory or tempfile.gettempdir()
             raise StorageError(
@@ -128,7 +127,7 @@ class _SpillFile:
         data, done = bytearray(size), 0
         while done < size:
             try:
-                count = os.preadv(self._file, [memoryview(data)[done:]], place + done)
+                count = os.preadv(self._file.fileno(), [memoryview(data)[done:]], place + done)
             except OSError as error:
                 raise StorageError(f"the spill file cannot be read back: {error.strerror}") from error
             if count == 0:
@@ -138,9 +137,8 @@ class _SpillFile:
 
     def close(self) -> None:
         if self._file is not None:
-            file, self._file = self._file, None
             with suppress(OSError):  # nothing of it is needed any more
-                os.close(file)
+                self._file.close()
 
 
 class Numbers:
