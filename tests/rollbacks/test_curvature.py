@@ -166,30 +166,32 @@ def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int, adam: boo
     assert one.found.apart == pytest.approx(float((first - want).norm() / want.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them(half: int) -> None:
+def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them() -> None:
     model = small()
     one = run(model, "cross_entropy", 2, size=0.1)
     scale = torch.stack(one.lengths).sum(0).sqrt()
-    matrix = scale[:, None] * one.matrices[half] * scale
     with workspace_for(model) as workspace:
         signs = random_signs(workspace)
         vector = torch.cat([signs.read(name).clone() for name in workspace.sizes])
     assert set(vector.tolist()) == {-1.0, 1.0}
     assert len(vector) / 4 < float((vector > 0).sum()) < len(vector) * 3 / 4
-    for power in (1, 2, 3):
-        want = float(vector @ torch.linalg.matrix_power(matrix, power) @ vector)
-        assert sum(weight * value**power for value, weight in one.found.ways[half].spectrum) == pytest.approx(want)
+    for curvature, way in zip(one.matrices, one.found.ways, strict=True):
+        matrix = scale[:, None] * curvature * scale
+        for power in (1, 2, 3):
+            want = float(vector @ torch.linalg.matrix_power(matrix, power) @ vector)
+            assert sum(weight * value**power for value, weight in way.spectrum) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_the_damping_leaves_least_of_what_curvature_misses_and_of_what_is_taken_back(
-    loss: str, size: float, half: int
-) -> None:
+def test_the_damping_leaves_least_of_what_curvature_misses_and_of_what_is_taken_back(loss: str, size: float) -> None:
     model = small()
     one = run(model, loss, 2, size=size)
+    for half in (0, 1):
+        check_damping(model, loss, one, half)
+
+
+def check_damping(model: nn.Module, loss: str, one: Run, half: int) -> None:
     whole, way = torch.stack(one.lengths).sum(0), one.found.ways[half]
     scale = whole.sqrt()
     values, vectors = torch.linalg.eigh(scale[:, None] * one.matrices[half] * scale[None, :])

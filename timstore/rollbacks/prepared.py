@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -153,14 +152,10 @@ def prepare(
     readers = Readers(snapshot, MemoryShares.divide(options.memory_limit_bytes, snapshot))
     timelines = read_timelines(snapshot, identity.moment, selection.samples)
     check_steps(selection, timelines)
-    find = cache(lambda: find_tape(selection, readers, timelines, optimizers))
-    method = _choose(options.method, timelines, lambda: why if isinstance(why := find(), str) else None)
+    method, tape = _choose(options.method, timelines, lambda: find_tape(selection, readers, timelines, optimizers))
     dtype = getattr(torch, options.accumulate)
-    changes, sources, tape = changes_of(selection, timelines, readers, options.denominator, dtype), None, None
-    if method == REPLAY:
-        found = find()
-        tape = found if isinstance(found, Tape) else None
-    else:
+    changes, sources = changes_of(selection, timelines, readers, options.denominator, dtype), None
+    if tape is None:
         changes, sources = sources_of(selection, timelines, changes)
         _check_denominator(options, changes)
     asked = _answerable(asked, options, timelines)
@@ -172,23 +167,36 @@ def prepare(
     if not plan.parameters:
         raise InvalidInputError("parameters names none that these records changed: nothing to remove")
     places = target.places(plan.parameters)
-    live = {}
-    if optimizers or options.keep_delta:
-        parameters = dict(target.model().named_parameters())
-        live = {name: parameters[name] for name in places}
+    parameters = dict(target.model().named_parameters()) if optimizers or options.keep_delta else {}
+    live = {name: parameters[name] for name in places if name in parameters}
     if optimizers:
         check_optimizers(optimizers, live, selection.known, timelines)
     return Prepared(
-        store, target, options, optimizers, recognised, digests, selection, timelines, readers,
-        method, changes, sources, tape, asked, plan, places, live,
-    )  # fmt: skip
+        store=store,
+        target=target,
+        options=options,
+        optimizers=optimizers,
+        recognised=recognised,
+        digests=digests,
+        selection=selection,
+        timelines=timelines,
+        readers=readers,
+        method=method,
+        changes=changes,
+        sources=sources,
+        tape=tape,
+        asked=asked,
+        plan=plan,
+        places=places,
+        live=live,
+    )
 
 
-def _choose(asked: str, timelines: dict[int, Timeline], why_no_replay: Callable[[], str | None]) -> str:
-    """Return the method that was asked for, or the best one that the records allow.
+def _choose(asked: str, timelines: dict[int, Timeline], find: Callable[[], Tape | str]) -> tuple[str, Tape | None]:
+    """Return the method that was asked for, or the best one that the records allow; and the tape of a replay.
 
     Args:
-        why_no_replay: says why the optimizer cannot be run again, None when it can; asked only where that decides.
+        find: returns the tape, or why there is none; called only where that decides.
 
     Raises:
         CoverageError: the records do not allow it; says what would have had to be recorded.
@@ -199,20 +207,20 @@ def _choose(asked: str, timelines: dict[int, Timeline], why_no_replay: Callable[
     linear = optimizers <= set(SGD_FAMILY) and not by_value
     adam = optimizers <= {*SGD_FAMILY, *ADAM_FAMILY} and not by_value
     if linear and asked in ("auto", CLOSED_FORM):
-        return CLOSED_FORM
+        return CLOSED_FORM, None
     if adam and not linear and asked == FINAL_MOMENT:
-        return FINAL_MOMENT
-    no_replay = why_no_replay()
-    possible = [CLOSED_FORM] * linear + [REPLAY] * (no_replay is None) + [FINAL_MOMENT] * (adam and not linear)
-    chosen = [method for method in possible if asked in ("auto", method)]
-    if chosen:
-        return chosen[0]
+        return FINAL_MOMENT, None
+    tape = find()
+    possible = [CLOSED_FORM] * linear + [REPLAY] * isinstance(tape, Tape) + [FINAL_MOMENT] * (adam and not linear)
+    chosen = next((method for method in possible if asked in ("auto", method)), None)
+    if chosen is not None:
+        return chosen, tape if isinstance(tape, Tape) and chosen == REPLAY else None
     names = " and ".join(sorted(optimizers))
     if asked == REPLAY or not possible:
         what = " with clipping by value" if by_value else ""
         raise CoverageError(
             f"a run of {names}{what} can be rolled back by running the optimizer again, and that cannot be done: "
-            f"{no_replay}",
+            f"{tape}",
             kind="no-replay",
         )
     raise CoverageError(

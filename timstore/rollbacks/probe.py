@@ -23,6 +23,8 @@ from timstore.rollbacks.targets import Target
 from timstore.rollbacks.vectors import Vector
 
 _IGNORED = -100
+# What the model is called with, by position or name.
+_Batch = dict[Any, Any]
 
 
 class Room:
@@ -94,14 +96,14 @@ class Probe:
         self._outputs = _logits if outputs is None else outputs
         self._device = next(model.parameters()).device
         taken = listed(batches, "probe", "an iterable of batches")
-        self._batches = [_normalised(batch, number) for number, batch in enumerate(taken)]
+        self._batches = [_batch(values, number) for number, values in enumerate(taken)]
         if not self._batches:
             raise InvalidInputError("the probe is empty: give it 8 to 64 examples of data like the training data")
 
     @property
     def sequences(self) -> int:
         """The number of rows in all batches."""
-        return sum(_rows(args, kwargs) for args, kwargs in self._batches)
+        return sum(map(_rows, self._batches))
 
     def parts(self, count: int) -> list["Probe"]:
         """Return so many probes that share out this one's batches; its rows, where there are fewer batches than that.
@@ -110,47 +112,43 @@ class Probe:
         """
         if self.sequences < count:
             return [self] * count
-        found = []
-        for number in range(count):
-            part = copy.copy(self)
+        parts = [copy.copy(self) for _ in range(count)]
+        for number, part in enumerate(parts):
             by_batch = len(self._batches) >= count
-            part._batches = self._batches[number::count] if by_batch else self._rows_from(number, count)
-            found.append(part)
-        return found
+            part._batches = self._batches[number::count] if by_batch else list(self._rows_from(number, count))
+        return parts
 
-    def _rows_from(self, first: int, every: int) -> list[Any]:
-        """Return the batches with every so many rows, counted over all of them."""
-        found = []
+    def _rows_from(self, first: int, every: int) -> Iterator[_Batch]:
+        """Yield the batches with every so many rows, counted over all of them."""
         for batch in self._batches:
-            rows = _rows(*batch)
+            rows = _rows(batch)
             if first < rows:
-                found.append(_cut(batch, rows, slice(first, None, every)))
+                by_row = {key for key, value in batch.items() if torch.is_tensor(value) and value.shape[:1] == (rows,)}
+                yield {key: value[first::every] if key in by_row else value for key, value in batch.items()}
             first = (first - rows) % every
-        return found
 
     def row_hashes(self) -> set[str]:
         """Return a hash of what each row of the batches consists of, as the recorder keeps one of each sample."""
-        found: set[str] = set()
-        for args, kwargs in self._batches:
-            found.update(row_hash(row) for row in content_rows(args, kwargs) or ())
-        return found
+        rows = (content_rows(*_called_with(batch)) or () for batch in self._batches)
+        return {row_hash(row) for rows_of_batch in rows for row in rows_of_batch}
 
     def answers(self, tensors: Mapping[str, torch.Tensor], first: int = 0) -> Iterator[Answer]:
         """Yield the model's answer to each batch from the first on, computed with these parameters and buffers."""
-        for number, (args, kwargs) in enumerate(self._batches[first:], first):
-            args = tuple(_moved(value, self._device) for value in args)
-            kwargs = {name: _moved(value, self._device) for name, value in kwargs.items()}
-            labels = kwargs.pop("labels", None)
+        for number, batch in enumerate(self._batches[first:], first):
+            moved = {
+                key: value.to(self._device) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()
+            }
+            labels = moved.pop("labels", None)
             with given(f"batch {number} of the probe"):
-                returned = functional_call(self._model, dict(tensors), args, kwargs)
+                returned = functional_call(self._model, dict(tensors), *_called_with(moved))
             outputs = self._outputs(returned)
             if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2:
                 raise InvalidInputError(
                     "outputs= must return the logits as a tensor (batch, ..., values); it returned "
                     f"{type(outputs).__name__}"
                 )
-            tokens = kwargs.get("input_ids", args[0] if args else None)
-            yield self._counted(outputs, labels, tokens, kwargs.get("attention_mask"))
+            yield self._counted(outputs, labels, moved.get("input_ids", moved.get(0)), moved.get("attention_mask"))
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -198,39 +196,29 @@ def _logits(returned: Any) -> Any:
     return getattr(returned, "logits", returned)
 
 
-def _normalised(batch: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), {name: _tensor(value) for name, value in batch.items() if name != "sample_ids"}
-    if isinstance(batch, tuple | list):
-        return tuple(_tensor(value) for value in batch), {}
-    if isinstance(batch, torch.Tensor | np.ndarray):
-        return (_tensor(batch),), {}
-    raise InvalidInputError(
-        f"probe batch {number} is a {type(batch).__name__}; a batch is a mapping, a tuple or a tensor, as the model "
-        "takes it"
-    )
+def _batch(values: Any, number: int) -> _Batch:
+    if isinstance(values, Mapping):
+        batch = {key: value for key, value in values.items() if key != "sample_ids"}
+    elif isinstance(values, tuple | list):
+        batch = dict(enumerate(values))
+    elif isinstance(values, torch.Tensor | np.ndarray):
+        batch = {0: values}
+    else:
+        raise InvalidInputError(
+            f"probe batch {number} is a {type(values).__name__}; a batch is a mapping, a tuple or a tensor, as the "
+            "model takes it"
+        )
+    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
 
 
-def _cut(batch: tuple[tuple[Any, ...], dict[str, Any]], rows: int, chosen: slice) -> Any:
-    """Return some of a batch's rows."""
-
-    def one(value: Any) -> Any:
-        return value[chosen] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
-
-    args, kwargs = batch
-    return tuple(one(value) for value in args), {name: one(value) for name, value in kwargs.items()}
+def _called_with(batch: _Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as positional and named arguments."""
+    positional = tuple(value for key, value in batch.items() if isinstance(key, int))
+    return positional, {str(key): value for key, value in batch.items() if not isinstance(key, int)}
 
 
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+def _rows(batch: _Batch) -> int:
+    first = next((value for value in batch.values() if isinstance(value, torch.Tensor)), None)
     return 0 if first is None or first.ndim == 0 else len(first)
 
 
@@ -254,7 +242,7 @@ class Outcome:
             if self._probe.loss == "mse":
                 total += float(F.mse_loss(new.outputs, old.outputs)) * len(old.outputs)
             else:
-                before, after = (one.outputs.double().log_softmax(-1) for one in (old, new))
+                before, after = (answer.outputs.double().log_softmax(-1) for answer in (old, new))
                 total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
             positions += len(old.outputs)
         return total / positions
@@ -266,7 +254,7 @@ class Outcome:
         """
         totals, positions = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
         for old, new in self._answers(delta):
-            losses = [_loss(self._probe.loss, one.outputs, old) for one in (old, new)]
+            losses = [_loss(self._probe.loss, answer.outputs, old) for answer in (old, new)]
             totals += torch.tensor(losses, dtype=torch.float64)
             positions += len(old.outputs)
         return totals[0].item() / positions, totals[1].item() / positions

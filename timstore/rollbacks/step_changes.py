@@ -22,14 +22,13 @@ class Sources:
 
     Attributes:
         whole: rows of whole gradients that the store keeps.
-        rest: rows of the gradients that stay, in steps of which every sample was recorded.
-        whole_keys, rest_keys: the steps that each of them is for.
+        whole_keys: the steps that those are of.
+        rest: rows of the gradients that stay, in other steps, of which every sample was recorded.
     """
 
     whole: pa.Table | None
-    rest: pa.Table | None
     whole_keys: np.ndarray
-    rest_keys: np.ndarray
+    rest: pa.Table | None
 
 
 def changes_of(
@@ -83,7 +82,7 @@ def sources_of(
         group: change.without(changed[group] & ~np.isin(timelines[group].keys, there), timelines[group].ratio)
         for group, change in changes.items()
     }
-    return possible, Sources(whole, rest, whole_keys, rest_keys)
+    return possible, Sources(whole, whole_keys, rest)
 
 
 def complete_steps(keys: np.ndarray, known: dict[str, Parameter], timelines: dict[int, Timeline]) -> np.ndarray:
