@@ -43,6 +43,7 @@ def moved_blocks(
     start = 0
     for old in place.blocks(block_numel if place.device.type != "cpu" else min(block_numel, _CACHED_NUMEL)):
         change = delta.read(name, start, start + len(old)).to(old.device)
+        # Added in the wider of both precisions and rounded once.
         wider = torch.promote_types(old.dtype, change.dtype)
         yield old, change, (old.to(wider) + change).to(old.dtype)
         start += len(old)
@@ -58,6 +59,7 @@ def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, wo
             nonlocal finite
             for block, change, new in moved_blocks(place, delta, name, workspace.block_numel):
                 old, wanted = block.double(), change.double()
+                # What the parameter's own precision did not take up: (new - old) - wanted.
                 lost = (new.double() - old).sub_(wanted)
                 of_block = torch.stack([numbers.dot(numbers) for numbers in (wanted, old, lost)]).cpu()
                 squares.add_(of_block)

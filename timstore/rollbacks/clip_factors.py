@@ -1,13 +1,7 @@
 """How the gradient that a step consumed would have been without the samples that leave.
 
-    consumed without them  =  a (g - h),   so that it changes by  -(a h - b g),   b = a - c
-
-g is the accumulated gradient, h what leaves of it, c the factor between accumulated and consumed; a holds the
-factor of a mean that is taken again over fewer samples, and the clip factor that the smaller gradient would have
-had: its norm is known without it, from |g|, <g, h> and |h|. Everything in the units of the records, a
-GradScaler's scale included.
-
-Source: docs/design/rollback.md; torch clips by max_norm / (norm + 1e-6), at most 1.
+g is the accumulated gradient, h what leaves of it. Everything in the units of the records, a GradScaler's scale
+included. Source: docs/design/rollback.md.
 """
 
 from collections.abc import Iterable
@@ -18,6 +12,7 @@ import numpy as np
 from timstore.errors import CoverageError
 from timstore.rollbacks.timeline import Timeline, moment_of
 
+# torch clips by max_norm / (norm + this), at most 1.
 _EPSILON = 1e-6
 
 
@@ -149,14 +144,20 @@ def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> StepCha
     Raises:
         CoverageError: the number that a mean divided by was not recorded.
     """
+    # With c the factor between accumulated and consumed, the step consumed c g. Without the samples it would have
+    # consumed a (g - h), so that what it consumed changes by
+    #     a (g - h) - c g  =  -(a h - b g),      b = a - c
+    # a holds the factor of a mean that is taken again over fewer samples, and the clip factor that the smaller gradient
+    # would have had. That follows from its norm, which is known without the gradient:
+    #     |g - h|^2  =  |g|^2 - 2 <g, h> + |h|^2
     left, ratio, scale = leaving.at(timeline.keys), timeline.ratio, timeline.amp_scale
     touched, shrunk = left.records > 0, _shrunk(timeline, left)
     again = _mean_factor(timeline, left, denominator)
     bounds, known = clip_bounds(timeline)
     clips = np.isfinite(bounds)
     with np.errstate(invalid="ignore"):
-        # |g - h|^2 = |g|^2 - 2 <g, h> + |h|^2, and a GradScaler had multiplied all of it by `scale`. A mean over fewer
-        # samples is `again` times as large, and torch would have clipped that to the bound.
+        # A GradScaler had multiplied all of it by `scale`, and is undone before clipping. A mean over fewer samples is
+        # `again` times as large, and torch would have clipped that to the bound.
         largest = (timeline.grad_norm + left.largest) / scale
         square = timeline.grad_norm**2 - 2 * left.dot + left.norm**2
         norm = np.where(touched, np.sqrt(np.maximum(square, 0.0)), timeline.grad_norm) / scale

@@ -23,6 +23,7 @@ class _Graph:
 
 def _graph_bytes(roots: Iterable[torch.Tensor], ours: Set[int]) -> int:
     """Return the bytes of the storages that an autograd graph saves, but for ours (by address)."""
+    # Tensors that share a storage take its bytes once.
     storages: dict[int, int] = {}
     waiting: list[Any] = [root.grad_fn for root in roots]
     seen: set[Any] = set()
@@ -90,6 +91,7 @@ class GaussNewton:
         direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in leaves.items()]
         total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in leaves.items()}
         for graph in self._graphs(tensors):
+            # J v, then H_out J v / N, then J' of it: one batch's part of H v.
             (pushed,) = torch.autograd.grad(graph.pulled, graph.dummy, direction, retain_graph=True)
             bent = self._second_derivative(graph.outputs.detach(), pushed) / self.positions
             grads = torch.autograd.grad(graph.outputs, wanted, bent, retain_graph=True, materialize_grads=True)
@@ -122,7 +124,8 @@ class GaussNewton:
                     "logits that the model computed with gradients on, not labels or detached numbers",
                     kind="not-differentiable",
                 )
-            # J v: J' u is linear in u, so its derivative by u, along v, is J v.
+            # Reverse mode gives J' u. That is linear in u, so that its derivative by u, along v, is J v: two reverse
+            # passes in place of a forward mode, which not every operation has.
             dummy = torch.zeros_like(answer.outputs, requires_grad=True)
             pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
             graph = _Graph(answer.outputs, dummy, pulled)

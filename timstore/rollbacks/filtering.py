@@ -3,27 +3,8 @@
     d = s x(1),      x' = -(A(t) + c) x + y(t),      x(0) = 0
 
 over the run's length t from 0 to 1, where s is the square root of that length (one number per parameter), A = s H s
-with the Gauss-Newton matrix H of the probe's mean loss, and y what the samples pushed: in each time bin their
-first-order change over s, evenly over the bin's share of the length. It is training's linear response: steep
-directions, where later training has undone most of a sample's push already, are damped, flat ones pass. A is taken to
-be constant in each stretch of the run, as it was at a waypoint there, and at the end as it is at the model. So over a
-length f in which neither A nor y changes
-
-    x  becomes  exp(-(A + c) f) x + phi((A + c) f) f y,      phi(z) = (1 - exp(-z)) / z
-
-A is known in a small space, and from half of the probe. It misses what other rows have, what the run's curvature had in
-other directions, and what it becomes far from the model. All of this is seen at once where the change is tried on the
-other half: the mean divergence D of its answers before and after should be x' A(1) x / 2. With x_0 the change without
-damping and M the mean of A over the run, nearly the one that knows the rest as well has the least
-
-    D(x) - x' A(1) x / 2  +  (x - x_0)' phi(M)^-1 (x - x_0) / 2
-
-and the damping is the c, the same for all directions, whose x has less of it than any other. (It is not the curvature
-that is missing along x: where few directions hold most of that, it is large, and would take the change back in all the
-others.)
-
-For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
-the filter works in coordinates in which Adam's steps are plain ones.
+with the Gauss-Newton matrix H of the probe's mean loss, and y what the samples pushed. It is training's linear
+response: steep directions, where later training has undone most of a sample's push already, are damped, flat ones pass.
 
 Source: docs/design/curvature.md.
 """
@@ -199,6 +180,10 @@ def probe_filter(
             for answers before the change.
         advance: called after every product.
     """
+    # Training moves the parameters by -H (theta - optimum) over a length tau. A change d that the samples' leaving
+    # makes is answered like any other: d' = -tau H d + push. With d = s x and s = sqrt(tau) that is x' = -s H s x +
+    # push / s, whose matrix is symmetric. For Adam s differs from element to element: the step length times what Adam
+    # multiplied a gradient by, so that the filter works in the coordinates in which Adam's steps are plain ones.
     pushes = _Pushes(increments, lengths, preconditioner, workspace)
     if judge is not None:
         halves = [(probe, judge)]
@@ -242,6 +227,7 @@ class _Pushes:
         workspace: Workspace,
     ) -> None:
         self.each, self.first_order, self._preconditioner = increments, workspace.new(), preconditioner
+        # In each time bin y is the bin's first-order change over s, evenly over the bin's share of the length.
         self._taus = {name: sum(taus[name] for taus in lengths) for name in workspace.sizes}
         self.passing = frozenset(name for name, tau in self._taus.items() if tau <= 0)
         sums = torch.tensor([sum(taus.values()) for taus in lengths], dtype=torch.float64, device="cpu")
@@ -315,6 +301,15 @@ class _Changes:
 
     def least(self, outcome: Outcome, positions: float) -> tuple[Vector, Way]:
         """Return the change that has the least of what the right one has the least of, and how it was found."""
+        # A is known in a small space, and from half of the probe. It misses what other rows have, what the run's
+        # curvature had in other directions, and what it becomes far from the model. All of this is seen at once where
+        # the change is tried on the other half: the mean divergence D of its answers before and after should be
+        # x' A(1) x / 2. With x_0 the change without damping and M the mean of A over the run, nearly the one that knows
+        # the rest as well has the least
+        #     D(x) - x' A(1) x / 2  +  (x - x_0)' phi(M)^-1 (x - x_0) / 2
+        # since phi(M) is what turned the pushes into x_0. The damping is the c, the same for all directions, whose x
+        # has less of it than any other. (It is not the curvature that is missing along x: where few directions hold
+        # most of that, it is large, and would take the change back in all the others.)
         delta = self._pushes.first_order.workspace.new()
 
         @cache
@@ -361,7 +356,11 @@ class _Changes:
     def _left(self, damping: float) -> torch.Tensor:
         """Return x in the space's basis, (k,)."""
         left = torch.zeros_like(self._signs)
-        # One leg after another, each by the formula above, in the eigenvectors of its stretch's curvature.
+        # A is taken to be constant in each stretch of the run, as it was at a waypoint there, and at the end as it is
+        # at the model; y is constant in each bin. Over a length f in which neither changes, x' = -(A + c) x + y is
+        # solved by
+        #     x  becomes  exp(-(A + c) f) x + phi((A + c) f) f y,      phi(z) = (1 - exp(-z)) / z
+        # and f y is the part of the bin's push. A function of a symmetric matrix is that of its eigenvalues.
         for number, stretch, length, part in self._legs:
             values, vectors = self._curvatures[stretch]
             bent = (values + damping) * length

@@ -105,6 +105,7 @@ def add_gradients(
 
     Gradients of one bin and one encoding are added together, in reading order.
     """
+    # One number for (bin, encoding), so that one pass finds those that go together.
     kinds = rows.bin.astype(np.int64) * len(ENCODINGS) + rows.encoding
     for kind in np.unique(kinds).tolist():
         number, encoding = divmod(kind, len(ENCODINGS))

@@ -52,6 +52,8 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
     Args:
         weights: of the matrices in their mean.
     """
+    # In the span of b, A b, A^2 b, ... a function f(A) b is nearly f of the small matrix, for what few steep directions
+    # hold is in there first. Each level multiplies the vectors that the one before it added.
     basis: list[Vector] = []
     coefficients = [_added(start, basis) for start in starts]
     products: list[list[list[float]]] = [[] for _ in weights]
@@ -71,12 +73,14 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
     # Of a symmetric matrix the upper triangle tells all.
     upper = torch.stack([_columns(columns, len(basis)) for columns in products])
     matrices = upper + upper.mT.tril(-1)
+    # Products were taken with each of them, and the mean's follow.
     mean = torch.tensor(weights, dtype=torch.float64, device="cpu") @ matrices.flatten(1)
     return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(coefficients, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:
     """Return a vector of signs: the mean of its products with f(A) is the trace of f(A)."""
+    # z' f(A) z is the sum over i and j of f(A)_ij z_i z_j, and independent signs leave i = j alone in the mean.
     draw, result = torch.Generator().manual_seed(0), workspace.new()
     for name, size in workspace.sizes.items():
         # Bytes: a parameter's worth of the default integers would be twice the vector.

@@ -79,6 +79,7 @@ def buffers_of(timelines: Mapping[int, Timeline], known: Mapping[str, Parameter]
 
     With coupled decay Adam's moments hold the parameters too, and their change is no such sum.
     """
+    # A momentum buffer, and Adam's first moment, are sums over the gradients; the second is of squares.
     of_group = {}
     for group, timeline in timelines.items():
         if timeline.optimizer in ADAM_FAMILY and not _is_coupled(timelines):

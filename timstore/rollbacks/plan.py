@@ -1,13 +1,4 @@
-"""From selected gradients to rows and weights: what a rollback by weighted sums reads, and how much of each.
-
-A step consumed c g, and would have consumed c g - (a h - b g) without the samples that leave (`clip_factors`). The
-final parameters hold -w times whatever a step consumed (`unrolled_weights`), so that they change by
-
-    sum over steps of  w (a h - b g)
-
-h is a sum over the records that leave. Where b is not 0, g is the step's whole gradient if that was kept, which lies
-there as it was consumed, c g; else the sum over all records, if every sample of the step was recorded.
-"""
+"""From selected gradients to rows and weights: what a rollback by weighted sums reads, and how much of each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +54,11 @@ def make_plan(
         sources: of whole gradients; None where the change is no sum, and no row is weighed.
         of: `parameter`, or `buffer`: the change of the optimizer's momentum instead.
     """
+    # A step consumed c g, and would have consumed c g - (a h - b g) without the samples that leave (`clip_factors`).
+    # The final parameters hold -w times whatever a step consumed (`unrolled_weights`), so that they change by
+    #     sum over steps of  w (a h - b g)
+    # h is a sum over the records that leave. Where b is not 0, g is the step's whole gradient if that was kept; else
+    # the sum over all records, if every sample of the step was recorded.
     known, edges = selection.known, bin_edges(timelines, bins)
     plan = Plan({name: known[name] for name in names}, {}, [{} for _ in range(bins)], {}, {}, 0)
     dense_bytes = 0
@@ -117,7 +113,7 @@ def _weighed(
         step = np.searchsorted(timeline.keys, keys)
         ratio, on_removed, on_whole = timeline.ratio[step], change.on_removed[step], change.on_whole[step]
         if kind == "whole":
-            # What lies there is c g, so that b g is b / c of it.
+            # What lies there is what was consumed, c g, so that b g is b / c of it.
             factors = -on_whole / np.where(ratio == 0, 1.0, ratio)
             encoding = np.full(len(keys), ENCODINGS.index("whole"), np.int8)
             norms = np.nan_to_num(timeline.grad_norm[step] * ratio)
@@ -172,6 +168,7 @@ def bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
     """Return the last moment of each bin but the last, so that every bin covers the same step length."""
     if not timelines or bins == 1:
         return np.zeros(0, np.int64)
+    # The pushes of a bin are taken to come evenly over its length, so that bins of equal length err alike.
     timeline = longest(timelines)
     covered = np.cumsum(timeline.lengths(""))
     shares = covered[-1] * np.arange(1, bins) / bins

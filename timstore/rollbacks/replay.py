@@ -184,6 +184,7 @@ class _Rerun:
     ) -> None:
         self.parameter = torch.nn.Parameter(theta)
         accepted = inspect.signature(kind.__init__).parameters
+        # Recorded hyperparameters hold what `step` reads, which may be more than the constructor takes.
         taken = {name: value for name, value in _plain(options).items() if name in accepted and name != "params"}
         self.optimizer = kind([self.parameter], **taken)
         if states:
@@ -299,6 +300,8 @@ class Replay:
             leaving = sums_by_bin(rows, piece, self.readers, _EXACT, device)
         upcoming = next(leaving, None)
         tolerance = self._tolerance(piece.parameter, rows)
+        # What the runs moved apart in a time bin is that bin's increment: the filter bends early ones more than late
+        # ones.
         ends = [*np.searchsorted(timeline.keys, self.edges, side="right").tolist(), len(timeline.keys)]
         written = torch.zeros((), dtype=_EXACT, device=device)
         number = 0
@@ -333,6 +336,7 @@ class Replay:
     ) -> torch.Tensor:
         """Return what the step would have consumed without the leaving samples, a (g - h)."""
         timeline, change = self.timelines[group], self.changes[group]
+        # The tape holds what was consumed, c g. Where b = 0 nothing but h is taken away, and a = c.
         ratio = timeline.ratio[step]
         whole = consumed / ratio if ratio else torch.zeros_like(consumed)
         rest = whole
@@ -357,6 +361,7 @@ class Replay:
     def _begin(self, piece: Piece, began: torch.Tensor) -> _Rerun:
         """Return the run at its start, from these parameters."""
         name, group = piece.parameter.name, piece.parameter.group_id
+        # An optimizer that treats each element by itself may be given any rows; another needs the parameter as it is.
         kind = self.tape.kinds[group]
         shape = piece.parameter.shape if kind.__name__ not in ELEMENTWISE else piece.shape
         states = {}

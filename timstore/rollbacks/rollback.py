@@ -262,6 +262,7 @@ def publish(
             "the change holds NaN or Inf, as records kept with allow_nonfinite do; leave them out by where=",
             kind="not-finite",
         )
+    # What the model will be known by, before it is that: the digests of the new values.
     after = {**prepared.digests, **change.digests}
     # What is stored is off by at most its measured error, which Adam's division multiplies; parameters are orthogonal.
     error_bound = sum((bound * first_order.largest[name]) ** 2 for name, bound in plan.error_bounds.items()) ** 0.5
@@ -304,6 +305,7 @@ def _change(
 ) -> None:
     """Write the rollback down, and change the target and the optimizers, all of it or nothing."""
     options, selection, store = prepared.options, prepared.selection, prepared.store
+    # All or nothing: the parameters and the optimizers' state are one list of writes.
     writes = [*moves(prepared.places, delta), *correction.writes(prepared.optimizers, prepared.live)]
     row = {
         "at": datetime.now(UTC).isoformat(),

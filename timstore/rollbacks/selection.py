@@ -97,6 +97,7 @@ class Selection:
             "WHERE len(ids) = held ORDER BY key",
             [keys.tolist()],
         ).fetchall()
+        # A step is complete where as many samples were recorded as its batches of all processes held.
         steps = np.array([row[0] for row in complete], np.int64)
         if not len(steps):
             return None, steps
@@ -120,6 +121,7 @@ def select(snapshot: Snapshot, ids: Iterable[int] | None, options: RollbackOptio
         InvalidInputError: `where` is no condition on `records`, or nothing is selected.
         StateError: rollbacks took all of it out before.
     """
+    # Asked for, in the run up to where the model is, and not taken out of it before.
     asked = _asked(ids, options, identity)
     drawn = tuple(row[0] for row in _fetch(snapshot, "SELECT DISTINCT sample", asked, "ORDER BY sample"))
     skipped = _check_coverage(snapshot, ids, options, drawn, identity)

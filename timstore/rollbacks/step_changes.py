@@ -39,6 +39,8 @@ def changes_of(
     Cost: where steps were clipped, one more pass over their records: those that leave, if several do; all of them, if
     <g, h> was not recorded and every sample was.
     """
+    # First <g, h> where it may decide about clipping and nobody recorded it, |h| coming with it; then |h| alone where
+    # several records of a step leave. One norm over several optimizers is over all that leaves them.
     leaving = selection.leaving
     rounds = leaving.in_rounds(timelines.values())
     wanted = np.zeros(len(leaving.keys), bool)
@@ -68,6 +70,7 @@ def sources_of(
 
     Where a step's gradient is not known its factors stay as they were; `StepChange.unknown` says so.
     """
+    # b g is needed where b is not 0, of whatever there is: whole gradients are read before all records of a step are.
     changed = {group: change.on_whole != 0 for group, change in changes.items()}
     keys = np.unique(np.concatenate([timelines[group].keys[steps] for group, steps in changed.items()]))
     whole, rest = None, None

@@ -58,6 +58,7 @@ class MemoryShares:
                 kind="memory-limit",
                 needed_bytes=needed,
             )
+        # 1/4 + 3/32 + 3/64 + 1/8 is a little more than half; products take copies of what they are handed.
         cache_bytes = limit_bytes // 8
         workers = min(_MOST_WORKERS, torch.get_num_threads(), max(1, cache_bytes // object_bytes))
         return cls(limit_bytes // 4, limit_bytes * 3 // 32, limit_bytes * 3 // 64, cache_bytes, workers)
@@ -153,6 +154,7 @@ def _add_up(
     advance: Callable[[int], None],
 ) -> None:
     """Add to the sum of each piece of a group, segment by segment, in the order that a segment has."""
+    # A segment's chunks are read and decoded once while all pieces take what they need of it.
     by_commit: dict[int, list[tuple[int, GradientRows]]] = {}
     for number, piece in enumerate(group):
         for commit, mine in rows[piece.parameter.name].by_commit():

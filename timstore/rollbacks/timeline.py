@@ -109,6 +109,7 @@ class Timeline:
         active = self.active(parameter)
         if self.optimizer not in ADAM_FAMILY or not active.any():
             return None
+        # vhat = v / (1 - beta2^count): the moments began at zero, and hold that much less.
         last = int(np.flatnonzero(active)[-1])
         count = own_counts(self.schedule, active, self.fresh_steps(parameter, active))[last]
         schedule = self.schedule
@@ -117,6 +118,8 @@ class Timeline:
 
     def lengths(self, parameter: str) -> np.ndarray:
         """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
+        # A step answers a change d by -lr c H' d, where c is what clipping left of its gradient and H' the curvature of
+        # its batch without the samples that leave: their share of the mean answers nothing.
         lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.staying
         return lengths
 
@@ -141,6 +144,8 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
         StateError: for several optimizers in one group.
         CoverageError: if steps that matter are missing.
     """
+    # A step has a row for each process and group: scalars are the same in all processes, what was drawn adds up. The
+    # batch's ids are hashed there, so that they need not be held for every step.
     table = snapshot.catalog.rows(
         "WITH removed AS (SELECT unnest(?::BIGINT[]) AS sample), "
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
@@ -256,6 +261,7 @@ def _check_no_gap(timelines: Mapping[int, Timeline]) -> None:
         counting = [group for group in members if _counts_every_step(timelines[group])]
         if not counting:
             continue
+        # Steps of others that this optimizer never took part in may lie between its own.
         moments = sorted(taken.union(*(others for others in groups if others.isdisjoint(taken))))
         begins, first, last = moment_of(moments[0])[1], min(taken), max(taken)
         for before, after in pairwise(moment_of(one) for one in moments if first <= one <= last):

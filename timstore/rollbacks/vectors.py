@@ -147,6 +147,7 @@ class Numbers:
     def __init__(self, workspace: Workspace, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.numel, self.dtype, self.device = numel, dtype, device
         self._workspace = workspace
+        # Once memory is used up numbers go to the file one after another; those that are there stay where they are.
         self._size_bytes = numel * dtype.itemsize
         self._tensor: torch.Tensor | None = None
         self._place: int | None = None
