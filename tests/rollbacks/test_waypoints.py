@@ -191,7 +191,7 @@ def test_the_change_is_the_response_to_the_curvature_of_each_stretch(
 
 
 def rows_of(probe: Probe) -> list[list[float]]:
-    return [sorted(args[0][:, 0].tolist()) for args, _ in probe._batches]
+    return [sorted(batch[0][:, 0].tolist()) for batch in probe._batches]
 
 
 @pytest.mark.parametrize(
