@@ -47,6 +47,7 @@ class Correction:
             InvalidInputError: a state has another size than what the records determine.
         """
         writes: list[Write] = []
+        replayed = self.replayed or Replayed()
         states = {id(parameter): state for one in optimizers for parameter, state in one.state.items()}
         for name, parameter in parameters.items():
             state = {key: value for key, value in states.get(id(parameter), {}).items() if torch.is_tensor(value)}
@@ -54,8 +55,8 @@ class Correction:
             if self.added is not None and buffer in state:
                 _check_size(state[buffer], self.added.workspace.sizes[name], name, buffer)
                 writes += moves({name: InModule(state[buffer])}, self.added)
-            for key in sorted(state) if self.replayed is not None else ():
-                vector, numbers = self.replayed.states.get(key), self.replayed.others.get((name, key))
+            for key in sorted(state):
+                vector, numbers = replayed.states.get(key), replayed.others.get((name, key))
                 if vector is not None:
                     _check_size(state[key], vector.workspace.sizes[name], name, key)
                     writes.append(Write(InModule(state[key]), partial(vector.in_blocks, name)))

@@ -1,6 +1,6 @@
 """From selected gradients to rows and weights: what a rollback by weighted sums reads, and how much of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,36 +61,32 @@ def make_plan(
     # the sum over all records, if every sample of the step was recorded.
     known, edges = selection.known, bin_edges(timelines, bins)
     plan = Plan({name: known[name] for name in names}, {}, [{} for _ in range(bins)], {}, {}, 0)
-    dense_bytes = 0
-    tables = {}
+    tables, dense_bytes = {}, 0
     if sources is not None:
         given = {"removed": selection.rows, "rest": sources.rest, "whole": sources.whole}
         tables = {kind: by_parameter(rows) for kind, rows in given.items() if rows is not None}
-    # Parameters of one group that were idle in the same steps have the same weights and lengths.
-    weights: dict[Any, np.ndarray] = {}
-    lengths: dict[Any, list[float]] = {}
+    shared: dict[Any, tuple[list[float], Division | None, np.ndarray]] = {}
     for name, parameter in plan.parameters.items():
-        group = parameter.group_id
-        timeline = timelines[group]
-        pattern = group, timeline.pattern(name)
-        if pattern not in lengths:
-            numbers, own = np.searchsorted(edges, timeline.keys, side="left"), timeline.lengths(name)
-            lengths[pattern] = [float(own[numbers == number].sum()) for number in range(bins)]
-        for number, length in enumerate(lengths[pattern]):
-            plan.lengths[number][name] = length
-        division = timeline.division(name)
+        timeline, change = timelines[parameter.group_id], changes[parameter.group_id]
+        # Parameters of one group that were idle in the same steps have all this in common.
+        pattern = parameter.group_id, timeline.pattern(name)
+        if pattern not in shared:
+            number, own = np.searchsorted(edges, timeline.keys, side="left"), timeline.lengths(name)
+            lengths = [float(own[number == one].sum()) for one in range(bins)]
+            weights = np.zeros(0) if sources is None else timeline.weights(name, of) * strength
+            shared[pattern] = lengths, timeline.division(name), weights
+        lengths, division, weights = shared[pattern]
+        for taus, length in zip(plan.lengths, lengths, strict=True):
+            taus[name] = length
         if division is not None:
             plan.divisions[name] = division
-        if sources is None:
-            continue
-        if pattern not in weights:
-            weights[pattern] = timeline.weights(name, of) * strength
-        chosen = {kind: rows[name] for kind, rows in tables.items() if name in rows}
-        dense_bytes += sum(int(np.sum(rows["dense_bytes"].to_numpy())) for rows in chosen.values())
-        plan.rows[name], plan.error_bounds[name] = _weighed(
-            chosen, timeline, changes[group], weights[pattern], sources.whole_keys, edges
-        )
-    return Plan(plan.parameters, plan.rows, plan.lengths, plan.divisions, plan.error_bounds, dense_bytes)
+        if sources is not None:
+            chosen = {kind: rows[name] for kind, rows in tables.items() if name in rows}
+            dense_bytes += sum(int(np.sum(rows["dense_bytes"].to_numpy())) for rows in chosen.values())
+            plan.rows[name], plan.error_bounds[name] = _weighed(
+                chosen, timeline, change, weights, sources.whole_keys, edges
+            )
+    return replace(plan, dense_bytes=dense_bytes)
 
 
 def _weighed(

@@ -104,19 +104,16 @@ class ExpectedKL:
 
         On forgotten data, where a wrong claim costs most, already where the upper estimate is.
         """
-        told = []
-        if self.forgotten.high > self.noise_forgotten.value:
-            told.append(_doubt("forgotten", self.forgotten, self.noise_forgotten))
-        if self.staying.value > self.noise_staying.value:
-            told.append(_doubt("other", self.staying, self.noise_staying))
-        return told
-
-
-def _doubt(data: str, own: Estimate, noise: Estimate) -> str:
-    return (
-        f"on {data} data the model may be farther from a retrained one, by KL {own}, than retraining in another order "
-        f"of the batches is, {noise}: where that matters, retrain without these samples"
-    )
+        compared = [
+            ("forgotten", self.forgotten, self.forgotten.high, self.noise_forgotten),
+            ("other", self.staying, self.staying.value, self.noise_staying),
+        ]
+        return [
+            f"on {data} data the model may be farther from a retrained one, by KL {own}, than retraining in another "
+            f"order of the batches is, {noise}: where that matters, retrain without these samples"
+            for data, own, bound, noise in compared
+            if bound > noise.value
+        ]
 
 
 @dataclass(frozen=True, slots=True)
