@@ -23,7 +23,7 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.interrupts import CriticalSection
-from timstore.options import Denominator, Loss, Method, RollbackOptions
+from timstore.options import Accumulate, Denominator, Loss, Method, Missing, RollbackOptions
 from timstore.os_errors import user_path as _user_path
 from timstore.records import Factors, Rows
 
@@ -255,8 +255,8 @@ class Store(_Store):
         outputs: Callable[[Any], Any] | None = None,
         loss: Loss | None = None,
         memory_limit: int | str = "512MB",
-        accumulate: Literal["float32", "float64"] = "float32",
-        missing: Literal["error", "skip"] = "error",
+        accumulate: Accumulate = "float32",
+        missing: Missing = "error",
         keep_delta: bool = False,
         dry_run: bool = False,
         force: bool = False,

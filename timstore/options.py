@@ -23,13 +23,8 @@ if TYPE_CHECKING:
 Method = Literal["auto", "closed form", "exact replay", "final moment"]
 Denominator = Literal["kept", "renormalised"]
 Loss = Literal["cross_entropy", "mse"]
-# Each of them is one of some words.
-_WORDS = {
-    "method": get_args(Method),
-    "denominator": get_args(Denominator),
-    "accumulate": ("float32", "float64"),
-    "missing": ("error", "skip"),
-}
+Accumulate = Literal["float32", "float64"]
+Missing = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,9 +60,9 @@ class RollbackOptions:
     """What the training minimised, a mean; None for what is kept with the probe, else `cross_entropy`."""
     memory_limit: int | str = "512MB"
     """Bytes for everything but the model and its own passes."""
-    accumulate: Literal["float32", "float64"] = "float32"
+    accumulate: Accumulate = "float32"
     """The precision of the sums."""
-    missing: Literal["error", "skip"] = "error"
+    missing: Missing = "error"
     """What to do about samples that were never recorded."""
     keep_delta: bool = False
     """Keep the parameters as they are in the store first, for `undo`."""
@@ -90,8 +85,9 @@ class RollbackOptions:
             text(self.where, "where")
         if not (isinstance(self.strength, float | int) and 0 <= self.strength <= 1):
             raise InvalidInputError(f"strength lies between 0 and 1, not {shown(self.strength)}")
-        for name, words in _WORDS.items():
-            choice(getattr(self, name), words, name)
+        words = {"method": Method, "denominator": Denominator, "accumulate": Accumulate, "missing": Missing}
+        for name, literal in words.items():
+            choice(getattr(self, name), get_args(literal), name)
         if self.loss is not None:
             choice(self.loss, get_args(Loss), "loss")
         if not (self.outputs is None or callable(self.outputs)):
