@@ -79,8 +79,8 @@ def _other_dtype(
     """Return what to do about parameters of another dtype than they were recorded in."""
     trained = snapshot.parameters()
     shared = sorted(recorded.keys() & parameters.keys())
-    other = [(name, trained[name].dtype) for name in shared if name in trained]
-    other = [(name, dtype) for name, dtype in other if _name_of(parameters[name].dtype) != dtype]
+    known = [(name, trained[name].dtype) for name in shared if name in trained]
+    other = [(name, dtype) for name, dtype in known if _name_of(parameters[name].dtype) != dtype]
     if not other:
         # Of a frozen parameter the digest alone is kept: its dtype is the one in which it has that.
         frozen = (name for name in shared if name not in trained and digest(parameters[name]) not in recorded[name])

@@ -62,13 +62,13 @@ def first_use(selection: Selection, timelines: dict[int, Timeline]) -> dict[str,
     keys = selection.rows["key"].to_numpy()
     first = np.full(numbers.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(first, numbers, keys)
-    found = {}
+    rows = {}
     for name, mine in by_parameter(selection.rows.filter(pa.array(keys == first[numbers]))).items():
         timeline = timelines[selection.known[name].group_id]
         at = np.searchsorted(timeline.keys, mine["key"].to_numpy())
         weights = timeline.samples[at] / timeline.amp_scale[at] / len(first)
-        found[name] = replace(GradientRows.of(mine, np.zeros(len(at), np.int64)), weight=weights)
-    return found
+        rows[name] = replace(GradientRows.of(mine, np.zeros(len(at), np.int64)), weight=weights)
+    return rows
 
 
 def faded(selection: Selection) -> float:

@@ -102,7 +102,7 @@ def check_optimizers(
         InvalidInputError: another class, or none holds a parameter, or its state.
     """
     names = {timeline.optimizer for timeline in timelines.values()}
-    other = next((one for one in optimizers if class_name(type(one)) not in names), None)
+    other = next((optimizer for optimizer in optimizers if class_name(type(optimizer)) not in names), None)
     if other is not None:
         raise InvalidInputError(
             f"optimizer is a {class_name(type(other))}; the run was trained by {' and '.join(sorted(names))}"

@@ -199,8 +199,8 @@ def _clipped_together(by_group: Mapping[int, Sequence[Mapping[str, Any]]]) -> di
         [float(rows[moment]["consumed_ratio"] * (rows[moment]["amp_scale"] or 1.0)) for moment in moments]
         for moments in several
     ]
-    one_norm = all(max(found) - min(found) <= _ALIKE * max(found) for found in factors)
-    if not one_norm or not any(min(found) < 1 - 1e-6 for found in factors):
+    one_norm = all(max(of_round) - min(of_round) <= _ALIKE * max(of_round) for of_round in factors)
+    if not one_norm or not any(min(of_round) < 1 - 1e-6 for of_round in factors):
         return {}
     # |g| over all parameters is the root of the sum of the optimizers' own squares.
     norms = [sum((rows[moment]["grad_norm"] or 0.0) ** 2 for moment in moments) ** 0.5 for moments in several]
