@@ -1,7 +1,7 @@
 """The streaming sum: chunks in, one matrix product per parameter and segment, deltas out; memory bounded."""
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ class MemoryShares:
 
 
 class Readers:
-    """The readers of a store's commits, the latest few kept, and more while their tables are small.
+    """The readers of a store's commits, the latest of them kept while their tables are small.
 
     May be used by several threads.
     """
@@ -74,19 +74,13 @@ class Readers:
         self.snapshot = snapshot
         self.memory = memory
         self.cache = ByteCache(memory.cache_bytes)
-        self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
-        self._lock = threading.Lock()
+        self._readers = ByteCache(memory.cache_bytes // 4)
 
     def __getitem__(self, commit: int) -> SegmentReader:
-        with self._lock:
-            if commit not in self._readers:
-                self._readers[commit] = self.snapshot.reader(commit, self.cache)
-                total = sum(reader.nbytes for reader in self._readers.values())
-                # One for each worker is kept whatever its tables take.
-                while len(self._readers) > _MOST_WORKERS + 1 and total > self.memory.cache_bytes // 4:
-                    total -= self._readers.popitem(last=False)[1].nbytes
-            self._readers.move_to_end(commit)
-            return self._readers[commit]
+        reader: SegmentReader = self._readers.get(
+            commit, lambda: self.snapshot.reader(commit, self.cache), lambda made: made.nbytes
+        )
+        return reader
 
 
 @contextmanager

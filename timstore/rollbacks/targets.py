@@ -134,15 +134,15 @@ def changed_in_every_process(
         change: is given all of them without what is around them.
     """
     inner, group = unwrapped(model)
-    inner_ones = [] if optimizers is None else inner_optimizers(optimizers)[0]
+    bare = [] if optimizers is None else inner_optimizers(optimizers)[0]
     ranks = Ranks(group)
     if ranks.rank != 0:
         # The first process decides; one that left alone would keep its own parameters, and the others waiting.
         section.enter()
-    result = ranks.lead(lambda: change(inner, inner_ones))
+    result = ranks.lead(lambda: change(inner, bare))
     if ranks.alone:
         return result
-    tensors = _tensors(inner, inner_ones)
+    tensors = _tensors(inner, bare)
     if ranks.rank == 0:
         for tensor in tensors:
             ranks.send(tensor)
