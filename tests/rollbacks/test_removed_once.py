@@ -22,7 +22,7 @@ from torch import nn
 import timstore
 from timstore.errors import CoverageError, ModelMismatchError, StateError
 
-SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "200"))
+SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "100"))
 CHUNKS = 20
 LONGEST = 8
 WIDTH = 3
