@@ -18,11 +18,7 @@ from timstore.rollbacks.vectors import Vector, Workspace
 
 
 def read_preconditioner(plan: Plan, moments: State, workspace: Workspace) -> Vector | None:
-    """Return 1 / (sqrt(vhat) + eps) for every element, 1 where no Adam divided; None if none did.
-
-    Raises:
-        CoverageError: the second moment was not kept for the model's moment.
-    """
+    """Return 1 / (sqrt(vhat) + eps) for every element, 1 where no Adam divided; None if none did."""
     if not plan.divisions:
         return None
     missing = sorted(plan.divisions.keys() - moments.places.keys())

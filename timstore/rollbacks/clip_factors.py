@@ -140,9 +140,6 @@ def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> StepCha
 
     Args:
         denominator: `kept`, or `renormalised`: the mean is taken over the samples (tokens) that stay.
-
-    Raises:
-        CoverageError: the number that a mean divided by was not recorded.
     """
     # With c the factor between accumulated and consumed, the step consumed c g. Without the samples it would have
     # consumed a (g - h), so that what it consumed changes by

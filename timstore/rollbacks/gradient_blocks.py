@@ -128,6 +128,7 @@ def _add_block(total: torch.Tensor, left: np.ndarray, right: np.ndarray, indices
     one, other = (torch.from_numpy(side).to(total.device, total.dtype) for side in (left, right))
     if indices is not None:
         total.index_add_(0, torch.from_numpy(indices).to(total.device), one * other)
+    # A product that is one long row is faster as a matrix times a vector.
     elif one.shape[1] == 1 and other.shape[1] == total.numel():
         total.view(-1).addmv_(other.T, one[:, 0])
     else:
@@ -189,6 +190,7 @@ def _inputs(
     """Return the input rows that belong to rows [first, last) of the output gradients, each by its row map."""
     if all(rows is None for rows in maps):
         return reader.rows(owners, "inputs", first, last)
+    # Output gradients that are zero are not stored, so that a layer's rows are some of the inputs', which layers share.
     counts = np.minimum(reader.counts(owners, "inputs"), last).tolist()
     wanted = [
         np.arange(first, count) if rows is None else rows[first:last] for rows, count in zip(maps, counts, strict=True)

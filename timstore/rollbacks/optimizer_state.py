@@ -41,11 +41,7 @@ class Correction:
     def writes(
         self, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.nn.Parameter]
     ) -> list[Write]:
-        """Return what changes the optimizers' state, where it is.
-
-        Raises:
-            InvalidInputError: a state has another size than what the records determine.
-        """
+        """Return what changes the optimizers' state, where it is."""
         writes: list[Write] = []
         replayed = self.replayed or Replayed()
         states = {id(parameter): state for one in optimizers for parameter, state in one.state.items()}
@@ -96,11 +92,8 @@ def check_optimizers(
     known: Mapping[str, Parameter],
     timelines: Mapping[int, Timeline],
 ) -> None:
-    """Refuse optimizers that are not those that trained these parameters.
-
-    Raises:
-        InvalidInputError: another class, or none holds a parameter, or its state.
-    """
+    """Refuse optimizers that are not those that trained these parameters."""
+    # Each parameter is held by an optimizer of the class that took its steps, with the state that they left.
     names = {timeline.optimizer for timeline in timelines.values()}
     other = next((optimizer for optimizer in optimizers if class_name(type(optimizer)) not in names), None)
     if other is not None:

@@ -128,11 +128,7 @@ def _weighed(
 
 
 def check_steps(selection: Selection, timelines: dict[int, Timeline]) -> None:
-    """Refuse gradients of steps whose scalars were never recorded.
-
-    Raises:
-        CoverageError: naming the step and the parameter.
-    """
+    """Refuse gradients of steps whose scalars were never recorded."""
     rows = selection.rows
     names = rows["parameter"].unique().to_pylist()
     groups = pa.array([selection.known[name].group_id for name in names], pa.int64())

@@ -134,13 +134,8 @@ def prepare(
     options: RollbackOptions,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> Prepared:
-    """Find out what leaves and how; check all that can be checked before anything is computed.
-
-    Raises:
-        CoverageError: the records do not allow the method, the denominator, or any rollback.
-        InvalidInputError: nothing would change, or a memory limit below what one chunk needs.
-        ReadOnlyError, StateError, ModelMismatchError: as of `Store.rollback`.
-    """
+    """Find out what leaves and how; check all that can be checked before anything is computed."""
+    # What was asked for, and which model this is.
     samples = asked_samples(ids, options.where)
     if store.mode == "r" and not options.dry_run:
         raise ReadOnlyError(f"{store.path} was opened to read, and a rollback is written down: open it with mode 'a'")
@@ -149,6 +144,7 @@ def prepare(
     identity = recognised.taken_for_whole() if options.force else recognised
     selection = select(snapshot, samples, options, identity)
     asked = probe_to_ask(snapshot, target, options, {*selection.samples, *recognised.removed})
+    # What the steps were, and what they would have been without what leaves.
     readers = Readers(snapshot, MemoryShares.divide(options.memory_limit_bytes, snapshot))
     timelines = read_timelines(snapshot, identity.moment, selection.samples)
     check_steps(selection, timelines)
@@ -158,6 +154,7 @@ def prepare(
     if tape is None:
         changes, sources = sources_of(selection, timelines, changes)
         _check_denominator(options, changes)
+    # What changes by that, and where it is.
     asked = _answerable(asked, options, timelines)
     names = _changing(selection, options, timelines, changes, tape)
     # No bin without a step; without curvature one bin tells all.
@@ -197,9 +194,6 @@ def _choose(asked: str, timelines: dict[int, Timeline], find: Callable[[], Tape 
 
     Args:
         find: returns the tape, or why there is none; called only where that decides.
-
-    Raises:
-        CoverageError: the records do not allow it; says what would have had to be recorded.
     """
     optimizers = {timeline.optimizer for timeline in timelines.values()}
     # A NaN is a step that was not clipped by value.
@@ -210,6 +204,7 @@ def _choose(asked: str, timelines: dict[int, Timeline], find: Callable[[], Tape 
         return CLOSED_FORM, None
     if adam and not linear and asked == FINAL_MOMENT:
         return FINAL_MOMENT, None
+    # In this order: to rounding and cheap, to rounding, an approximation.
     tape = find()
     possible = [CLOSED_FORM] * linear + [REPLAY] * isinstance(tape, Tape) + [FINAL_MOMENT] * (adam and not linear)
     chosen = next((method for method in possible if asked in ("auto", method)), None)

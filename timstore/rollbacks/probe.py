@@ -110,6 +110,7 @@ class Probe:
 
         Of fewer rows, every one of them is this probe.
         """
+        # Every other batch, since neighbours may be alike: rows lie in batches by their length, or as they were drawn.
         if self.sequences < count:
             return [self] * count
         parts = [copy.copy(self) for _ in range(count)]
@@ -169,6 +170,8 @@ class Probe:
             targets = tokens if mask is None else tokens.masked_fill(mask == 0, _IGNORED)
         if targets is None:
             return Answer(outputs.flatten(0, -2), None)
+        # A language model's output at a token speaks of the next one: the last output and the first token have no
+        # partner.
         if is_tokens and targets.shape == positions:
             outputs, targets = outputs[:, :-1], targets[:, 1:]
         if targets.shape != (outputs.shape if self.loss == "mse" else outputs.shape[:-1]):
@@ -237,6 +240,7 @@ class Outcome:
 
     def divergence(self, delta: Vector) -> float:
         """Return the mean over positions of KL(before || after), or of the mean squared difference for mse."""
+        # In float64: small changes move probabilities by less than float32 tells from 0.
         total, positions = 0.0, 0
         for old, new in self._answers(delta):
             if self._probe.loss == "mse":
@@ -279,6 +283,7 @@ class Outcome:
 
 
 def _loss(kind: str, outputs: torch.Tensor, old: Answer) -> float:
+    # Against its own answers before, the loss is the least that it can be there; what a change adds is divergence.
     if kind == "mse":
         targets = old.outputs if old.targets is None else old.targets
         return float(F.mse_loss(outputs, targets.to(outputs.dtype)) * len(outputs))
@@ -317,9 +322,6 @@ def probe_to_ask(snapshot: Snapshot, target: Target, options: RollbackOptions, f
 
     Args:
         forgotten: samples that leave, or left before.
-
-    Raises:
-        InvalidInputError: what is given is no probe.
     """
     if options.probe is False:
         return Asked(None)

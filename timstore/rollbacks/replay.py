@@ -268,10 +268,6 @@ class Replay:
 
         Cost: one pass over the whole gradients and the leaving records; two optimizer steps for every step,
         parameter and block of rows; in float64.
-
-        Raises:
-            InvalidInputError: an optimizer that needs whole matrices, of which one does not fit the memory limit.
-            CorruptionError: an object is missing or was changed.
         """
         result, device = Replayed(), increments[0].workspace.device
         squares = torch.zeros(2, dtype=_EXACT, device="cpu")

@@ -64,7 +64,7 @@ def rollback(
     dtype, device = getattr(torch, options.accumulate), next(iter(prepared.places.values())).device
     with Workspace(sizes, dtype=dtype, memory_limit_bytes=memory.deltas_bytes, device=device) as workspace:
         gradients = sum(len(rows.owner) for rows in plan.rows.values()) if prepared.tape is None else len(sizes)
-        # Every bin starts a space of its own, and so does the trace; for either half of the probe.
+        # For either half of the probe every bin starts a part of the space, and so does the trace.
         products = 2 * _depth(prepared) * (len(plan.lengths) + 1) if prepared.asked.probe else 0
         with rollback_shown(options.progress, gradients, products) as bar:
             first_order = compute(prepared, workspace, bar)
@@ -195,6 +195,7 @@ def filter_change(prepared: Prepared, first_order: FirstOrder, workspace: Worksp
         )
         outcome = Outcome(model, probe, room=Room(limit_bytes))
         losses = outcome.losses(filtered.delta)
+        # Held against rows of the training, which are like it: how much more the change moves those than the probe.
         compares = asked.training is not None and min(asked.training.sequences, probe.sequences) >= _FEW
         own = outcome.divergence(filtered.delta) if compares else 0.0
     except Exception as error:
@@ -248,11 +249,7 @@ def publish(
     began: float,
     section: CriticalSection,
 ) -> RollbackReport:
-    """Say what the change will do, put it on record, and change the target at last.
-
-    Raises:
-        StateError: the change is not finite.
-    """
+    """Say what the change will do, put it on record, and change the target at last."""
     options, selection, plan, probed = prepared.options, prepared.selection, prepared.plan, filtered.probe
     identity, workers = selection.identity, prepared.readers.memory.workers
     delta, correction = filtered.delta, first_order.correction

@@ -65,11 +65,7 @@ class Selection:
         return int(np.sum(self.rows["dense_bytes"].to_numpy()))
 
     def names(self, wanted: Iterable[str] | None) -> list[str]:
-        """Return the parameters that change: those wanted, all when None.
-
-        Raises:
-            InvalidInputError: a wanted one was never recorded.
-        """
+        """Return the parameters that change: those wanted, all when None."""
         names: list[str] = self.rows["parameter"].unique().to_pylist()
         unknown = sorted(set(wanted or ()) - self.known.keys())
         if unknown:
@@ -114,12 +110,6 @@ def select(snapshot: Snapshot, ids: Iterable[int] | None, options: RollbackOptio
     Args:
         identity: the model's place in time, and what rollbacks took out of it: neither that nor what came later is in
             it. Without a place: at the end of the records.
-
-    Raises:
-        CoverageError: samples or steps that were never recorded.
-        CorruptionError: the same gradient was recorded by two writers.
-        InvalidInputError: `where` is no condition on `records`, or nothing is selected.
-        StateError: rollbacks took all of it out before.
     """
     # Asked for, in the run up to where the model is, and not taken out of it before.
     asked = _asked(ids, options, identity)
@@ -159,11 +149,7 @@ def select(snapshot: Snapshot, ids: Iterable[int] | None, options: RollbackOptio
 
 
 def asked_samples(ids: Iterable[int] | None, where: str | None) -> tuple[int, ...] | None:
-    """Return the ids that were asked for, checked; None where `where` says which.
-
-    Raises:
-        InvalidInputError: neither, both, none, or what is no id.
-    """
+    """Return the ids that were asked for, checked; None where `where` says which."""
     if (ids is None) == (where is None):
         both = "" if ids is None else ", and not both"
         raise InvalidInputError(f"say what to remove: ids, or where (an SQL condition on the records table){both}")

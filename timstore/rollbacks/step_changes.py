@@ -90,6 +90,7 @@ def sources_of(
 
 def complete_steps(keys: np.ndarray, known: dict[str, Parameter], timelines: dict[int, Timeline]) -> np.ndarray:
     """Return those steps of `keys` (one entry per step and parameter) that have every parameter that was active."""
+    # A step is complete where as many parameters have an entry as were not idle in it.
     steps, counts = np.unique(keys, return_counts=True)
     wanted = np.zeros(len(steps), np.int64)
     for group, timeline in timelines.items():

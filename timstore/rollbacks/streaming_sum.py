@@ -44,11 +44,7 @@ class MemoryShares:
 
     @classmethod
     def divide(cls, limit_bytes: int, snapshot: Snapshot) -> "MemoryShares":
-        """Divide a limit.
-
-        Raises:
-            InvalidInputError: if it is too small for the largest object and its decoded chunks.
-        """
+        """Divide a limit."""
         # An eighth is the cache: one whole object, and the chunk that is decoded from it.
         object_bytes = snapshot.view.largest_object() + 2 * 1024 * 1024
         needed = 8 * object_bytes
@@ -123,9 +119,6 @@ def stream(
     Args:
         rows: of each parameter, the gradients that are summed.
         advance: told how many gradients were added.
-
-    Raises:
-        CorruptionError: an object is missing or was changed; nothing but the vectors was written.
     """
     workspace, memory = vectors[0].workspace, readers.memory
     for group in _groups(parameters.values(), memory.sums_bytes, len(vectors) * workspace.dtype.itemsize):

@@ -82,6 +82,7 @@ class ModelInMemory:
         return dict(places)
 
     def change(self, writes: Writes, record: Callable[[], None], section: CriticalSection) -> None:
+        # What may fail comes first: room for the old values, then the record. After that handlers of signals wait.
         old = writes.keep()
         record()
         section.enter()
@@ -107,6 +108,7 @@ class InModule:
 
     def write(self, blocks: Iterator[torch.Tensor]) -> None:
         with torch.no_grad():
+            # Block by block where memory lies in the order of elements; else the new values are put together first.
             if self._parameter.is_contiguous():
                 start, flat = 0, self._parameter.view(-1)
                 for new in blocks:

@@ -138,12 +138,7 @@ class Timeline:
 
 
 def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[int]) -> dict[int, Timeline]:
-    """Return the timeline of every group up to a moment (all when None).
-
-    Raises:
-        StateError: for several optimizers in one group.
-        CoverageError: if steps that matter are missing.
-    """
+    """Return the timeline of every group up to a moment (all when None)."""
     # A step has a row for each process and group: scalars are the same in all processes, what was drawn adds up. The
     # batch's ids are hashed there, so that they need not be held for every step.
     table = snapshot.catalog.rows(

@@ -67,6 +67,7 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
             f"what rollback {rollback_id} kept is not what the model was before it; nothing was changed",
             kind="other-digest",
         )
+    # The row of the rollback the other way round; the records that it took out are in the model again.
     row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0, "removed": None}
     row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
 

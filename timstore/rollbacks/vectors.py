@@ -206,6 +206,8 @@ class Vector:
         offset = self.workspace.offsets[parameter]
         return self.numbers.read(offset + start, offset + (self.workspace.sizes[parameter] if stop is None else stop))
 
+    # Every operation goes block by block: a vector in the spill file is never in memory as a whole.
+
     def at(self, block: Block) -> torch.Tensor:
         """Return the elements of a block."""
         return self.read(block.parameter, block.start, block.stop)
