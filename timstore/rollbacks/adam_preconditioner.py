@@ -46,6 +46,7 @@ def read_preconditioner(plan: Plan, moments: State, workspace: Workspace) -> Vec
 
 def into_steps(increments: Sequence[Vector], preconditioner: Vector) -> dict[str, float]:
     """Turn sums of gradients into changes of parameters, in place; return each parameter's largest factor."""
+    # An element's error is multiplied as the element is; the largest factor bounds it for the parameter.
     workspace = preconditioner.workspace
     largest: dict[str, float] = dict.fromkeys(workspace.sizes, 0.0)
     for block in workspace.blocks():

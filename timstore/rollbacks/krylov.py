@@ -93,7 +93,8 @@ def _added(vector: Vector, basis: list[Vector], *, keep: bool = True) -> list[fl
     """Take a vector into an orthonormal basis, unless it lies in it or is not kept; return its coefficients."""
     length = vector.norm()
     coefficients = [0.0] * len(basis)
-    for _ in range(2):  # once leaves what rounding put back
+    # Gram-Schmidt, twice: once leaves what rounding put back. What is left over is a new direction, or rounding itself.
+    for _ in range(2):
         for number, other in enumerate(basis):
             share = vector.dot(other)
             vector.add(other, -share)
