@@ -185,11 +185,9 @@ def probe_filter(
     # push / s, whose matrix is symmetric. For Adam s differs from element to element: the step length times what Adam
     # multiplied a gradient by, so that the filter works in the coordinates in which Adam's steps are plain ones.
     pushes = _Pushes(increments, lengths, preconditioner, workspace)
-    if judge is not None:
-        halves = [(probe, judge)]
-    else:
-        first, second = probe.parts(2)
-        halves = [(first, second)] if first is second else [(first, second), (second, first)]
+    first, second = probe.parts(2) if judge is None else (probe, judge)
+    one_way = judge is not None or first is second
+    halves = [(first, second)] if one_way else [(first, second), (second, first)]
     deltas, ways = [], []
     with probe.undisturbed():
         for own, others in halves:
