@@ -20,6 +20,7 @@ FLOORS = [
     ["timstore.catalog"],
     ["timstore.database"],
     ["timstore.model"],
+    ["timstore.options"],
     ["timstore.recording", "timstore.rollbacks", "timstore.verification", "timstore.legacy"],
     ["timstore.checkpoints"],
     ["timstore"],
@@ -36,6 +37,7 @@ OWNERS = {
     "duckdb": ["timstore.catalog", "timstore.database.handle", "timstore.cli.sample_files"],
     "torch": [
         "timstore.model",
+        "timstore.options",  # for types alone
         "timstore.recording",
         "timstore.rollbacks",
         "timstore.legacy",

@@ -23,6 +23,7 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.interrupts import CriticalSection
+from timstore.options import Accumulate, Denominator, Loss, Method, Missing, RollbackOptions
 from timstore.os_errors import user_path as _user_path
 from timstore.records import Factors, Rows
 
@@ -246,16 +247,16 @@ class Store(_Store):
         strength: float = 1.0,
         epochs: Iterable[int] | None = None,
         parameters: Iterable[str] | None = None,
-        method: str = "auto",
-        denominator: str = "kept",
+        method: Method = "auto",
+        denominator: Denominator = "kept",
         optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
         probe: Iterable[Any] | Literal["auto", False] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
-        loss: str | None = None,
+        loss: Loss | None = None,
         memory_limit: int | str = "512MB",
-        accumulate: str = "float32",
-        missing: str = "error",
+        accumulate: Accumulate = "float32",
+        missing: Missing = "error",
         keep_delta: bool = False,
         dry_run: bool = False,
         force: bool = False,
@@ -312,10 +313,7 @@ class Store(_Store):
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
             FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
         """
-        return _way(target)(
-            self,
-            target,
-            ids,
+        options = RollbackOptions(
             where=where,
             strength=strength,
             epochs=epochs,
@@ -338,6 +336,7 @@ class Store(_Store):
             in_place=in_place,
             model=model,
         )
+        return _way(target)(self, target, ids, options)
 
     def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
         """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
@@ -405,16 +404,16 @@ def rollback(
     Raises:
         StateError: no store, or several, are open.
     """
-    roll_back = _way(target)
+    roll_back, chosen = _way(target), RollbackOptions(**options)
     if isinstance(store, _Store):
-        return roll_back(store, target, ids, **options)
+        return roll_back(store, target, ids, chosen)
     if store is not None:
         if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with CriticalSection("the rollback had ended") as section, open(store) as opened:
-            return section.finish(roll_back(opened, target, ids, **options))
+            return section.finish(roll_back(opened, target, ids, chosen))
     found = _attended_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
-    return roll_back(found[0], target, ids, **options)
+    return roll_back(found[0], target, ids, chosen)

@@ -210,15 +210,6 @@ def test_what_was_taken_out_before_is_left_out_too(store: timstore.Store) -> Non
     assert report.probe is not None and report.probe.left_out == 3
 
 
-def test_as_many_rows_as_are_wanted_are_asked_evenly_spread_over_the_run() -> None:
-    rows = [KeptRow(sample, 0, sample, None, 4, {"x": np.full((1, 2), sample)}, {}) for sample in range(200)]
-    asked = KeptRows.read([rows_table(rows, "mse", None)], None).spread(64)
-    steps = [row.step for row in asked.rows]
-    assert len(steps) == 64 and steps[0] == 0 and steps[-1] == 199
-    assert set(np.diff(steps)) == {3, 4}
-    assert [len(batch["x"]) for batch in asked.batches()] == [4] * 16  # as many as the training held at once
-
-
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 @pytest.mark.parametrize("count", range(1, 12))
 def test_batches_hold_every_row_once_and_none_is_empty(count: int, at_once: int) -> None:

@@ -9,55 +9,39 @@ import pytest
 import torch
 
 import timstore
-from timstore.rollbacks.workers import side_by_side
+from timstore.rollbacks.streaming_sum import crew
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_tasks_of_one_number_run_in_their_order_and_progress_is_told_here(workers):
-    ran = {number: [] for number in range(3)}
-    told = []
-
-    def task(number, turn):
-        time.sleep(0.001 * (turn % 3))
-        ran[number].append(turn)
-        yield 2
-
-    def advance(done):
-        assert threading.current_thread() is threading.main_thread()
-        told.append(done)
-
-    side_by_side(
-        ((number, lambda n=number, t=turn: task(n, t)) for turn in range(20) for number in ran), workers, advance
-    )
-    assert all(turns == list(range(20)) for turns in ran.values())
-    assert sum(told) == 2 * 60
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_an_error_surfaces_and_no_thread_is_left(workers):
     before = torch.get_num_threads()
+    begun = threading.Event()
 
     def task(number):
         if number == 5:
             raise ValueError("the fifth")
-        yield 1
+        begun.set()
 
-    with pytest.raises(ValueError, match="the fifth"):
-        side_by_side(((number % 2, lambda n=number: task(n)) for number in range(100)), workers, lambda done: None)
+    with pytest.raises(ValueError, match="the fifth"), crew(workers) as pool:
+        for future in [pool.submit(task, number) for number in range(100)]:
+            future.result()
+    assert begun.is_set()
     assert not [one for one in threading.enumerate() if one.name.startswith("timstore-rollback")]
     assert torch.get_num_threads() == before
 
 
-def test_an_interrupted_caller_stops_the_others():
-    def endless():
-        while True:
-            yield 1
+def test_an_interrupted_caller_leaves_when_what_was_begun_has_ended_and_begins_nothing_else():
+    ended = []
 
-    def advance(done):
+    def task(number):
+        time.sleep(0.02)
+        ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt), crew(2) as pool:
+        futures = [pool.submit(task, number) for number in range(50)]
+        futures[0].result()
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        side_by_side(((number, endless) for number in range(4)), 3, advance)
+    assert 0 < len(ended) < 50
     assert not [one for one in threading.enumerate() if one.name.startswith("timstore-rollback")]
 
 
@@ -98,18 +82,20 @@ def mixed_store(path, random):
     return dense
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_every_encoding_over_several_commits_is_summed_whatever_the_threads(tmp_path: Path, threads, count):
-    threads(count)
+def test_every_encoding_over_several_commits_is_summed_to_the_same_bits_whatever_the_threads(tmp_path: Path, threads):
     dense = mixed_store(tmp_path / "s", np.random.default_rng(3))
     shapes = {"a": (50, 40), "b": (50, 40), "c": (6, 7), "d": (30, 5)}
-    model = torch.nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
-    chosen = [0, 2, 3, 5, 8]
-    with timstore.open(tmp_path / "s") as store, pytest.warns(timstore.TimstoreWarning):
-        store.rollback(model, chosen, accumulate="float64")
+    chosen, models = [0, 2, 3, 5, 8], []
+    for count in (1, 4):
+        threads(count)
+        model = torch.nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
+        with timstore.open(tmp_path / "s") as store, pytest.warns(timstore.TimstoreWarning):
+            store.rollback(model, chosen, accumulate="float64", force=True)
+        models.append(model)
     for name in shapes:
         expected = 0.5 * sum(dense[name, sample] for sample in chosen)
-        np.testing.assert_allclose(model[name].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(models[0][name].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(models[0][name], models[1][name])
 
 
 def test_records_read_in_small_blocks_are_the_same(tmp_path: Path, monkeypatch):

@@ -1,13 +1,7 @@
 """How the gradient that a step consumed would have been without the samples that leave.
 
-    consumed without them  =  a (g - h),   so that it changes by  -(a h - b g),   b = a - c
-
-g is the accumulated gradient, h what leaves of it, c the factor between accumulated and consumed; a holds the
-factor of a mean that is taken again over fewer samples, and the clip factor that the smaller gradient would have
-had: its norm is known without it, from |g|, <g, h> and |h|. Everything in the units of the records, a
-GradScaler's scale included.
-
-Source: docs/design/rollback.md; torch clips by max_norm / (norm + 1e-6), at most 1.
+g is the accumulated gradient, h what leaves of it. Everything in the units of the records, a GradScaler's scale
+included. Source: docs/design/rollback.md.
 """
 
 from collections.abc import Iterable
@@ -18,6 +12,7 @@ import numpy as np
 from timstore.errors import CoverageError
 from timstore.rollbacks.timeline import Timeline, moment_of
 
+# torch clips by max_norm / (norm + this), at most 1.
 _EPSILON = 1e-6
 
 
@@ -44,33 +39,33 @@ class Leaving:
 
     def at(self, keys: np.ndarray) -> "Leaving":
         """Return what leaves at each of these steps, zeros where nothing does."""
-        found = np.searchsorted(keys, self.keys)
-        held = (found < len(keys)) & (keys[np.minimum(found, len(keys) - 1)] == self.keys)
-        columns = {}
-        for name in self.__dataclass_fields__:
-            column = np.zeros(len(keys))
-            column[found[held]] = getattr(self, name)[held]
-            columns[name] = column
+        places = np.searchsorted(keys, self.keys)
+        there = (places < len(keys)) & (keys[np.minimum(places, len(keys) - 1)] == self.keys)
+        columns = {name: np.zeros(len(keys)) for name in self.__dataclass_fields__}
+        for name, column in columns.items():
+            column[places[there]] = getattr(self, name)[there]
         return replace(self, **{**columns, "keys": keys})
 
     def in_rounds(self, timelines: Iterable[Timeline]) -> "Leaving":
         """Return what leaves whole rounds, at every step of each."""
-        known = list(timelines)
-        keys, found = np.unique(np.concatenate([one.keys for one in known]), return_index=True)
-        first = np.searchsorted(keys, np.concatenate([one.rounds for one in known])[found])
+        groups = list(timelines)
+        keys, places = np.unique(np.concatenate([one.keys for one in groups]), return_index=True)
+        first = np.searchsorted(keys, np.concatenate([one.rounds for one in groups])[places])
         if np.array_equal(keys[first], keys):
             return self
         own = self.at(keys)
 
+        # The parameters of a round's optimizers make one gradient: inner products and squares add up over them, while
+        # its samples are the same ones in each.
         def total(column: np.ndarray) -> np.ndarray:
             sums: np.ndarray = np.bincount(first, column, len(keys))[first]
             return sums
 
         def most(column: np.ndarray) -> np.ndarray:
-            found = np.zeros(len(keys))
+            largest = np.zeros(len(keys))
             with np.errstate(invalid="ignore"):
-                np.maximum.at(found, first, column)
-            return found[first]
+                np.maximum.at(largest, first, column)
+            return largest[first]
 
         return Leaving(
             keys=keys,
@@ -84,7 +79,7 @@ class Leaving:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Change:
+class StepChange:
     """How each step's consumed gradient changes; arrays of shape (T,).
 
     Attributes:
@@ -100,8 +95,9 @@ class Change:
     unknown: np.ndarray
     clipped: bool
 
-    def without(self, unknown: np.ndarray, ratio: np.ndarray) -> "Change":
+    def without(self, unknown: np.ndarray, ratio: np.ndarray) -> "StepChange":
         """Leave the factors of some steps as they were, since g is not known there."""
+        # With b = 0 the change is -c h, for which g is not needed.
         return replace(
             self,
             on_removed=np.where(unknown, ratio, self.on_removed),
@@ -116,42 +112,49 @@ def needs_dots(timeline: Timeline, leaving: Leaving, rounds: Leaving, denominato
     Args:
         rounds: what leaves whole rounds.
     """
-    bounds, known = clip_bounds(timeline)
-    if not known or not np.isfinite(bounds).any():
-        return np.zeros(len(leaving.keys), bool)
-    where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
+    places, clips = _clipped_places(timeline, leaving)
+    bounds, _ = clip_bounds(timeline)
     left = rounds.at(timeline.keys)
+    # |g - h| <= |g| + |h|: where even that is not clipped, the product decides nothing.
     largest = (timeline.grad_norm + left.largest) / timeline.amp_scale
-    reachable = _shrunk(timeline, left) & ~(_again(timeline, left, denominator) * largest <= bounds)
-    needed: np.ndarray = (timeline.keys[where] == leaving.keys) & np.isnan(leaving.dot) & reachable[where]
+    reachable = _shrunk(timeline, left) & ~(_mean_factor(timeline, left, denominator) * largest <= bounds)
+    needed: np.ndarray = clips & np.isnan(leaving.dot) & reachable[places]
     return needed
 
 
 def needs_norms(timeline: Timeline, leaving: Leaving) -> np.ndarray:
     """Say, for each step of `leaving`, whether |h| of its several records is needed; shape of its keys."""
-    bounds, known = clip_bounds(timeline)
-    if not known or not np.isfinite(bounds).any():
-        return np.zeros(len(leaving.keys), bool)
-    where = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
-    needed: np.ndarray = (leaving.records > 1) & (timeline.keys[where] == leaving.keys) & ~np.isnan(leaving.dot)
+    needed: np.ndarray = (leaving.records > 1) & _clipped_places(timeline, leaving)[1] & ~np.isnan(leaving.dot)
     return needed
 
 
-def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> Change:
+def _clipped_places(timeline: Timeline, leaving: Leaving) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each step of `leaving` is in the timeline, and whether it is there and clipping may change it."""
+    bounds, known = clip_bounds(timeline)
+    places = np.minimum(np.searchsorted(timeline.keys, leaving.keys), len(timeline.keys) - 1)
+    return places, (timeline.keys[places] == leaving.keys) & (known and bool(np.isfinite(bounds).any()))
+
+
+def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> StepChange:
     """Return how the consumed gradients of a group change.
 
     Args:
         denominator: `kept`, or `renormalised`: the mean is taken over the samples (tokens) that stay.
-
-    Raises:
-        CoverageError: the number that a mean divided by was not recorded.
     """
+    # With c the factor between accumulated and consumed, the step consumed c g. Without the samples it would have
+    # consumed a (g - h), so that what it consumed changes by
+    #     a (g - h) - c g  =  -(a h - b g),      b = a - c
+    # a holds the factor of a mean that is taken again over fewer samples, and the clip factor that the smaller gradient
+    # would have had. That follows from its norm, which is known without the gradient:
+    #     |g - h|^2  =  |g|^2 - 2 <g, h> + |h|^2
     left, ratio, scale = leaving.at(timeline.keys), timeline.ratio, timeline.amp_scale
     touched, shrunk = left.records > 0, _shrunk(timeline, left)
-    again = _again(timeline, left, denominator)
+    again = _mean_factor(timeline, left, denominator)
     bounds, known = clip_bounds(timeline)
     clips = np.isfinite(bounds)
     with np.errstate(invalid="ignore"):
+        # A GradScaler had multiplied all of it by `scale`, and is undone before clipping. A mean over fewer samples is
+        # `again` times as large, and torch would have clipped that to the bound.
         largest = (timeline.grad_norm + left.largest) / scale
         square = timeline.grad_norm**2 - 2 * left.dot + left.norm**2
         norm = np.where(touched, np.sqrt(np.maximum(square, 0.0)), timeline.grad_norm) / scale
@@ -162,9 +165,10 @@ def change_of(timeline: Timeline, leaving: Leaving, denominator: str) -> Change:
     unknown = shrunk & (np.isnan(factor) | (not known))
     factor = np.where(unknown, ratio * scale, factor)
     on_removed = np.where(shrunk, factor * again / scale, ratio)
+    # A factor that is the old one but for rounding is the old one: whole gradients need not be read for it.
     on_whole = np.where(np.abs(on_removed - ratio) > 1e-13 * np.abs(ratio), on_removed - ratio, 0.0)
     clipped = bool((ratio * scale < 1).any())
-    return Change(np.where(on_whole == 0, ratio, on_removed), on_whole, touched & ~shrunk, unknown, clipped)
+    return StepChange(np.where(on_whole == 0, ratio, on_removed), on_whole, touched & ~shrunk, unknown, clipped)
 
 
 def clip_bounds(timeline: Timeline) -> tuple[np.ndarray, bool]:
@@ -175,6 +179,7 @@ def clip_bounds(timeline: Timeline) -> tuple[np.ndarray, bool]:
     if not clipped.any():
         # Some other factor than that of clipping is at work, or none.
         return np.full(len(factor), np.inf), bool(np.all(np.abs(factor - 1) <= 1e-6)) or not measured.any()
+    # A clipped step has factor = bound / (|g| + epsilon), which tells its bound; the others are taken to have the same.
     own = factor * (timeline.grad_norm / timeline.amp_scale + _EPSILON)
     common = float(np.median(own[clipped]))
     agree = bool(np.all(np.abs(own[clipped] / common - 1) < 1e-3)) and not bool((factor > 1 + 1e-3).any())
@@ -187,11 +192,12 @@ def _shrunk(timeline: Timeline, left: Leaving) -> np.ndarray:
     return shrunk
 
 
-def _again(timeline: Timeline, left: Leaving, denominator: str) -> np.ndarray:
+def _mean_factor(timeline: Timeline, left: Leaving, denominator: str) -> np.ndarray:
     """Return what a mean is multiplied by when it is taken by this denominator, for each step."""
     shrunk = _shrunk(timeline, left)
     if denominator == "kept":
         return np.ones(len(shrunk))
+    # A mean over N is a sum over N; without n of them it is the sum over N - n: N / (N - n) times as large.
     by_tokens = np.array([unit == "tokens" for unit in timeline.mean_over])
     whole = np.where(by_tokens, timeline.tokens, timeline.samples)
     gone = np.where(by_tokens, left.tokens, left.samples)

@@ -40,18 +40,8 @@ class Schedule:
     eps: np.ndarray
     counter: np.ndarray
 
-    @classmethod
-    def from_columns(cls, columns: dict[str, np.ndarray]) -> "Schedule":
-        """Build one from the columns of the `steps` table."""
-        return cls(*(columns[name] for name in cls.__dataclass_fields__))
 
-
-def weights(
-    schedule: Schedule,
-    active: np.ndarray,
-    fresh: np.ndarray,
-    of: str = "parameter",
-) -> np.ndarray:
+def weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray, of: str = "parameter") -> np.ndarray:
     """Return w, shape (T,): the model's final parameters hold `-w[t]` times the gradient consumed in step t.
 
     Args:
@@ -60,6 +50,13 @@ def weights(
             gradient itself, without dampening.
         of: `parameter`, or `buffer`: what the final momentum buffer holds instead.
     """
+    # One step of torch's SGD, with d = sign g + coupled theta, is linear in the parameter and the buffer:
+    #     buffer'  =  carried buffer + taken d
+    #     theta'   =  keep theta - lr (through d + old buffer)
+    # where what is subtracted is buffer' itself, or with Nesterov d + momentum buffer'. Let on_parameter and on_buffer
+    # be what one unit of theta' and of buffer' adds to the end of the run. Then one unit of g adds
+    #     -w  =  sign (-lr through on_parameter + taken on_buffer)
+    # and one unit of theta and of buffer, before the step, add what the loop hands on to the step before it.
     steps = len(schedule.lr)
     result = np.zeros(steps)
     on_parameter, on_buffer = (1.0, 0.0) if of == "parameter" else (0.0, 1.0)
@@ -89,12 +86,7 @@ def weights(
     return result
 
 
-def adam_weights(
-    schedule: Schedule,
-    active: np.ndarray,
-    fresh: np.ndarray,
-    of: str = "parameter",
-) -> np.ndarray:
+def adam_weights(schedule: Schedule, active: np.ndarray, fresh: np.ndarray, of: str = "parameter") -> np.ndarray:
     """Return w, shape (T,): the final parameters hold `-w[t] / (sqrt(vhat) + eps)` times the gradient of step t.
 
     Coupled decay is not in it: it acts through the division, so that it is left to the curvature.
@@ -103,6 +95,10 @@ def adam_weights(
         active, fresh: as in `weights`; fresh is where the moments began at zero.
         of: `parameter`, or `buffer`: what the final first moment holds instead, undivided.
     """
+    # With P = 1 / (sqrt(vhat) + eps) taken as it is at the end, one step of Adam is linear too:
+    #     moment'  =  beta1 moment + (1 - beta1) g
+    #     theta'   =  keep theta - P lr moment' / (1 - beta1^count)
+    # on_moment is what one unit of moment' takes from the end of the run, in units of P: now, and by later steps.
     counts = own_counts(schedule, active, fresh)
     result = np.zeros(len(schedule.lr))
     on_parameter, on_moment = (1.0, 0.0) if of == "parameter" else (0.0, -1.0)
@@ -112,7 +108,6 @@ def adam_weights(
         lr, beta1, decay, decoupled, maximize, is_active, is_fresh, count = rows[step]
         if not is_active:
             continue
-        # What the moment is worth right after this step: it moves the parameter now, and again later.
         on_moment = on_moment + on_parameter * lr / (1 - beta1**count)
         taken = on_moment * (1 - beta1)
         result[step] = -taken if maximize else taken
@@ -140,4 +135,5 @@ def own_counts(schedule: Schedule, active: np.ndarray, fresh: np.ndarray) -> np.
 
 def step_lengths(schedule: Schedule, active: np.ndarray) -> np.ndarray:
     """Return tau, shape (T,): how far step t moves the parameter along a constant unit gradient."""
+    # A buffer of momentum mu adds up to 1 / (1 - mu) gradients.
     return np.where(active, schedule.lr / (1 - np.minimum(schedule.momentum, 0.999)), 0.0)
