@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from timstore.arguments import byte_count, flags
 from timstore.checkpoints.cut_off import take_back
 from timstore.checkpoints.folder import Checkpoint, opened
 from timstore.checkpoints.names import Naming, understood
 from timstore.checkpoints.others import left_of, warnings_of
 from timstore.checkpoints.outputs import Output
 from timstore.checkpoints.target import TORCH_NAMES, CheckpointTarget
-from timstore.database.arguments import byte_count, flags
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError
 from timstore.interrupts import CriticalSection

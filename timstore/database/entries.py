@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from timstore.database import arguments, validation
+from timstore import arguments
+from timstore.database import validation
 from timstore.database.batch import Item, rows_items
 from timstore.database.ledger import Ledger, Moment, parameter_rows
 from timstore.records import Parameter, Step, StepGroup

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from timstore.database.arguments import (
+from timstore.arguments import (
     choice,
     counting_number,
     flag,

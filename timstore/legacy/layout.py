@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timstore.database.arguments import number, whole_number
+from timstore.arguments import number, whole_number
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
 from timstore.os_errors import reporting
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from timstore.database.arguments import byte_count, flags, listed, positive_number
+from timstore.arguments import byte_count, flags, listed, positive_number
 from timstore.database.store import Store
 from timstore.database.validation import mean_unit
 from timstore.errors import InvalidInputError

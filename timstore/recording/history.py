@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.database.arguments import choice
+from timstore.arguments import choice
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError
 from timstore.model.optimizer_names import SGD_FAMILY, class_name

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from timstore.recording.accumulation import Accumulation
 from timstore.recording.batches import MicroBatch
+from timstore.recording.clip_measurement import Accumulation
 from timstore.recording.modules import Captured
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from timstore.database.arguments import (
+from timstore.arguments import (
     choice,
     counting_number,
     listed,
@@ -36,11 +36,11 @@ from timstore.recording.forwards import Forwards
 from timstore.recording.history import History
 from timstore.recording.misuse import Unentered, note_compiled, refuse_compiled
 from timstore.recording.optimizer import trained_parameters
+from timstore.recording.optimizer_hooks import Stepping, Trained
 from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
-from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
 
 CAPTURES = ("modules", "per-sample")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.database.arguments import choice, flag, positive_number
+from timstore.arguments import choice, flag, positive_number
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, shown
 from timstore.model.eval_guard import given, undisturbed

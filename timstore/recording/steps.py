@@ -9,7 +9,7 @@ import torch
 
 from timstore.database.validation import Owned
 from timstore.recording.batches import MicroBatch, apart, records_of
-from timstore.recording.inner import inner_products
+from timstore.recording.gradient_dots import inner_products
 from timstore.recording.optimizer import amp_scales, norm_of_gradients, step_groups
 from timstore.records import Gradient, StepGroup
 

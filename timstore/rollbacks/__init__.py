@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.database.arguments import flags
+from timstore.arguments import flags
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, TimstoreWarning
 from timstore.interrupts import CriticalSection

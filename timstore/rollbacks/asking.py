@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from timstore.database.arguments import choice
+from timstore.arguments import choice
 from timstore.database.kept_rows import ASKED, KEPT, asks_kept
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError

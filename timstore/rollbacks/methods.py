@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from timstore.database.arguments import choice
+from timstore.arguments import choice
 from timstore.errors import CoverageError
 from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
 from timstore.rollbacks.timeline import Timeline

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from timstore.database.arguments import choice, listed
+from timstore.arguments import choice, listed
 from timstore.errors import InvalidInputError, shown
 from timstore.model.eval_guard import given, undisturbed
 from timstore.model.sample_ids import content_rows, row_hash

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from timstore.database.arguments import choice, listed, plain_name, sample_id, text, whole_number
+from timstore.arguments import choice, listed, plain_name, sample_id, text, whole_number
 from timstore.errors import InvalidInputError, shown
 from timstore.rollbacks.methods import check_method
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timstore.database.arguments import byte_count, choice, flags, positive_number
+from timstore.arguments import byte_count, choice, flags, positive_number
 from timstore.database.identity import combined_digest, recognise
 from timstore.database.kept_rows import asks_kept
 from timstore.database.states import State
