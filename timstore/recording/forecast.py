@@ -32,7 +32,7 @@ class Forecast:
         gradients_bytes: every step's whole gradient and the parameters at the start, for
             `optimizer_history="gradients"`.
         waypoints_bytes: the parameters at some moments on the way.
-        checkpoint_bytes: second moment and fingerprints, kept once at the end and at each `recorder.checkpoint()`.
+        save_point_bytes: second moment and fingerprints, kept once at the end and at each `recorder.save_point()`.
     """
 
     precision: str
@@ -43,17 +43,17 @@ class Forecast:
     step_bytes: float
     gradients_bytes: float
     waypoints_bytes: float
-    checkpoint_bytes: float
+    save_point_bytes: float
 
     @property
     def total_bytes(self) -> int:
-        """Everything together, with one checkpoint."""
+        """Everything together, with one save point."""
         return round(
             self.records * self.record_bytes
             + self.steps * self.step_bytes
             + self.gradients_bytes
             + self.waypoints_bytes
-            + self.checkpoint_bytes
+            + self.save_point_bytes
         )
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Forecast:
             f"{self.records} records of {size_text(self.record_bytes)}, {self.precision}": self.records
             * self.record_bytes,
             f"scalars of {self.steps} steps": self.steps * self.step_bytes,
-            "second moment and fingerprints, at the end and at each checkpoint": self.checkpoint_bytes,
+            "second moment and fingerprints, at the end and at each save point": self.save_point_bytes,
         }
         if self.waypoints_bytes:
             lines["parameters at waypoints"] = self.waypoints_bytes
@@ -116,7 +116,7 @@ def predict(
         step_bytes=written(precision, scalars) / _MEASURED_STEPS * (batch_size / ids_written),
         gradients_bytes=steps * whole + start if optimizer_history == "gradients" else 0.0,
         waypoints_bytes=waypoint * waypoints_of(steps),
-        checkpoint_bytes=moment * has_moment + 64 * fingerprints,
+        save_point_bytes=moment * has_moment + 64 * fingerprints,
     )
 
 

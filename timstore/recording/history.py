@@ -23,7 +23,7 @@ class History:
 
     Args:
         rank: of this process; the others hold the same optimizers, and the first one keeps it for all.
-        kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
+        kind: `final` keeps the second moment when recording ends and at save points; `gradients` also every step's
             consumed gradient, and the parameters and the optimizer's state that the first one met.
         parameters: name to parameter, of all that are trained.
         waypoints: whether the parameters are kept at some moments on the way, which a rollback asks for the curvature
@@ -92,7 +92,7 @@ class History:
         if self._keeps_waypoints and is_waypoint(step + 1):
             self._store.append_states(epoch, step, "theta", self._theta())
 
-    def checkpoint(self, epoch: int, step: int) -> None:
+    def save_point(self, epoch: int, step: int) -> None:
         """Keep the second moment as it is now."""
         moments = second_moments(self._optimizers, self._names) if self._keeps_moments else None
         if moments:

@@ -199,7 +199,7 @@ class Recorder:
         if self._ranks.rank == 0:
             self._drawn.end(refresh=not self._ranks.alone)
 
-    def checkpoint(self) -> None:
+    def save_point(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
 
         The end of the block does so by itself. Of several processes each calls it: what one of them acknowledges, all
@@ -234,7 +234,7 @@ class Recorder:
         self._ranks.wait()
         if self._ranks.rank == 0:
             self._store.append_fingerprints(*last, digests(self._model))
-            self._history.checkpoint(*last)
+            self._history.save_point(*last)
             self._store.commit()
         self._kept_at = last
 
