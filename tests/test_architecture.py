@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["timstore.errors"],
     ["timstore.arguments", "timstore.os_errors", "timstore.progress", "timstore.interrupts", "timstore.records"],
+    ["timstore.options"],
     ["timstore.encoding"],
     ["timstore.format"],
     ["timstore.catalog"],

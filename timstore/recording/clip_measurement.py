@@ -1,39 +1,34 @@
-"""What backward accumulated since the last step, and what the optimizer consumes of it."""
+"""What backward accumulated since the last step, and what the optimizer consumes of it: the factor of clipping."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from timstore.errors import StateError
-from timstore.recording.elements import (
-    Elements,
-    Values,
-    is_kept_together,
-    kept_together,
-    on_host,
-    without_largest,
-)
+from timstore.recording.elements import Elements
+from timstore.recording.own_pass import OwnPass
 
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
 
 
-class Accumulation:
-    """Watches gradients being accumulated into the trained parameters.
+class ClipMeasurement:
+    """Watches gradients being accumulated into one optimizer's parameters.
 
-    Right after backward has accumulated into a parameter, some of its gradient's elements are kept. The
-    optimizer consumes a common multiple of them (clipping), or something that no record can be weighted by.
+    When a backward pass is over, some elements of what it accumulated are kept. The optimizer consumes a common
+    multiple of them (clipping), or something that no record can be weighted by.
 
     Args:
+        parameters: by name; none of them empty.
+        own: whether a backward pass of our own runs, which accumulates nothing.
         vanished: called when a backward pass finds that what was accumulated by earlier ones has been zeroed.
+        accumulated: told of each parameter when a backward pass has accumulated into it.
         whole: keep all of the accumulated gradients, which lets clipping by value be told from other changes.
         averaged: gradients are averaged over several processes when backward ends, and looked at after that.
-        paused: whether a backward pass of our own runs, which accumulates nothing.
-        accumulated: told of each parameter when a backward pass has accumulated into it.
 
     Attributes:
         clip_value: the bound of a clipping by value that `ratio` found; None where there was none.
@@ -45,33 +40,32 @@ class Accumulation:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        vanished: Callable[[], None],
         *,
-        whole: bool = False,
-        averaged: bool = False,
-        paused: Callable[[], bool] = lambda: False,
-        accumulated: Callable[[nn.Parameter], None] = lambda _: None,
+        own: OwnPass,
+        vanished: Callable[[], None],
+        accumulated: Callable[[nn.Parameter], None],
+        whole: bool,
+        averaged: bool,
     ) -> None:
         self._parameters = parameters
+        self._own = own
         self._vanished = vanished
-        self._elements: dict[str, Elements] = {}
-        # Of what was accumulated since the last step.
-        self._kept: dict[str, Values] = {}
-        self.clip_value: float | None = None
-        self.extremes = True
-        self._whole: dict[str, torch.Tensor] | None = {} if whole else None
-        self._suspect = False
-        self._stale: str | None = None
-        self._paused = paused
         self._accumulated = accumulated
         self._averaged = averaged
-        # Looked at together, when the backward pass is over.
-        self._together = {name for name, one in parameters.items() if is_kept_together(one) and one.numel()}
-        self._settling = -1
-        # In steps that prove that it can be told from what is averaged.
-        self._local: dict[str, torch.Tensor] | None = {} if averaged else None
+        self.clip_value: float | None = None
         self.touched: set[str] = set()
-        self._handles: list[Any] = []
+        self.extremes = True
+        self._kept: Elements | None = None
+        self._whole: dict[str, torch.Tensor] | None = {} if whole else None
+        # What this process alone accumulated, in steps that prove that the mean is that of the processes.
+        self._local: dict[str, torch.Tensor] | None = {} if averaged else None
+        self._suspect = False
+        self._stale: str | None = None
+        # By name, the version of each gradient when it had been accumulated; and what a hook changed after that.
+        self._versions: dict[str, int] = {}
+        self._changed: str | None = None
+        self._settling = -1
+        self._handles: list[RemovableHandle] = []
         for name, parameter in parameters.items():
             self._handles.append(parameter.register_hook(self._before(name)))  # type: ignore[no-untyped-call]
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._after(name)))  # type: ignore[no-untyped-call]
@@ -84,32 +78,32 @@ class Accumulation:
 
     def clear(self) -> None:
         """Forget what was accumulated: the step is over, or was skipped."""
-        self._kept.clear()
+        self._kept = self._stale = self._changed = None
+        self._suspect = False
         self.touched.clear()
         if self._whole is not None:
             self._whole.clear()
-        self._suspect = False
-        self._stale = None
 
     @property
     def begun(self) -> bool:
         """Whether anything was accumulated since the last step."""
-        return bool(self._kept)
+        return self._kept is not None
 
     @property
     def reached(self) -> bool:
         """Whether any number of what was accumulated is not zero."""
-        return any(bool(kept.any()) for kept in self._kept.values())
+        return self._kept is not None and bool(self._kept.numbers.any())
 
     def lost(self) -> bool:
         """Return whether what was accumulated has been zeroed: the step that it was for was skipped.
 
         When it has not, the next backward pass looks again, for loops that zero between forward and backward.
         """
-        held = sorted((self._parameters[name] for name in self._kept), key=torch.numel)
-        self._suspect = any(_nonzero(parameter) for parameter in held)
+        names = [] if self._kept is None else self._kept.names
+        accumulated = sorted((self._parameters[name] for name in names), key=torch.numel)
+        self._suspect = any(_nonzero(parameter) for parameter in accumulated)
         # What was zero when it was accumulated may still be what it was.
-        return not self._suspect and (self.reached or all(parameter.grad is None for parameter in held))
+        return not self._suspect and (self.reached or all(parameter.grad is None for parameter in accumulated))
 
     def ratio(self) -> float:
         """Return consumed over accumulated gradient, one factor common to all parameters.
@@ -119,33 +113,31 @@ class Accumulation:
                 gradient is not finite, or was not accumulated since the last step. Clipping by value is no
                 common factor either, but known where the whole gradients were kept: then 1 and `clip_value`.
         """
+        if self._settling != -1:  # a step that is taken before its backward pass is over
+            self._settle()
         self.clip_value = None
-        stale = self._stale or next(
-            (name for name, one in self._parameters.items() if name not in self._kept and _nonzero(one)), None
-        )
+        known = () if self._kept is None else set(self._kept.names)
+        stale = self._stale or next((one for one in self._parameters if one not in known and self._holds(one)), None)
         if stale is not None:
             raise _stale(stale)
-        names = [name for name in self._kept if self._parameters[name].grad is not None]
-        if not names:
+        if self._changed is not None:
+            raise _changed(self._changed)
+        if self._kept is None or not self._held(self._kept.names):
             return 1.0
-        sums = self._sums(names)
+        names, sums = self._sums(self._kept)
         between, accumulated, consumed = sums.sum(0).tolist()
         if not np.isfinite(sums).all():
-            name = names[int((~np.isfinite(sums)).any(1).argmax())]
-            raise StateError(
-                f"parameter {name}: its gradient is not finite, so nothing after this step could be recorded. Skip "
-                "such steps (do not call optimizer.step()), or find where the loss overflows",
-                kind="not-finite",
-                parameter=name,
-            )
+            raise _not_finite(names[int((~np.isfinite(sums)).any(1).argmax())])
         if accumulated == 0:
-            if consumed or any(_nonzero(self._parameters[name]) for name in names):
+            if consumed or any(self._holds(name) for name in names):
                 raise StateError(
                     "the gradients are too sparse to see how they were scaled between backward and step; train "
                     "another parameter beside the embeddings",
                     kind="not-measured",
                 )
             return 1.0
+        # The factor r that brings r * then nearest to now, over all parameters: <now, then> / <then, then>. What is
+        # left of one parameter, |now - r then|^2 = |now|^2 - 2 r <now, then> + r^2 |then|^2, is rounding if r is its.
         ratio = float(between / accumulated)
         expected = ratio * ratio * sums[:, 1]
         off = np.sqrt(np.maximum(sums[:, 2] - 2 * ratio * sums[:, 0] + expected, 0))
@@ -154,107 +146,19 @@ class Accumulation:
                 self.clip_value = self._bound()
                 if self.clip_value is not None:
                     return 1.0
-                raise StateError(
-                    f"parameter {name}: between backward and step its gradient was changed by more than one factor "
-                    "common to all parameters (per-layer clipping, noise, or by hand): records could not be weighted. "
-                    "Clip by the total norm; clipping by value can be recorded with optimizer_history='gradients'",
-                    kind="gradient-changed",
-                    parameter=name,
-                )
+                raise _changed(name)
         return ratio
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients as the optimizer is about to consume them, but for a clipping by value."""
         if self.clip_value is not None and self._whole is not None:
             return dict(self._whole)
-        return {name: one.grad.detach() for name, one in self._parameters.items() if one.grad is not None}
-
-    def _bound(self) -> float | None:
-        """Return the value that all accumulated gradients were clamped to, None if that is not what happened."""
-        if self._whole is None:
-            return None
-        pairs = [(self._parameters[name].grad, whole) for name, whole in self._whole.items()]
-        bound = max(float(grad.abs().max()) for grad, _ in pairs if grad is not None)
-        clamped = (grad is not None and torch.equal(grad, whole.clamp(-bound, bound)) for grad, whole in pairs)
-        return bound if all(clamped) else None
-
-    def _sums(self, names: Sequence[str]) -> np.ndarray:
-        """Return, of each parameter's kept elements, (now x then, then x then, now x now), (parameters, 3)."""
-        sums = np.empty((len(names), 3))
-        together = kept_together(self._gradients_together(names))
-        alone = {
-            name: self._elements[name].of(_gradient(self._parameters[name])) for name in names if name not in together
-        }
-        now = on_host([together[name] if name in together else alone[name] for name in names])
-        then = on_host([self._kept[name] for name in names])
-        starts = np.cumsum([0, *(len(self._kept[name]) for name in names[:-1])])
-        with np.errstate(over="ignore", invalid="ignore"):
-            for column, product in enumerate((now * then, then * then, now * now)):
-                sums[:, column] = np.add.reduceat(product, starts)
-        return sums
-
-    def _before(self, name: str) -> Callable[[torch.Tensor], None]:
-        def arriving(_: torch.Tensor) -> None:
-            if self._paused():
-                return
-            if not self._kept and not self.touched:
-                # Harmless where it is zeroed before the step, as a GAN's discriminator is after its generator's pass.
-                if _nonzero(self._parameters[name]):
-                    self._stale = name
-            elif self._suspect and name in self._kept and bool(self._kept[name].any()):
-                self._suspect = False
-                if not _nonzero(self._parameters[name]):
-                    self._vanished()
-
-        return arriving
-
-    def _after(self, name: str) -> Callable[[torch.Tensor], None]:
-        def arrived(parameter: torch.Tensor) -> None:
-            if parameter.numel() == 0:
-                return
-            self.touched.add(name)
-            self._accumulated(parameter)  # type: ignore[arg-type]
-            if not self._averaged and name not in self._together:
-                self._keep([name])
-                return
-            self._settle_later()
-            if self._local is not None:
-                assert parameter.grad is not None
-                self._local[name] = parameter.grad.detach().clone()
-
-        return arrived
-
-    def _keep(self, names: Sequence[str]) -> None:
-        held = {name: one.grad for name in names if (one := self._parameters[name]).grad is not None and one.numel()}
-        for name, gradient in held.items():
-            if self._whole is not None:
-                self._whole[name] = gradient.detach().clone()
-            if name not in self._together:
-                if name not in self._elements:
-                    self._elements[name] = Elements(self._parameters[name])
-                self._kept[name] = self._elements[name].chosen(gradient, self.extremes)
-        self._kept.update(kept_together(self._gradients_together(held)))
+        return self._held(self._parameters)
 
     def settle_later(self) -> None:
         """Look at the gradients when this backward pass is over, where they are averaged at its end."""
         if self._averaged:
             self._settle_later()
-
-    def _settle_later(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if self._settling != task:
-            self._settling = task
-            _when_over(lambda: _when_over(self._settle))  # behind what others want done by then
-
-    def _settle(self) -> None:
-        self._settling = -1
-        # Of averaged ones also those that only other processes' samples reached.
-        names = self._together & self.touched
-        self._keep([name for name in self._parameters if self._averaged or name in names])
-
-    def _gradients_together(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        found = ((name, self._parameters[name].grad) for name in names if name in self._together)
-        return {name: gradient.detach() for name, gradient in found if gradient is not None}
 
     def take_local(self) -> dict[str, torch.Tensor]:
         """Return what this process alone accumulated for this step; it is not kept for others until asked for."""
@@ -267,28 +171,92 @@ class Accumulation:
             self._local = {}
 
     def looked_up(self, local: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""
-        together = kept_together({name: one for name, one in local.items() if name in self._together})
-        kept: list[Values] = []
-        mine: list[Values] = []
-        for name, held in self._kept.items():
-            # The largest magnitude of a mean is not the mean of the largest.
-            kept.append(without_largest(held) if name in self._together else held)
-            if name not in local:
-                mine.append(np.zeros(len(kept[-1])))
-            elif name in self._together:
-                mine.append(without_largest(together[name]))
-            else:
-                mine.append(self._elements[name].of_flat(local[name].reshape(-1)))
-        return torch.from_numpy(on_host(kept)), torch.from_numpy(on_host(mine))
+        """Return kept elements of all parameters, (n,) float64, and the same ones of what is this process's own."""
+        assert self._kept is not None
+        own = {
+            name: local[name] if name in local else torch.zeros_like(self._parameters[name])
+            for name in self._kept.names
+        }
+        linear = self._kept.linear  # the largest magnitude of a mean is not the mean of the largest
+        mine = Elements(own, like=self._kept)
+        return torch.from_numpy(self._kept.numbers[linear]), torch.from_numpy(mine.numbers[linear])
+
+    def _bound(self) -> float | None:
+        """Return the value that all accumulated gradients were clamped to, None if that is not what happened."""
+        if self._whole is None:
+            return None
+        pairs = [(self._parameters[name].grad, whole) for name, whole in self._whole.items()]
+        bound = max(float(grad.abs().max()) for grad, _ in pairs if grad is not None)
+        clamped = (grad is not None and torch.equal(grad, whole.clamp(-bound, bound)) for grad, whole in pairs)
+        return bound if all(clamped) else None
+
+    def _sums(self, kept: Elements) -> tuple[list[str], np.ndarray]:
+        """Return names, and of each one's kept elements <now, then>, |then|^2 and |now|^2, (names, 3).
+
+        A parameter whose gradient was taken away since is not among them: the optimizer leaves it alone.
+        """
+        now = Elements(self._held(kept.names), like=kept)
+        then = kept.numbers if now.names == kept.names else np.concatenate([kept.of(name) for name in now.names])
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = np.stack([now.numbers * then, then * then, now.numbers * now.numbers], axis=1)
+            return now.names, np.add.reduceat(products, now.starts)
+
+    def _before(self, name: str) -> Callable[[torch.Tensor], None]:
+        def arriving(_: torch.Tensor) -> None:
+            if self._own.runs:
+                return
+            if self._kept is None and not self.touched:
+                # Harmless where it is zeroed before the step, as a GAN's discriminator is after its generator's pass.
+                if self._holds(name):
+                    self._stale = name
+            elif self._suspect and self._kept is not None and name in self._kept.names and self._kept.of(name).any():
+                self._suspect = False
+                if not self._holds(name):
+                    self._vanished()
+
+        return arriving
+
+    def _after(self, name: str) -> Callable[[torch.Tensor], None]:
+        def arrived(parameter: torch.Tensor) -> None:
+            self.touched.add(name)
+            self._accumulated(parameter)  # type: ignore[arg-type]
+            gradient = parameter.grad
+            assert gradient is not None
+            self._versions[name] = gradient._version
+            if self._local is not None:
+                self._local[name] = gradient.detach().clone()
+            self._settle_later()
+
+        return arrived
+
+    def _settle_later(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if self._settling != task:
+            self._settling = task
+            _when_over(lambda: _when_over(self._settle))  # behind what others want done by then
+
+    def _settle(self) -> None:
+        """Keep elements of all that was accumulated since the last step."""
+        self._settling = -1
+        # Of averaged gradients also those that only other processes' samples reached.
+        gradients = self._held(self._parameters if self._averaged else sorted(self.touched))
+        if not self._averaged:
+            changed = (name for name, one in gradients.items() if one._version != self._versions[name])
+            self._changed = self._changed or next(changed, None)
+        if gradients:
+            self._kept = Elements(gradients, extremes=self.extremes)
+        if self._whole is not None:
+            self._whole.update((name, one.clone()) for name, one in gradients.items())
+
+    def _held(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        pairs = ((name, self._parameters[name].grad) for name in names)
+        return {name: gradient.detach() for name, gradient in pairs if gradient is not None}
+
+    def _holds(self, name: str) -> bool:
+        return _nonzero(self._parameters[name])
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _nonzero(parameter: torch.Tensor) -> bool:
+def _nonzero(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
@@ -302,5 +270,24 @@ def _stale(name: str) -> StateError:
         f"parameter {name}: its gradient still holds what an earlier step consumed, or what was accumulated before "
         "recording began, and would be consumed again; call optimizer.zero_grad() after each step",
         kind="stale-gradient",
+        parameter=name,
+    )
+
+
+def _not_finite(name: str) -> StateError:
+    return StateError(
+        f"parameter {name}: its gradient is not finite, so nothing after this step could be recorded. Skip such steps "
+        "(do not call optimizer.step()), or find where the loss overflows",
+        kind="not-finite",
+        parameter=name,
+    )
+
+
+def _changed(name: str) -> StateError:
+    return StateError(
+        f"parameter {name}: between backward and step its gradient was changed by more than one factor common to all "
+        "parameters (per-layer clipping, noise, or by hand): records could not be weighted. Clip by the total norm; "
+        "clipping by value can be recorded with optimizer_history='gradients'",
+        kind="gradient-changed",
         parameter=name,
     )
