@@ -77,7 +77,7 @@ def run(
             steps=steps,
             tokens=tokens,
             epochs=epochs,
-            optimizer_history=optimizer_history,
+            optimizer_history="gradients" if optimizer_history is History.gradients else "final",
             waypoints=waypoints,
         )
     if as_json:
