@@ -99,11 +99,10 @@ class ClipMeasurement:
 
         When it has not, the next backward pass looks again, for loops that zero between forward and backward.
         """
-        names = [] if self._kept is None else self._kept.names
-        accumulated = sorted((self._parameters[name] for name in names), key=torch.numel)
-        self._suspect = any(_nonzero(parameter) for parameter in accumulated)
+        names = [] if self._kept is None else sorted(self._kept.names, key=lambda name: self._parameters[name].numel())
+        self._suspect = any(map(self._holds, names))
         # What was zero when it was accumulated may still be what it was.
-        return not self._suspect and (self.reached or all(parameter.grad is None for parameter in accumulated))
+        return not self._suspect and (self.reached or all(self._parameters[name].grad is None for name in names))
 
     def ratio(self) -> float:
         """Return consumed over accumulated gradient, one factor common to all parameters.
@@ -117,7 +116,9 @@ class ClipMeasurement:
             self._settle()
         self.clip_value = None
         known = () if self._kept is None else set(self._kept.names)
-        stale = self._stale or next((one for one in self._parameters if one not in known and self._holds(one)), None)
+        stale = self._stale or next(
+            (name for name in self._parameters if name not in known and self._holds(name)), None
+        )
         if stale is not None:
             raise _stale(stale)
         if self._changed is not None:
@@ -155,7 +156,7 @@ class ClipMeasurement:
             return dict(self._whole)
         return self._held(self._parameters)
 
-    def settle_later(self) -> None:
+    def await_mean(self) -> None:
         """Look at the gradients when this backward pass is over, where they are averaged at its end."""
         if self._averaged:
             self._settle_later()
@@ -253,11 +254,9 @@ class ClipMeasurement:
         return {name: gradient.detach() for name, gradient in pairs if gradient is not None}
 
     def _holds(self, name: str) -> bool:
-        return _nonzero(self._parameters[name])
-
-
-def _nonzero(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+        """Say whether a parameter has a gradient that is not zero."""
+        gradient = self._parameters[name].grad
+        return gradient is not None and bool(gradient.any())
 
 
 def _when_over(work: Callable[[], None]) -> None:

@@ -44,12 +44,12 @@ class ModelHooks:
         stills: Sequence[Standstill] = (),
     ) -> None:
         by_sample, scale = options.capture == "per-sample", 1 / processes
-        together = {name: one for mine in parameters for name, one in mine.items()}
+        together = {name: parameter for trained in parameters for name, parameter in trained.items()}
         own = OwnPass()
         with ExitStack() as made:
-            self.awaiting = [Pending(mine, own, whole=whole, averaged=processes > 1) for mine in parameters]
-            for one in self.awaiting:
-                made.callback(one.clip.remove)
+            self.awaiting = [Pending(trained, own, whole=whole, averaged=processes > 1) for trained in parameters]
+            for pending in self.awaiting:
+                made.callback(pending.clip.remove)
             self.running = Running(self.awaiting, samples)
             self.capture = Capture(model, together.values(), self.running, own, by_sample=by_sample, scale=scale)
             made.callback(self.capture.remove)

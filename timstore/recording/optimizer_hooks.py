@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ class _Optimizer:
 
     def __init__(self, trained: Trained, pending: Pending, still: Standstill | None) -> None:
         self.trained = trained
-        self.names = {id(one): name for name, one in trained.parameters.items()}
+        self.names = {id(parameter): name for name, parameter in trained.parameters.items()}
         self.group_count = len(trained.optimizer.param_groups)
         self.pending = pending
         self.still = still
@@ -123,22 +123,22 @@ class OptimizerHooks:
         self._budget: DiskBudget | None = None
         if isinstance(options.budget, int):
             self._budget = DiskBudget(options.budget, None if samples is None else len(samples), options)
-        self._parameters = {name: parameter for one in trained for name, parameter in one.parameters.items()}
+        self._parameters = {name: parameter for each in trained for name, parameter in each.parameters.items()}
         self._untrained = {
             name: parameter
             for name, parameter in model.named_parameters()
             if name not in self._parameters and parameter.numel()
         }
         self._optimizers = {
-            id(one.optimizer): _Optimizer(one, pending, stills[number] if stills else None)
-            for number, (one, pending) in enumerate(zip(trained, hooks.awaiting, strict=True))
+            id(each.optimizer): _Optimizer(each, pending, stills[number] if stills else None)
+            for number, (each, pending) in enumerate(zip(trained, hooks.awaiting, strict=True))
         }
         self._handles = ExitStack()
-        for one in trained:
-            self._handles.callback(one.optimizer.register_step_pre_hook(self._before).remove)
-            after = one.optimizer.register_step_post_hook(self._after)
+        for each in trained:
+            self._handles.callback(each.optimizer.register_step_pre_hook(self._before).remove)
+            after = each.optimizer.register_step_post_hook(self._after)
             # Before those of others, which may change what the step left.
-            one.optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+            each.optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._handles.callback(after.remove)
 
     def remove(self) -> None:
@@ -267,14 +267,14 @@ class OptimizerHooks:
         A sample without any gradient is one whose loss is flat; a step without any is one whose backward pass missed
         the model. Another optimizer's parameters tell that as well.
         """
-        if any(one.pending.clip.reached for one in self._optimizers.values()):
+        if any(optimizer.pending.clip.reached for optimizer in self._optimizers.values()):
             for batch in mine.pending.batches:
                 batch.reached = True
         return self._options.allow_zero or any(batch.reached for batch in mine.pending.batches)
 
     def _check_trained(self, mine: _Optimizer) -> None:
         """Refuse what is trained and not recorded."""
-        optimizers = [one.trained.optimizer for one in self._optimizers.values()]
+        optimizers = [optimizer.trained.optimizer for optimizer in self._optimizers.values()]
         check_untrained(optimizers, self._untrained, all_seen=not mine.pending.proved)
         if len(optimizers) > 1 and len(mine.trained.optimizer.param_groups) != mine.group_count:
             raise CoverageError(
@@ -350,11 +350,11 @@ def run_closure(
         InvalidInputError: the step was given something else.
         CoverageError: the optimizer evaluates closures several times; also later, by the closure that is returned.
     """
-    given = [value for value in (*args[1:], *kwargs.values()) if value is not None]
-    if not given:
+    values = [value for value in (*args[1:], *kwargs.values()) if value is not None]
+    if not values:
         return None
-    closure = given[0]
-    if len(given) > 1 or not callable(closure):
+    closure = values[0]
+    if len(values) > 1 or not callable(closure):
         raise InvalidInputError("optimizer.step takes a closure or nothing to be recorded, not other arguments")
     with torch.enable_grad():
         loss = closure()
@@ -374,10 +374,15 @@ def run_closure(
             )
         return loss
 
-    instead: Callable[[Any], Any] = lambda value: same_loss if value is closure else value  # noqa: E731
+    def instead(value: Any) -> Any:
+        return same_loss if value is closure else value
+
     return tuple(map(instead, args)), {name: instead(value) for name, value in kwargs.items()}
 
 
 def _state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int, int]]:
     """Return what changes when parameters or their gradients do."""
-    return [(one._version, id(one.grad), -1 if one.grad is None else one.grad._version) for one in parameters]
+    return [
+        (parameter._version, id(parameter.grad), -1 if parameter.grad is None else parameter.grad._version)
+        for parameter in parameters
+    ]

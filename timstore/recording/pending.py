@@ -76,7 +76,7 @@ class Pending:
                 self._skip()
         batch.awaited += 1
         self.batches.append(batch)
-        self.clip.extremes = self._whole or not all(one.empty for one in self.batches)
+        self.clip.extremes = self._whole or not all(batch.empty for batch in self.batches)
 
     def drop(self, batch: MicroBatch) -> None:
         """Forget a micro-batch whose forward pass failed."""
@@ -150,12 +150,12 @@ class Running:
     def begin(self, ids: Ids) -> MicroBatch:
         """Make a micro-batch of these samples; the next forward pass is its."""
         # In a step that proves that the parts add up, all of them are needed.
-        proved = all(one.proved for one in self.awaiting)
+        proved = all(pending.proved for pending in self.awaiting)
         batch = MicroBatch(ids.samples, Chosen(ids.samples, self._samples if proved else None), ids.rows, ids.layout)
         batch.block = self.held
         self._current = batch
-        for one in self.awaiting:
-            one.begin(batch)
+        for pending in self.awaiting:
+            pending.begin(batch)
         return batch
 
     def hold(self) -> None:
@@ -176,19 +176,19 @@ class Running:
 
     def drop(self, batch: MicroBatch) -> None:
         """Forget a micro-batch whose forward pass failed."""
-        for one in self.awaiting:
-            one.drop(batch)
+        for pending in self.awaiting:
+            pending.drop(batch)
         self._current = None
 
     def discard(self) -> None:
         """Drop all micro-batches."""
-        for one in self.awaiting:
-            one.discard()
+        for pending in self.awaiting:
+            pending.discard()
 
     def arrived(self, batch: MicroBatch) -> None:
         """A gradient has come to what the model returned for a batch."""
-        for one in self.awaiting:
-            one.clip.settle_later()
+        for pending in self.awaiting:
+            pending.clip.await_mean()
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward() is not batch:
             self._several = self._backward is not None and self._task == task
@@ -202,7 +202,9 @@ class Running:
         """
         batch = self._backward() if self._backward is not None else None
         # Where layers are called one by one, no output of the model says whose backward pass runs.
-        in_blocks = any(one.block and id(module) in one.unseen for own in self.awaiting for one in own.batches)
+        in_blocks = any(
+            other.block and id(module) in other.unseen for pending in self.awaiting for other in pending.batches
+        )
         if not in_blocks and (batch is None or id(module) not in batch.unseen):
             return None
         if self._several or in_blocks:
@@ -215,4 +217,4 @@ class Running:
 
     def _is_awaited(self, batch: MicroBatch) -> bool:
         """Say whether every optimizer has yet to consume a micro-batch."""
-        return all(batch in one.batches for one in self.awaiting)
+        return all(batch in pending.batches for pending in self.awaiting)
