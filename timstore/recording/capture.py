@@ -22,8 +22,7 @@ from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
 from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
-from timstore.recording.own_pass import OwnPass
-from timstore.recording.pending import Running
+from timstore.recording.pending import OwnPass, Running
 from timstore.recording.replays import BatchNormKind
 from timstore.recording.watching import Place, Watch
 
@@ -36,7 +35,7 @@ class Capture:
     Args:
         trained: the parameters to capture.
         running: which micro-batch runs.
-        own: whether a pass of our own runs.
+        own: passes of our own, of which hooks take nothing.
         by_sample: what no module's hook can see is left to a backward pass of each sample, instead of refused.
         scale: of the gradients that arrive in those that the optimizer consumes: 1 / ranks.
 
@@ -92,7 +91,7 @@ class Capture:
     @property
     def is_replaying(self) -> bool:
         """Whether a module is being computed again, or differentiated once more, by ourselves."""
-        return self._own.runs
+        return self._own.runs()
 
     def replaying(self) -> AbstractContextManager[None]:
         """Let no hook of ours do anything."""

@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from timstore.errors import StateError
 from timstore.recording.elements import Elements
-from timstore.recording.own_pass import OwnPass
 
 # How far a parameter's consumed gradient may be from one common multiple of the accumulated one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -24,7 +23,7 @@ class ClipMeasurement:
 
     Args:
         parameters: by name; none of them empty.
-        own: whether a backward pass of our own runs, which accumulates nothing.
+        paused: says whether a backward pass of our own runs, which accumulates nothing.
         vanished: called when a backward pass finds that what was accumulated by earlier ones has been zeroed.
         accumulated: told of each parameter when a backward pass has accumulated into it.
         whole: keep all of the accumulated gradients, which lets clipping by value be told from other changes.
@@ -41,14 +40,14 @@ class ClipMeasurement:
         self,
         parameters: Mapping[str, nn.Parameter],
         *,
-        own: OwnPass,
+        paused: Callable[[], bool],
         vanished: Callable[[], None],
         accumulated: Callable[[nn.Parameter], None],
         whole: bool,
         averaged: bool,
     ) -> None:
         self._parameters = parameters
-        self._own = own
+        self._paused = paused
         self._vanished = vanished
         self._accumulated = accumulated
         self._averaged = averaged
@@ -204,7 +203,7 @@ class ClipMeasurement:
 
     def _before(self, name: str) -> Callable[[torch.Tensor], None]:
         def arriving(_: torch.Tensor) -> None:
-            if self._own.runs:
+            if self._paused():
                 return
             if self._kept is None and not self.touched:
                 # Harmless where it is zeroed before the step, as a GAN's discriminator is after its generator's pass.

@@ -8,9 +8,8 @@ from torch import nn
 from timstore.options import RecordOptions
 from timstore.recording.capture import Capture
 from timstore.recording.forwards import Forwards
-from timstore.recording.own_pass import OwnPass
 from timstore.recording.passes import Passes
-from timstore.recording.pending import Pending, Running
+from timstore.recording.pending import OwnPass, Pending, Running
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 

@@ -1,6 +1,7 @@
 """What awaits the optimizers' steps, and which micro-batch runs: what the hooks of a model and of optimizers share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import ref
 
@@ -12,7 +13,6 @@ from timstore.recording.batches import Ids, MicroBatch
 from timstore.recording.chosen import Chosen
 from timstore.recording.clip_measurement import ClipMeasurement
 from timstore.recording.modules import Captured
-from timstore.recording.own_pass import OwnPass
 
 
 @dataclass(slots=True)
@@ -29,6 +29,26 @@ class Clock:
     last: tuple[int, int] | None = None
 
 
+class OwnPass:
+    """Passes of our own through a model that is recorded: no hook of ours takes anything from them."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def runs(self) -> bool:
+        """Say whether one runs."""
+        return self._depth > 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run one; they may be within each other."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+
 class Pending:
     """Keeps, for one optimizer, the micro-batches whose gradients it has yet to consume.
 
@@ -37,7 +57,8 @@ class Pending:
 
     Args:
         parameters: the optimizer's, by name.
-        own, whole, averaged: as `ClipMeasurement` takes them.
+        own: passes of our own, which consume nothing.
+        whole, averaged: as `ClipMeasurement` takes them.
 
     Attributes:
         batches: the micro-batches.
@@ -52,7 +73,12 @@ class Pending:
         self.proved = False
         self.proven: tuple[int, int] | None = None
         self.clip = ClipMeasurement(
-            parameters, own=own, vanished=self._skip, accumulated=self._settle, whole=whole, averaged=averaged
+            parameters,
+            paused=own.runs,
+            vanished=self._skip,
+            accumulated=self._settle,
+            whole=whole,
+            averaged=averaged,
         )
         self._owned = frozenset(map(id, parameters.values()))
         self._whole = whole
