@@ -15,7 +15,6 @@ import timstore
 from timstore.database.lifetime import attended_stores
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
-from timstore.recording import accumulation, standstill
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/recording/test_c*
 if "TIMSTORE_DEVICE" in os.environ:
@@ -32,14 +31,6 @@ NOBODY = 65534
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-
-
-@pytest.fixture(params=["one by one", "together"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How gradients are looked at: as on the host, or as on a CUDA device."""
-    if request.param == "together":
-        for module in (accumulation, standstill):
-            monkeypatch.setattr(module, "is_kept_together", lambda parameter: True)
 
 
 @pytest.fixture

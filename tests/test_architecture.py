@@ -14,7 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from its own room, or from a floor below.
 FLOORS = [
     ["timstore.errors"],
-    ["timstore.os_errors", "timstore.progress", "timstore.interrupts", "timstore.records"],
+    ["timstore.arguments", "timstore.os_errors", "timstore.progress", "timstore.interrupts", "timstore.records"],
+    ["timstore.options"],
     ["timstore.encoding"],
     ["timstore.format"],
     ["timstore.catalog"],

@@ -23,7 +23,18 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.interrupts import CriticalSection
-from timstore.options import Accumulate, Denominator, Loss, Method, Missing, RollbackOptions
+from timstore.options import (
+    Accumulate,
+    Capture,
+    Denominator,
+    Loss,
+    MeanOver,
+    Method,
+    Missing,
+    OptimizerHistory,
+    RecordOptions,
+    RollbackOptions,
+)
 from timstore.os_errors import user_path as _user_path
 from timstore.records import Factors, Rows
 
@@ -110,16 +121,16 @@ class Store(_Store):
         *,
         resume_from: tuple[int, int] | None = None,
         probe: Iterable[Any] | Literal["auto", False] | None = "auto",
-        optimizer_history: str = "final",
+        optimizer_history: OptimizerHistory = "final",
         waypoints: bool = True,
         scaler: Any = None,
-        mean_over: str | None = None,
+        mean_over: MeanOver | None = None,
         budget: int | str | None = None,
         steps: int | None = None,
         epochs: int = 1,
         rank: int | None = None,
         allow_zero: bool = False,
-        capture: str = "modules",
+        capture: Capture = "modules",
         batch_axis: int = 0,
         id_column: str | None = None,
         by_content: bool = False,
@@ -168,13 +179,9 @@ class Store(_Store):
             StateError: the model is being recorded already, or changed since recording stopped; over the budget; a
                 parameter was changed between two steps by something else than its optimizer.
         """
-        from timstore.recording import record
+        from timstore.recording import Recorder
 
-        return record(
-            self,
-            model,
-            optimizer,
-            samples=samples,
+        options = RecordOptions(
             resume_from=resume_from,
             probe=probe,
             optimizer_history=optimizer_history,
@@ -192,6 +199,7 @@ class Store(_Store):
             by_content=by_content,
             process_group=process_group,
         )
+        return Recorder(self, model, optimizer, samples, options)
 
     def forecast(
         self,
@@ -203,12 +211,12 @@ class Store(_Store):
         epochs: int = 1,
         batch: Any = None,
         optimizer: "torch.optim.Optimizer | None" = None,
-        optimizer_history: str = "final",
+        optimizer_history: OptimizerHistory = "final",
         waypoints: bool = True,
     ) -> "Forecast":
         """Measure what recording will write, before hours are spent; prints well. Model and store stay as they are.
 
-        Cost: two forward and backward passes of up to 4 rows, and their records in the temporary directory.
+        Cost: one forward and backward pass of 4 rows, whose records are encoded in memory.
 
         Args:
             samples: how many are recorded.
@@ -223,9 +231,9 @@ class Store(_Store):
             InvalidInputError: numbers below 1, or nothing to measure on.
             CoverageError: the model cannot be recorded.
         """
-        from timstore.recording import rehearse
+        from timstore.recording import forecast_of
 
-        return rehearse(
+        return forecast_of(
             self,
             model,
             samples=samples,

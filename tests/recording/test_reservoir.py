@@ -360,7 +360,7 @@ with timstore.open({str(tmp_path / "s")!r}) as store, store.record(model, optimi
         optimizer.step()
         optimizer.zero_grad()
         if step == 3:
-            recorder.checkpoint()
+            recorder.save_point()
             torch.save(model.state_dict(), {str(tmp_path / "model.pt")!r})
     os._exit(9)
 """

@@ -216,7 +216,7 @@ class Sequence:
                 held = replace(held, shares=held.shares | dict.fromkeys(records, 1.0), steps=steps)
                 held = replace(held, place=(attempt, step), undo=None)
                 if self.random.random() < 0.3:
-                    recorder.checkpoint()
+                    recorder.save_point()
                     self.become(held)
         self.become(held)
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timstore import errors
+from timstore import arguments, errors
 from timstore.catalog import remove_leftovers
-from timstore.database import arguments, lifetime
+from timstore.database import lifetime
 from timstore.database.opening import open_settings
 from timstore.database.snapshot import Snapshot, StoredRecord
 from timstore.format.place import Place

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from timstore.database.arguments import number, whole_number
+from timstore.arguments import number, whole_number
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
 from timstore.os_errors import reporting
 

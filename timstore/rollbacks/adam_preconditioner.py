@@ -25,7 +25,7 @@ def read_preconditioner(plan: Plan, moments: State, workspace: Workspace) -> Vec
     if missing:
         raise CoverageError(
             f"parameter {missing[0]} was trained with Adam, and its second moment was not kept for this model: "
-            "it is kept when the recorder's `with` block ends, at recorder.checkpoint(), or by append_states",
+            "it is kept when the recorder's `with` block ends, at recorder.save_point(), or by append_states",
             kind="no-second-moment",
             parameter=missing[0],
         )

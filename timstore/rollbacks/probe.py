@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from timstore.database.arguments import choice, listed
+from timstore.arguments import choice, listed
 from timstore.database.kept_rows import KEPT, asks_kept
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError, InvalidInputError

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from timstore.database.arguments import listed, sample_id, whole_number
+from timstore.arguments import listed, sample_id, whole_number
 from timstore.database.identity import Identity, taken_out
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CorruptionError, CoverageError, InvalidInputError, StateError

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from timstore.database.arguments import plain_name
+from timstore.arguments import plain_name
 from timstore.database.identity import combined_digest, recognise
 from timstore.database.states import State
 from timstore.database.store import Store

@@ -77,7 +77,7 @@ class Walk:
 
     def _declare(self, log: Log) -> None:
         """Take up the shapes of all parameters; what is wrong with a file is found when all files are read."""
-        owners = [log.view.checkpoint] if log.view.checkpoint else []
+        owners: list[Checkpoint | Commit] = [log.view.checkpoint] if log.view.checkpoint else []
         self._all_declared = not log.findings
         for owner in (*owners, *log.fresh):
             for info in owner.files if isinstance(owner, Checkpoint) else owner.objects:

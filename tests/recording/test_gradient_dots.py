@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from timstore.recording.buffers import Buffers
-from timstore.recording.inner import inner_products
+from timstore.recording.gradient_dots import inner_products
 from timstore.records import Factors, Rows
 
 

@@ -35,7 +35,7 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
         parts = [(order[sample], part) for sample, held in records.items() for part in held.get(name, ())]
         factors = [(owner, part) for owner, part in parts if isinstance(part, Factors)]
         if factors:
-            # All samples' token rows in one product.
+            # Of a gradient G = D'A the product <G, g> is the sum of (D g) * A over its tokens: all samples' at once.
             outputs = _joined([part.output_gradients for _, part in factors], matrix)
             inputs = _joined([part.inputs for _, part in factors], matrix)
             sums = (outputs @ matrix).mul_(inputs).sum(1).double().cpu().numpy()
@@ -51,21 +51,6 @@ def inner_products(records: Mapping[int, Gradients], gradients: Mapping[str, tor
 
 
 def _joined(arrays: Sequence[np.ndarray], like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all arrays below each other."""
-    whole = _whole(arrays)
-    found = [torch.from_numpy(widen(array)) for array in ([whole] if whole is not None else arrays)]
-    return (found[0] if len(found) == 1 else torch.cat(found)).to(like.device, like.dtype)
-
-
-def _whole(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Return what the arrays are the consecutive pieces of, as the recorder cuts a batch: nothing is copied then."""
-    first, base = arrays[0], arrays[0].base
-    if len(arrays) < 2 or not isinstance(base, np.ndarray) or base.dtype != np.uint8 or base.ndim != 1:
-        return None
-    start, size = first.ctypes.data - base.ctypes.data, first.nbytes
-    for place, one in enumerate(arrays):
-        if one.base is not base or one.shape != first.shape or not one.flags.c_contiguous:
-            return None
-        if one.ctypes.data - base.ctypes.data != start + size * place:
-            return None
-    return base[start : start + size * len(arrays)].view(first.dtype).reshape(-1, first.shape[1])
+    """Return the rows of all arrays below each other, beside another tensor and in its dtype."""
+    tensors = [torch.from_numpy(widen(array)) for array in arrays]
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(like.device, like.dtype)
