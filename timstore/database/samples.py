@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import mapped, plain_name, sample_id
 from timstore.catalog.tables import quoted
-from timstore.database.arguments import mapped, plain_name, sample_id
 from timstore.errors import InvalidInputError, shown
 from timstore.format.user_columns import alike, cast_exactly, first_misfit, plain
 

@@ -11,7 +11,7 @@ from timstore.errors import CorruptionError
 from timstore.format import paths, schemas
 from timstore.format.checksums import read_verified
 from timstore.format.local_files import Objects
-from timstore.format.log import Commit, Moment, ObjectInfo, parse_head, parse_info, take_time
+from timstore.format.log import Commit, Moment, ObjectInfo, misplaced, parse_head, parse_info, require_store, take_time
 from timstore.format.paths import take
 from timstore.format.schemas import COMMITS, OBJECTS
 from timstore.format.settings import Settings
@@ -70,9 +70,8 @@ def parse_compaction(data: bytes, path: str, settings: Settings) -> Compaction:
     fields, _ = paths.unseal(data, path)
     number = take(fields, "checkpoint", int, path)
     if paths.compaction_path(number) != path:
-        raise CorruptionError(f"{path} describes compaction {number}: files were renamed or swapped", path=path)
-    if fields.get("store") != settings.store_id:
-        raise CorruptionError(f"{path} belongs to store {fields.get('store')!r:.80}, not to this one", path=path)
+        raise misplaced(path, f"compaction {number}")
+    require_store(fields, path, settings)
     newest = {writer: _newest(writer, head, path) for writer, head in take(fields, "writers", dict, path).items()}
     files = tuple(parse_info(entry, path) for entry in take(fields, "objects", list, path))
     written_for = [paths.parse_folded_path(info.path) for info in files]
@@ -89,7 +88,8 @@ def _newest(writer: str, head: Any, path: str) -> Commit:
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Compaction") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
-    return schemas.read_rows(read_verified(objects, info, owner), info.path, rows=info.rows, words=True)
+    data = read_verified(objects, info, owner)
+    return schemas.read_rows(data, info.path, kind=info.kind, rows=info.rows, words=True)
 
 
 def read_tables(objects: Objects, compaction: Compaction, kind: str) -> list[pa.Table]:

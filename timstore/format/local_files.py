@@ -379,6 +379,7 @@ class LocalObjects:
         return CorruptionError(
             f"{self.root / path} is, or lies behind, a symbolic link or something else that is neither file nor "
             "folder. timstore follows none: put the real file there",
+            kind="not-a-file",
             path=path,
         )
 

@@ -70,9 +70,14 @@ def _named(kind: str, is_wanted: Callable[[str], bool]) -> tuple[str, ...]:
 COMMITS, OBJECTS = _schema("commits"), _schema("objects")
 SCHEMAS: dict[str, pa.Schema] = {kind: _schema(kind) for kind in _COLUMNS if kind not in ("commits", "objects")}
 
-# Columns in which every row says something, and those that stores written earlier lack.
+# Columns in which every row says something, else readers refuse a table; and those that stores written earlier lack.
 REQUIRED = {kind: _named(kind, lambda column: not column.endswith(("?", "+"))) for kind in _COLUMNS}
 ADDED = {kind: _named(kind, lambda column: column.endswith("+")) for kind in _COLUMNS}
+
+_COLUMN_TYPES = {
+    kind: dict(zip(schema.names, schema.types, strict=True))
+    for kind, schema in {**SCHEMAS, "commits": COMMITS, "objects": OBJECTS}.items()
+}
 
 # What a compaction folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
 FOLDED = tuple(kind for kind in SCHEMAS if kind not in ("slices", "chunks"))
@@ -101,12 +106,19 @@ def write_rows(table: pa.Table, kind: str) -> bytes:
 
 
 def read_rows(
-    data: bytes, path: str, columns: Sequence[str] | None = None, *, rows: int | None = None, words: bool = False
+    data: bytes,
+    path: str,
+    columns: Sequence[str] | None = None,
+    *,
+    kind: str | None = None,
+    rows: int | None = None,
+    words: bool = False,
 ) -> pa.Table:
     """Return the row table that a Parquet file holds, or some columns of it.
 
     Args:
         path: of the file, for errors.
+        kind: of the rows, whose columns and types they must have, and something in every row of those in `REQUIRED`.
         rows: how many it must hold, where that is known.
         words: hold repeating words as numbers into a dictionary: smaller in memory, and sooner in DuckDB.
 
@@ -118,12 +130,43 @@ def read_rows(
         source = pa.BufferReader(data)
         metadata = pq.read_metadata(source)
         if rows is not None and metadata.num_rows != rows:
-            raise CorruptionError(f"{path} holds {metadata.num_rows} rows instead of {rows}", path=path)
-        held = [name for name in _WORDS if name in metadata.schema.to_arrow_schema().names] if words else None
-        file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=held)
-        return file.read(columns, use_threads=len(data) > _LARGE_BYTES)
+            message = f"{path} holds {metadata.num_rows} rows instead of {rows}"
+            raise CorruptionError(message, kind="count", path=path)
+        coded_words = [name for name in _WORDS if name in metadata.schema.to_arrow_schema().names] if words else None
+        file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=coded_words)
+        table = file.read(columns, use_threads=len(data) > _LARGE_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise CorruptionError(f"{path} holds no readable rows: {error!s:.200}", path=path) from error
+    misfit = _misfit(table, kind, columns) if kind in REQUIRED else None
+    if misfit:
+        raise CorruptionError(f"{path} {misfit}", path=path)
+    return table
+
+
+def _misfit(table: pa.Table, kind: str, columns: Sequence[str] | None) -> str | None:
+    """Say in what way a table is not one of its kind; further columns are those of a newer version."""
+    wanted = _COLUMN_TYPES[kind]
+    present = dict(zip(table.schema.names, table.schema.types, strict=True))
+    if len(present) < len(table.schema.names):
+        return "has a column twice"
+    for name in wanted if columns is None else columns:
+        if name not in present:
+            if name in ADDED[kind]:
+                continue
+            return f"has no column {name}"
+        if present[name] != wanted[name] and not _may_be(present[name], wanted[name]):
+            return f"has a column {name} of {present[name]}, not of {wanted[name]}"
+    # A compaction adds these two, but to samples, whose further columns are the user's.
+    numbers = () if kind == "samples" else ("commit", "owner")
+    for name in (*REQUIRED[kind], *numbers):
+        if name in present and table[name].null_count:
+            return f"has a column {name} that is empty in {table[name].null_count} rows"
+    return None
+
+
+def _may_be(present: pa.DataType, wanted: pa.DataType) -> bool:
+    # Of a column in which no row says anything, a file need not know the type.
+    return bool(pa.types.is_null(present) or (pa.types.is_dictionary(present) and present.value_type == wanted))
 
 
 def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

@@ -5,8 +5,8 @@ A hook is a tensor's or a module's and holds neither the output nor, once its gr
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import Axis, Layout, Whole
 from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
+from timstore.recording.pending import OwnPass, Running
 from timstore.recording.replays import BatchNormKind
 from timstore.recording.watching import Place, Watch
 
@@ -33,8 +34,8 @@ class Capture:
 
     Args:
         trained: the parameters to capture.
-        current: returns the micro-batch of the forward pass that runs; None when there is none.
-        recomputed: the same of the backward pass that runs, for what a checkpoint computes again in it.
+        running: which micro-batch runs.
+        own: passes of our own, of which hooks take nothing.
         by_sample: what no module's hook can see is left to a backward pass of each sample, instead of refused.
         scale: of the gradients that arrive in those that the optimizer consumes: 1 / ranks.
 
@@ -48,21 +49,20 @@ class Capture:
         self,
         model: nn.Module,
         trained: Iterable[nn.Parameter],
-        current: Callable[[], MicroBatch | None],
-        recomputed: Callable[[int], MicroBatch | None],
+        running: Running,
+        own: OwnPass,
         *,
         by_sample: bool = False,
         scale: float = 1.0,
     ) -> None:
         self._trained = {id(parameter) for parameter in trained}
-        self._current = current
-        self._recomputed = recomputed
+        self._running = running
+        self._own = own
         self._by_sample = by_sample
         self._scale = scale
         self.buffers = Buffers()
         self.watch: Watch | None = None
         self.seen: Look | None = None
-        self._replays = 0
         self._warned: set[str] = set()
         self._kinds: list[Kind] = []
         self.names: set[str] = set()
@@ -91,16 +91,11 @@ class Capture:
     @property
     def is_replaying(self) -> bool:
         """Whether a module is being computed again, or differentiated once more, by ourselves."""
-        return self._replays > 0
+        return self._own.runs()
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Let no hook of ours do anything."""
-        self._replays += 1
-        try:
-            yield
-        finally:
-            self._replays -= 1
+        return self._own.running()
 
     def _hook(self, kind: Kind) -> None:
         self._kinds.append(kind)
@@ -113,7 +108,7 @@ class Capture:
                 self._seen(kind, given, output, (args, kwargs), _drawn(kind, random.pop()) if random else None)
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            batch = self._current()
+            batch = self._running.current
             idle = self.watch is not None or self.is_replaying or (batch is not None and batch.empty)
             random.clear()
             if not idle and torch.is_grad_enabled():
@@ -164,9 +159,9 @@ class Capture:
         return id(parameter) in self._trained and parameter.requires_grad
 
     def _batch(self, module: nn.Module) -> MicroBatch | None:
-        batch = self._current()
+        batch = self._running.current
         if batch is None and _in_backward():
-            batch = self._recomputed(id(module))
+            batch = self._running.recomputed(module)
         return batch
 
     def _seen(

@@ -7,7 +7,7 @@ What else runs this way is found out: modules say so in the forward pass, and in
 to all parameters shows where the modules' parts do not add up.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -22,6 +22,7 @@ from timstore.recording.checks import unlike
 from timstore.recording.layouts import Axis, Layout, Whole, only
 from timstore.recording.looking import output_name
 from timstore.recording.outputs import outputs_of
+from timstore.recording.pending import Running
 from timstore.records import Gradient
 
 # Of a gradient that came through another output: what rounding leaves of it.
@@ -35,30 +36,28 @@ class Passes:
         by_sample: run them once more for each sample where modules cannot tell.
         axis: of the batch in the model's output.
         scale: as for `Capture`.
-        arriving: called, each of them, when a gradient enters the model.
+        running: told when a gradient enters the model.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         capture: Capture,
+        running: Running,
         *,
         by_sample: bool,
         axis: int,
         scale: float,
-        arriving: Sequence[Callable[[], None]],
     ) -> None:
         self._parameters = parameters
         self._capture = capture
         self._by_sample = by_sample
         self._axis = axis
         self._scale = scale
-        self._arriving = arriving
+        self._running = running
         self._used_directly: set[int] = set()
         self._looked_at: set[str] = set()
         self._looking = False
-        self._latest: tuple[int, ref[MicroBatch]] | None = None
-        self._several = False
 
     def watch(self, output: Any, batch: MicroBatch) -> None:
         """Put hooks on what the model returned for a batch.
@@ -100,36 +99,12 @@ class Passes:
         """Find out anew, in the next backward pass, what else than modules uses parameters."""
         self._looked_at.clear()
 
-    def running(self, module: int, pending: Iterable[MicroBatch]) -> MicroBatch | None:
-        """Return the batch whose backward pass runs, where it had this module's forward pass without gradients.
-
-        Raises:
-            CoverageError: it could be another batch's.
-        """
-        batch = self._latest[1]() if self._latest is not None else None
-        # Where layers are called one by one, no output of the model says whose backward pass runs.
-        in_blocks = any(one.block and module in one.unseen for one in pending)
-        if not in_blocks and (batch is None or module not in batch.unseen):
-            return None
-        if self._several or in_blocks:
-            raise CoverageError(
-                "two batches run backward at once under a checkpoint with use_reentrant=True, or one whose layers were "
-                "called one by one in a block of recorder.batch, so that what is computed again cannot be told apart; "
-                "use use_reentrant=False, or a backward pass for each batch of the whole model"
-            )
-        return batch
-
     def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
             batch = owner()
             if batch is None or self._capture.is_replaying or self._looking:
                 return
-            for arriving in self._arriving:
-                arriving()
-            task = torch._C._current_graph_task_id()
-            if self._latest is None or self._latest[1]() is not batch:
-                self._several = self._latest is not None and self._latest[0] == task
-                self._latest = task, ref(batch)
+            self._running.arrived(batch)
             if entry >= 0 and batch.entries:
                 batch.enter()
                 self._enter(batch.entries[entry], gradient, batch)
