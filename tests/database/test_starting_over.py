@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import timstore
-from timstore.database import removal
+from timstore.format.local_files import folder_held
 
 
 def filled(path, **options):
@@ -203,7 +203,7 @@ def test_a_loop_that_is_still_recording_into_it_stops_with_an_error(tmp_path):
 def test_two_at_once_do_not_remove_each_others_store(tmp_path):
     path = filled(tmp_path / "run.tim")
     with (
-        removal.held(path, "a test"),
+        folder_held(path, "a test"),
         pytest.raises(timstore.StateError, match="removing it"),
     ):
         timstore.open(path, "w")

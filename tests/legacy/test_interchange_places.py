@@ -15,7 +15,8 @@ from older_layouts import held, normal, written
 import timstore
 from timstore.database import lifetime
 from timstore.errors import AlreadyExistsError, InvalidInputError, StateError
-from timstore.legacy import export_trajectories, import_trajectories, staging
+from timstore.format.local_files import folder_held
+from timstore.legacy import export_trajectories, import_trajectories
 
 GOOD = {"1": {"w": [1.5, 2.0], "w_step": 0}, "2": {"w": [2.5, 3.0], "w_step": 1}}
 
@@ -36,7 +37,7 @@ def test_two_at_one_place_do_not_mix(old: Path, store: Path, tmp_path: Path) -> 
         import_trajectories(old, tmp_path / "new")
     before = held(store)
     later = written(tmp_path / "later", {7: GOOD}, learning_rate=0.1)
-    with staging.held(store, "another process is importing into it"):
+    with folder_held(store, "another process is importing into it"):
         for target in (store, timstore.open(store)):
             with pytest.raises(StateError, match="another process is importing"):
                 import_trajectories(later, target)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from timstore.encoding import Encoded, Matrix, restore
 from timstore.errors import CorruptionError, TimstoreError
@@ -532,7 +531,7 @@ class SegmentReader:
         if "slices.parquet" not in self._infos:
             return _table("slices", ())
         table = self._table("slices.parquet", SCHEMAS["slices"].names)
-        return table.filter(pc.is_in(table["role"], pa.array(ROLES)))
+        return table.filter(pa.array([role in ROLES for role in table["role"].to_pylist()], pa.bool_()))
 
     def _layout(self, array: str) -> ArrayLayout:
         if array not in self._layouts:
