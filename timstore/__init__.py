@@ -118,7 +118,7 @@ class Store(_Store):
         epochs: int = 1,
         rank: int | None = None,
         allow_zero: bool = False,
-        capture: str = "modules",
+        capture: str = "auto",
         batch_axis: int = 0,
         id_column: str | None = None,
         by_content: bool = False,

@@ -20,6 +20,9 @@ from timstore.recording.layouts import Layout, Owners, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
 
+# Shapes of the model's arguments for one sample.
+Sizes = tuple[tuple[int, ...], ...]
+
 
 @dataclass(eq=False, slots=True)
 class Entry:
@@ -28,6 +31,7 @@ class Entry:
     Attributes:
         path: of it, among what the model returned.
         layout: None where it has the samples nowhere: no gradient of its own may come to it.
+        proven: a proof began here, so that none has to again.
         arrived: its gradient came.
         through: what of its gradient comes through other outputs.
     """
@@ -35,6 +39,7 @@ class Entry:
     path: str
     edge: GradientEdge
     layout: Layout | None
+    proven: bool = False
     arrived: bool = False
     through: torch.Tensor | None = None
 
@@ -47,7 +52,9 @@ class MicroBatch:
         chosen: the samples to capture.
         rows_given: rows of the model's arguments.
         layout: where the samples' tokens are, of packed rows.
-        sizes: shapes of the model's arguments for one sample.
+        sizes: of its arguments.
+        proving: where modules have the samples is proved in its backward pass.
+        edges: of calls, by identity, whose layout is to be proved: where their gradients arrive.
         arriving: by backward pass and parameter (identities): what a pass that may only look (`torch.autograd.grad`),
             or break off, has brought of the next two.
         captured: parameters and, per captured sample, a part of the gradient, as modules show it; accumulated.
@@ -71,7 +78,9 @@ class MicroBatch:
         self.whole: set[int] = set()
         self.entries: list[Entry] = []
         self.passed: Captured = []
-        self.sizes: tuple[tuple[int, ...], ...] = ()
+        self.sizes: Sizes = ()
+        self.proving = False
+        self.edges: dict[int, GradientEdge] = {}
         self.unseen: set[int] = set()
         self.tokens: torch.Tensor | None = None
         self.captured: Captured = []
@@ -96,6 +105,11 @@ class MicroBatch:
             parameters: by identity.
         """
         return self.empty or any(id(one) in parameters for one, _ in (*self.captured, *self.passed))
+
+    def entry_at(self, edge: GradientEdge | None) -> Entry | None:
+        """Return the output of the model that is this very tensor, None where none is."""
+        at = (entry for entry in self.entries if edge is not None and entry.edge[:2] == edge[:2])
+        return next(at, None)
 
     def arrive(self, captured: Captured, *, passed: bool = False) -> None:
         """Take parts that the backward pass that runs has brought; they count once `settle` is told of them."""
@@ -152,6 +166,7 @@ class MicroBatch:
             call.release()
         self.captured, self.passed, self.entries = [], [], []
         self.arriving.clear()
+        self.edges.clear()
 
 
 def by_parameter(captured: Captured) -> dict[int, list[Gradient]]:
@@ -247,6 +262,19 @@ def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str,
         raise InvalidInputError(
             f"the batch has {lengths[0]} rows and {rows} sample ids; give one id per row", kind="wrong-ids"
         )
+
+
+def sizes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Sizes:
+    """Return the shapes of the model's arguments for one sample."""
+    sizes = []
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        for number in dict.fromkeys((axis, 0)):
+            if value.ndim > number and value.shape[number] == rows:
+                sizes.append((*value.shape[:number], *value.shape[number + 1 :]))
+                break
+    return tuple(sizes)
 
 
 def token_counts(

@@ -1,12 +1,11 @@
 """The model's output: where a backward pass enters it, and may be run once more for each sample.
 
-A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. With
-`capture="per-sample"`, and of tables that are looked up by one row of ids without it, the gradient that arrives at the
-model's output is sent back once more for each recorded sample, with zeros for all others, to those parameters alone.
-What else runs this way is found out: modules say so in the forward pass, and in steps that are proofs one backward pass
-to all parameters shows where the modules' parts do not add up.
+A module's hook cannot see a weight that is used directly, an LSTM, a table that is not looked up by sample. Of such
+parameters the gradient that arrives at the model's output is sent back once more for each recorded sample, with zeros
+for all others. Which they are, modules say in the forward pass, and proofs show.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -15,13 +14,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from timstore.errors import CoverageError
-from timstore.recording.batches import Entry, MicroBatch, by_parameter
+from timstore.errors import CoverageError, TimstoreWarning
+from timstore.recording.batches import Entry, MicroBatch
 from timstore.recording.capture import Capture
-from timstore.recording.checks import unlike
-from timstore.recording.layouts import Axis, Layout, Whole, only
-from timstore.recording.looking import output_name
+from timstore.recording.layouts import CANDIDATES, Axis, Layout, Whole, only
 from timstore.recording.outputs import outputs_of
+from timstore.recording.proof import is_reentrant, sent_back
 from timstore.records import Gradient
 
 # Of a gradient that came through another output: what rounding leaves of it.
@@ -29,10 +27,9 @@ _NOTHING = 1e-4
 
 
 class Passes:
-    """Watches the gradients that arrive at the model's output.
+    """Watches the gradients that arrive at the model's output: has the proof begin there, and a pass of each sample.
 
     Args:
-        by_sample: run them once more for each sample where modules cannot tell.
         axis: of the batch in the model's output.
         scale: as for `Capture`.
         arriving: called, each of them, when a gradient enters the model.
@@ -43,20 +40,17 @@ class Passes:
         parameters: Mapping[str, nn.Parameter],
         capture: Capture,
         *,
-        by_sample: bool,
         axis: int,
         scale: float,
         arriving: Sequence[Callable[[], None]],
     ) -> None:
         self._parameters = parameters
         self._capture = capture
-        self._by_sample = by_sample
         self._axis = axis
         self._scale = scale
         self._arriving = arriving
-        self._used_directly: set[int] = set()
-        self._looked_at: set[str] = set()
-        self._looking = False
+        self._named: set[int] = set()
+        self._blocked = False
         self._latest: tuple[int, ref[MicroBatch]] | None = None
         self._several = False
 
@@ -66,39 +60,39 @@ class Passes:
         Raises:
             CoverageError: none of it has an axis for the samples that are to be told apart.
         """
+        batch.whole |= self._capture.used_directly
+        entered = (batch.whole or batch.proving) and not batch.empty
         for path, tensor in outputs_of(output).items():
             if not tensor.requires_grad:
                 continue
             number = -1
-            if (self._by_sample or batch.whole) and not batch.empty and tensor.ndim:
+            if entered and tensor.ndim:
                 number = len(batch.entries)
                 # The batch's, not the hook's: a hook that held on to its own graph would never be let go of.
                 batch.entries.append(Entry(path, get_gradient_edge(tensor), self._layout(path, tensor, batch)))
             tensor.register_hook(self._arrived(number, ref(batch)))  # type: ignore[no-untyped-call]
-        if batch.whole and not batch.empty and all(entry.layout is None for entry in batch.entries):
+        if batch.whole and not batch.empty and not any(entry.layout or batch.proving for entry in batch.entries):
             raise CoverageError(
-                "capture='per-sample' needs a model that returns a tensor with the batch on an axis (logits, hidden "
-                "states): the loss alone cannot be told apart. So does a table that all samples look up by one row of "
-                "ids and do not use row by row"
+                "a backward pass of each sample needs a model that returns a tensor with the batch on an axis (logits, "
+                f"hidden states): the loss alone cannot be told apart, and no module shows {self._names(batch.whole)}"
             )
 
-    def _layout(self, path: str, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
-        """Return where an output has the samples, None where it has them nowhere."""
-        rows, seen = len(batch.ids), self._capture.seen
-        found: Layout | None
-        if batch.layout is not None:
-            found = batch.layout.of(tensor.shape)
-        elif rows == 1:
-            found = Whole()
-        elif seen is None or output_name(path) not in seen.places:
-            found = Axis(self._axis)
-        else:
-            found = seen.layout(output_name(path), tensor.shape, rows, batch.sizes)
-        return found if found is not None and found.fits(tensor.shape, rows) else None
+    def _names(self, parameters: set[int]) -> str:
+        """Return the names of some parameters, the first few of them."""
+        names = [name for name, parameter in self._parameters.items() if id(parameter) in parameters]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    def look_again(self) -> None:
-        """Find out anew, in the next backward pass, what else than modules uses parameters."""
-        self._looked_at.clear()
+    def _layout(self, path: str, tensor: torch.Tensor, batch: MicroBatch) -> Layout | None:
+        """Return where an output has the samples, None where that is not known."""
+        rows = len(batch.ids)
+        layout: Layout | None = Axis(self._axis)
+        if batch.layout is not None:
+            layout = batch.layout.of(tensor.shape)
+        elif rows == 1:
+            layout = Whole()
+        elif not Axis(self._axis).fits(tensor.shape, rows):
+            layout = self._capture.places.known(_output(path), tensor.shape, rows, batch.sizes)
+        return layout if layout is not None and layout.fits(tensor.shape, rows) else None
 
     def running(self, module: int, pending: Iterable[MicroBatch]) -> MicroBatch | None:
         """Return the batch whose backward pass runs, where it had this module's forward pass without gradients.
@@ -119,11 +113,14 @@ class Passes:
             )
         return batch
 
-    def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
-        def arrived(gradient: torch.Tensor) -> None:
+    def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
             batch = owner()
-            if batch is None or self._capture.is_replaying or self._looking:
-                return
+            if batch is None:
+                return None
+            if self._capture.is_replaying:
+                blocked = self._blocked and entry >= 0 and batch.entries and batch.entries[entry].layout is not None
+                return torch.zeros_like(gradient) if blocked else None
             for arriving in self._arriving:
                 arriving()
             task = torch._C._current_graph_task_id()
@@ -133,11 +130,19 @@ class Passes:
             if entry >= 0 and batch.entries:
                 batch.enter()
                 self._enter(batch.entries[entry], gradient, batch)
+            return None
 
         return arrived
 
     def _enter(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
         """Send on what enters the model here, but for what has come through another of its outputs."""
+        if batch.proving and not entry.proven:
+            self._prove(entry, gradient, batch)
+        if not batch.whole:
+            return
+        if entry.layout is None:
+            self._refuse_direct(entry, gradient, batch)
+            return
         others = [one for one in batch.entries if one is not entry and not one.arrived]
         entry.arrived = True
         if entry.through is not None:
@@ -151,24 +156,47 @@ class Passes:
             for one, more in zip(others, through, strict=True):
                 if more is not None:
                     one.through = more if one.through is None else one.through + more
-        self._run(entry, gradient, batch)
+        self._run(entry, entry.layout, gradient, batch)
 
-    def _run(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
-        if self._by_sample and entry.path not in self._looked_at:
-            self._looked_at.add(entry.path)
-            self._used_directly |= self._look(entry, gradient, batch)
-        batch.whole |= self._used_directly
-        whole = [one for one in self._parameters.values() if id(one) in batch.whole and one.requires_grad]
-        if not whole:
-            return
-        layout = entry.layout
-        if layout is None:
+    def _prove(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        """Find out where the modules before an output have the samples; and the output itself, unless that is known."""
+        entry.proven = True
+        rows, shape = len(batch.ids), gradient.shape
+        layouts = [one for one in CANDIDATES if one.fits(shape, rows)] if entry.layout is None else [entry.layout]
+        layout = self._capture.prove(batch, entry.edge, gradient, shape, layouts) if layouts else None
+        if entry.layout is None and layout is not None:
+            entry.layout = layout
+            self._capture.places.moved(_output(entry.path), layout, shape, rows, batch.sizes)
+
+    def _refuse_direct(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        """Refuse a gradient that goes to a parameter without coming through an output that has the samples.
+
+        Raises:
+            CoverageError: it does.
+        """
+        self._blocked = True
+        try:
+            with self._capture.replaying():
+                direct = self._back(entry.edge, self._whole(batch), gradient)
+        finally:
+            self._blocked = False
+        if any(part is not None and bool(part.any()) for part in direct):
             raise CoverageError(
                 f"the loss takes {entry.path or 'an output'} of the model, {tuple(gradient.shape)}, which has the "
-                "samples on no axis that is known: capture='per-sample' cannot tell them apart there. Return it with "
-                "the batch on axis 0",
+                "samples on no axis that is known: no backward pass of each sample can tell them apart there. Return "
+                "it with the batch on axis 0",
                 kind="order-check",
             )
+
+    def _whole(self, batch: MicroBatch) -> list[nn.Parameter]:
+        return [one for one in self._parameters.values() if id(one) in batch.whole and one.requires_grad]
+
+    def _run(self, entry: Entry, layout: Layout, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        """Take the gradients that modules do not show by a backward pass of each sample."""
+        whole = self._whole(batch)
+        if not whole:
+            return
+        self._warn(batch.whole)
         found: list[list[Gradient]] = [[] for _ in whole]
         with self._capture.replaying():
             for rows in batch.chosen.rows:
@@ -179,32 +207,31 @@ class Passes:
                     parts.append(self._capture.buffers.copy(scaled))
         batch.arrive(list(zip(whole, found, strict=True)), passed=True)
 
+    def _warn(self, whole: set[int]) -> None:
+        """Say, once of each parameter, what recording it costs."""
+        if self._capture.mode == "auto" and not whole <= self._named:
+            numbers = sum(one.numel() for one in self._parameters.values() if id(one) in whole)
+            warnings.warn(
+                f"no module shows the gradients of {self._names(whole - self._named)} by sample: they are recorded by "
+                "one more backward pass for each recorded sample of a batch, as far back as the first of them, and "
+                f"kept whole ({numbers:,} numbers a record). To save that, freeze them; pass capture='per-sample' to "
+                "accept it without this warning, or capture='modules' to have it refused",
+                TimstoreWarning,
+                stacklevel=2,
+            )
+            self._named |= whole
+
     def _back(self, output: GradientEdge, inputs: Sequence[Any], gradient: torch.Tensor) -> Sequence[Any]:
-        """Return the gradients at inputs, None where nothing comes; the graph stays for the pass that runs."""
         try:
-            return torch.autograd.grad([output], inputs, [gradient], retain_graph=True, allow_unused=True)
+            return sent_back(output, inputs, gradient)
         except RuntimeError as error:
-            if "use_reentrant" not in str(error):
+            if not is_reentrant(error):
                 raise
             raise CoverageError(
-                "capture='per-sample' cannot go through a checkpoint with use_reentrant=True: use use_reentrant=False"
+                "a backward pass of each sample cannot go through a checkpoint with use_reentrant=True: use "
+                "use_reentrant=False"
             ) from error
 
-    def _look(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> set[int]:
-        """Return the parameters that something else than hooked modules uses: their modules' parts fall short."""
-        trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
-        names = [name for name, one in trained.items() if id(one) not in batch.whole]
-        tried = [self._parameters[name] for name in names]
-        # The module whose output this is has seen its gradient already, and will see the rest after this.
-        before, batch.arriving = batch.arriving, {}
-        self._looking = True
-        try:
-            grads = self._back(entry.edge, tried, gradient) if tried else ()
-        finally:
-            self._looking = False
-        shown = [pair for captured, _ in batch.arriving.values() for pair in captured]
-        batch.arriving = before
-        known = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
-        self._capture.buffers.wait()
-        off = unlike(self._parameters, known, by_parameter(shown), 1 / self._scale)
-        return {id(self._parameters[name]) for name in off}
+
+def _output(path: str) -> str:
+    return f"output {path}"

@@ -43,7 +43,7 @@ from timstore.recording.standstill import Standstill
 from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
 
-CAPTURES = ("modules", "per-sample")
+CAPTURES = ("auto", "modules", "per-sample")
 
 _recorded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -62,7 +62,7 @@ class Options:
     budget: Budget | None = None
     rank: int | None = None
     allow_zero: bool = False
-    capture: str = "modules"
+    capture: str = "auto"
     batch_axis: int = 0
     id_column: str | None = None
     by_content: bool = False
@@ -244,10 +244,10 @@ class Recorder:
 
         capture = Capture(
             self._model,
-            self._parameters.values(),
+            self._parameters,
             lambda: forwards.current,
             lambda module: passes.running(module, forwards.pending),
-            by_sample=by_sample,
+            mode=options.capture,
             scale=scale,
         )
         keep(capture)
@@ -260,7 +260,6 @@ class Recorder:
         passes = Passes(
             self._parameters,
             capture,
-            by_sample=by_sample,
             axis=self._axis,
             scale=scale,
             arriving=[one.pending.accumulation.settle_later for one in trained],
