@@ -1,4 +1,4 @@
-"""The look leaves training as it is, and finds the samples in models that make that hard."""
+"""A proof leaves training as it is, and finds the samples in models that make that hard."""
 
 import random
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """One forward and backward pass, and how the passes of a step become records."""
 
 import weakref
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,9 @@ class MicroBatch:
         rows_given: rows of the model's arguments.
         layout: where the samples' tokens are, of packed rows.
         sizes: of its arguments.
+        has_tokens: an argument is ids (rows, tokens) or states (rows, tokens, d).
         proving: where modules have the samples is proved in its backward pass.
+        shared: calls of tables that are given one row of ids, (1, T), for all samples.
         edges: of calls, by identity, whose layout is to be proved: where their gradients arrive.
         arriving: by backward pass and parameter (identities): what a pass that may only look (`torch.autograd.grad`),
             or break off, has brought of the next two.
@@ -79,7 +81,9 @@ class MicroBatch:
         self.entries: list[Entry] = []
         self.passed: Captured = []
         self.sizes: Sizes = ()
+        self.has_tokens = False
         self.proving = False
+        self.shared: list[Call] = []
         self.edges: dict[int, GradientEdge] = {}
         self.unseen: set[int] = set()
         self.tokens: torch.Tensor | None = None
@@ -89,6 +93,7 @@ class MicroBatch:
         self.awaited = 0
         self.reached = False
         self._task = -1
+        self._settled: set[tuple[int, int]] = set()
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
@@ -115,11 +120,17 @@ class MicroBatch:
         """Take parts that the backward pass that runs has brought; they count once `settle` is told of them."""
         task = torch._C._current_graph_task_id()
         for pair in captured:
-            self.arriving.setdefault((task, id(pair[0])), ([], []))[passed].append(pair)
+            at = task, id(pair[0])
+            if at in self._settled:  # a table's gradient that another module shows may come after it was accumulated
+                (self.passed if passed else self.captured).append(pair)
+            else:
+                self.arriving.setdefault(at, ([], []))[passed].append(pair)
 
     def settle(self, parameter: nn.Parameter) -> None:
         """The backward pass that runs has accumulated its gradient of a parameter."""
-        found = self.arriving.pop((torch._C._current_graph_task_id(), id(parameter)), None)
+        at = torch._C._current_graph_task_id(), id(parameter)
+        self._settled.add(at)
+        found = self.arriving.pop(at, None)
         if found is not None:
             self.captured += found[0]
             self.passed += found[1]
@@ -166,6 +177,8 @@ class MicroBatch:
             call.release()
         self.captured, self.passed, self.entries = [], [], []
         self.arriving.clear()
+        self._settled.clear()
+        self.shared.clear()
         self.edges.clear()
 
 
@@ -266,15 +279,22 @@ def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str,
 
 def sizes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Sizes:
     """Return the shapes of the model's arguments for one sample."""
-    sizes = []
+    return tuple(tuple(value.shape[1:]) for value in _by_row(args, kwargs, rows, axis))
+
+
+def have_tokens(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> bool:
+    """Say whether an argument of the model is ids, (rows, tokens), or states, (rows, tokens, d)."""
+    return any(value.ndim == (3 if value.is_floating_point() else 2) for value in _by_row(args, kwargs, rows, axis))
+
+
+def _by_row(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Iterator[torch.Tensor]:
+    """Yield the model's arguments that hold the batch, its axis moved to the front."""
     for value in (*args, *kwargs.values()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        for number in dict.fromkeys((axis, 0)):
-            if value.ndim > number and value.shape[number] == rows:
-                sizes.append((*value.shape[:number], *value.shape[number + 1 :]))
-                break
-    return tuple(sizes)
+        if isinstance(value, torch.Tensor):
+            numbers = (one for one in (axis, 0) if value.ndim > one and value.shape[one] == rows)
+            number = next(numbers, None)
+            if number is not None:
+                yield value.movedim(number, 0)
 
 
 def token_counts(

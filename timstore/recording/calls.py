@@ -52,7 +52,7 @@ class Call:
         place: what is proved of where the samples are is known by this name.
         chosen: the samples to capture.
         layout: where the samples are in input and output; None while that has to be proved.
-        candidates: where they may be, the likeliest first.
+        candidates: where they may be, the likeliest first; none of a table that is given one row of ids for all.
         shape: of the input.
         version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from timstore.recording.attention import Projections
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
+from timstore.recording.checks import something_else
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.layouts import CANDIDATES, Axis, Folded, Layout, Whole
-from timstore.recording.modules import Kind
+from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.proof import Evidence, Places, Proof, Prover
 from timstore.recording.replays import BatchNormKind
 
@@ -67,6 +69,7 @@ class Capture:
         self.used_directly: set[int] = set()
         self.since_proof: Callable[[], str] = lambda: ""
         self._prover = Prover(parameters, self.buffers, scale)
+        self._partners: dict[str, str] = {}
         self._agreed: set[str] = set()
         self._trusted: set[str] = set()
         self._replays = 0
@@ -199,6 +202,9 @@ class Capture:
             self.buffers,
         )
         batch.watch(call)
+        if not candidates:
+            batch.shared.append(call)
+            batch.proving |= kind.name not in self._partners
         hooked = _hooked(output)
         if known is None:
             batch.edges[id(call)] = get_gradient_edge(hooked)
@@ -236,6 +242,9 @@ class Capture:
                 module=kind.name,
             )
         rows = len(batch.ids)
+        self.places.meet(place, batch)
+        if place in self.places.nowhere and rows > 1 and batch.layout is None:
+            raise self._nowhere(kind, given.shape)
         possible: Sequence[Layout] = CANDIDATES if fixed is None else (fixed,)
         if batch.layout is not None:
             possible = (batch.layout,)
@@ -249,6 +258,8 @@ class Capture:
             and layout.fits(output.shape, rows)
             and not (isinstance(layout, Folded) and fixed is None and given.shape[0] == rows)
         )
+        if not fitting and isinstance(kind, EmbeddingKind) and given.ndim == 2 and len(given) == 1:
+            return None, ()
         if not fitting:
             raise CoverageError(
                 f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
@@ -318,8 +329,9 @@ class Capture:
                 evidence.call.layout = layout
             denied = layout is None and place in self._trusted
             if layout is not None and batch.layout is None:
+                rows, sizes, tokens = len(batch.ids), batch.sizes, batch.has_tokens
                 denied = any(
-                    self.places.moved(place, layout, one.call.shape, len(batch.ids), batch.sizes) for one in calls
+                    [self.places.moved(place, layout, one.call.shape, rows, sizes, tokens=tokens) for one in calls]
                 )
             if denied:
                 raise CoverageError(
@@ -331,13 +343,39 @@ class Capture:
             self._trusted.discard(place)
             if layout is None or place in self.places.nowhere:
                 self.places.nowhere.add(place)
-                self._leave_to_passes(kind, batch, self._nowhere(kind, shape))
-        for name in proof.off:
-            # Between two proofs it may have begun unseen: that is refused at the step.
-            if self.mode == "per-sample" or (self.mode == "auto" and name not in self._agreed):
-                self.used_directly.add(id(self._parameters[name]))
+                self._leave_to_passes(kind, batch, calls[0].error or self._nowhere(kind, shape))
+        for call, partners in proof.partners.items():
+            self._join(call, [name for name in partners if found[name][0].call.layout == Axis(0)], batch)
+        for name, off in proof.off.items():
+            if id(self._parameters[name]) in batch.whole:
+                continue
+            # What agreed before may have been used directly ever since, unseen.
+            if self.mode == "modules" or (self.mode == "auto" and name in self._agreed):
+                raise something_else(name, off, more=self.since_proof())
+            self.used_directly.add(id(self._parameters[name]))
         self._agreed |= proof.agreeing
         batch.whole |= self.used_directly
+
+    def _join(self, call: Call, partners: Sequence[str], batch: MicroBatch) -> None:
+        """Note by which module's gradients those of a table that all samples look up by one row of ids are known."""
+        kind = next(one for one in self._kinds if one.name == call.place)
+        earlier = self._partners.get(kind.name)
+        if earlier in partners:
+            return
+        if earlier is None and partners:
+            self._partners[kind.name] = min(partners)
+            return
+        self.places.nowhere.add(kind.name)
+        self._leave_to_passes(kind, batch, self._nowhere(kind, call.shape))
+
+    def _shared_rows(self, call: Call, gradient: torch.Tensor, batch: MicroBatch, wanted: Any) -> None:
+        """Take the gradients of tables that get, by sample, what has come to this call."""
+        for shared in batch.shared:
+            if self._partners.get(shared.place) == call.place and shared.input.tensor is not None:
+                ids = shared.input.tensor.expand(len(gradient), -1)
+                kind = next(one for one in self._kinds if one.name == shared.place)
+                own = replace(shared, layout=call.layout, input=Input(ids), version=ids._version)
+                batch.arrive(kind.capture(own, gradient, wanted))
 
     def _agreed_on(self, calls: Sequence[Evidence], batch: MicroBatch) -> Layout | None:
         """Return where all calls of a module have the samples, None where they have them nowhere.
@@ -347,7 +385,10 @@ class Capture:
         for layout in calls[0].candidates:
             if all(layout in evidence.candidates for evidence in calls):
                 return layout
-        layout, share = calls[0].likeliest
+        apart = [evidence for evidence in calls if not evidence.candidates]
+        if not apart or any(evidence.error is not None for evidence in apart):
+            return None
+        layout, share = min((evidence.likeliest for evidence in apart), key=lambda pair: pair[1])
         if batch.layout is not None:
             self._warn_of_coupling(
                 "lets the samples that are packed into a row see each other (what it returns for one depends on the "
@@ -355,7 +396,7 @@ class Capture:
                 "without an attention_mask and with use_cache=False"
             )
             return layout
-        if share < 0.5:
+        if share < 0.5 or not all(evidence.tied for evidence in apart):
             return None
         if self.warns_of_coupling:
             return layout
@@ -412,10 +453,12 @@ class Capture:
             if self._prover.running:
                 self._prover.note(kind, call, scaled, wanted)
                 return
-            if call.layout is None and any(map(wanted, kind.parameters())):
+            if call.layout is None and call.candidates and any(map(wanted, kind.parameters())):
                 self._begin_here(kind, call, gradient, batch)
             if call.layout is not None:
                 batch.arrive(kind.capture(call, scaled, wanted))
+                if batch.shared:
+                    self._shared_rows(call, scaled, batch, wanted)
 
         return arrived
 

@@ -14,7 +14,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-2
 _TF32_TOLERANCE = 1e-3
 # Attention's key bias has a gradient of nothing but rounding noise: less than this part of the whole is no evidence.
-_NOISE = 1e-3
+_NOISE = 1e-2
 
 
 def check_sum(
@@ -40,18 +40,24 @@ def check_sum(
     for name, off in unlike(parameters, gradients, parts, ratio).items():
         if id(parameters[name]) not in parts:
             raise _not_captured(model, name)
-        raise CoverageError(
-            f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
-            f"{off:.2g} in norm). "
-            + (
-                "The loss takes something from the model that it does not return with the batch on an axis"
-                if by_sample
-                else "Something besides its module uses it, which capture='per-sample' sees by a backward pass of each "
-                "recorded sample; or samples of the batch are coupled"
-            ),
-            kind="sum-check",
-            parameter=name,
+        raise something_else(name, off, by_sample=by_sample)
+
+
+def something_else(name: str, off: float, *, by_sample: bool = False, more: str = "") -> CoverageError:
+    """Return the error of a parameter whose recorded gradients are not all that it gets, `off` in norm."""
+    return CoverageError(
+        f"parameter {name}: the recorded gradients add up to something else than its gradient (off by "
+        f"{off:.2g} in norm). "
+        + (
+            "The loss takes something from the model that it does not return with the batch on an axis"
+            if by_sample
+            else "Something besides its module uses it, which capture='per-sample' sees by a backward pass of each "
+            "recorded sample; or samples of the batch are coupled"
         )
+        + more,
+        kind="sum-check",
+        parameter=name,
+    )
 
 
 def unlike(

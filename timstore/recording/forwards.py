@@ -9,7 +9,7 @@ from torch import nn
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError
 from timstore.model.sample_ids import content_rows, row_hash, sample_of
-from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, sizes_of, token_counts
+from timstore.recording.batches import Ids, MicroBatch, check_length, have_tokens, sample_ids, sizes_of, token_counts
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
 from timstore.recording.packing import contents_of, ids_of_tokens, pieces_of
@@ -157,6 +157,7 @@ class Forwards:
         if self._reservoir is not None:
             self._reservoir.offer(batch, args, kwargs, contents)
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
+        batch.has_tokens = have_tokens(args, kwargs, len(batch.ids), self._axis)
         if self._is_proof and len(batch.ids) > 1 and not batch.empty:
             self._is_proof, batch.proving = False, True
         return args, kwargs

@@ -10,11 +10,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from timstore.errors import CoverageError
 from timstore.recording.batches import MicroBatch, Sizes, by_parameter
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Call, Input
@@ -37,8 +39,22 @@ class Places:
     def __init__(self) -> None:
         self.nowhere: set[str] = set()
         self._layouts: dict[str, Layout] = {}
+        self._irregular: set[str] = set()
+        self._batches = 0
+        self._first: dict[str, int] = {}
+        self._latest: ref[MicroBatch] | None = None
         # Tokens of a sample where batch and tokens are one axis, by the shapes of the model's arguments.
         self._lengths: dict[str, dict[Sizes, set[int]]] = {}
+
+    def meet(self, name: str, batch: MicroBatch) -> None:
+        """A module runs in a batch: one that did not in the first one may get what was routed to it."""
+        if self._latest is None or self._latest() is not batch:
+            self._latest = ref(batch)
+            self._batches += 1
+        if name not in self._first:
+            self._first[name] = self._batches
+            if self._batches > 1:
+                self._irregular.add(name)
 
     def known(self, name: str, shape: Sequence[int], rows: int, sizes: Sizes) -> Layout | None:
         """Return where a tensor of this shape has the samples; None where that has to be proved first.
@@ -61,8 +77,20 @@ class Places:
     def is_proved(self, name: str) -> bool:
         return name in self._layouts
 
-    def moved(self, name: str, layout: Layout, shape: Sequence[int], rows: int, sizes: Sizes) -> bool:
-        """Note what was proved; say whether it denies what would have been taken for known."""
+    def moved(
+        self, name: str, layout: Layout, shape: Sequence[int], rows: int, sizes: Sizes, *, tokens: bool = False
+    ) -> bool:
+        """Note what was proved; say whether it denies what would have been taken for known.
+
+        Args:
+            tokens: the model's arguments have tokens, of which one of each sample may be routed to a module.
+        """
+        if name in self._irregular:
+            one_each = tokens and layout == Axis(0) and len(shape) == 2 and tuple(shape[1:]) not in sizes
+            lengths = {size[0] for size in sizes if size}
+            if one_each or (isinstance(layout, Folded) and shape[0] // rows not in lengths):
+                self.nowhere.add(name)
+                return False
         earlier = self._layouts.get(name)
         if isinstance(earlier, Folded) and layout == Axis(0):
             layout = earlier  # of one token each the two are the same
@@ -83,12 +111,18 @@ class Evidence:
     Attributes:
         candidates: layouts that agree with all of them.
         shares: of each layout that was tried, how much of each pass was in the part of its rows.
+        reached: which numbers got something in some pass.
+        tied: some of them did in two, so that rows are not apart.
+        error: why it cannot be captured.
     """
 
     kind: Kind
     call: Call
     candidates: list[Layout]
-    shares: dict[Layout, list[float]]
+    shares: dict[Layout, list[float]] = field(default_factory=dict)
+    reached: torch.Tensor | None = None
+    tied: bool = False
+    error: CoverageError | None = None
 
     @property
     def likeliest(self) -> tuple[Layout, float]:
@@ -105,14 +139,17 @@ class Proof:
     Attributes:
         layout: of the gradient.
         evidence: of each call that any of it came to.
-        off: parameters, by name, that got something else than their modules' calls make of it.
+        off: parameters, by name, that got something else than their modules' calls make of it, and by how much.
         agreeing: those that got the same, and not nothing.
+        partners: of a call that is one row for all samples, (1, T, d), the names of modules whose gradients, added up
+            over the samples, are its own: what comes to such a module by sample is the call's gradient by sample.
     """
 
     layout: Layout
     evidence: dict[Call, Evidence] = field(default_factory=dict)
-    off: set[str] = field(default_factory=set)
+    off: dict[str, float] = field(default_factory=dict)
     agreeing: set[str] = field(default_factory=set)
+    partners: dict[Call, set[str]] = field(default_factory=dict)
 
     @property
     def denied(self) -> int:
@@ -142,6 +179,9 @@ class Prover:
         self._chosen = Chosen([])
         self._shown: Captured = []
         self._not_shown: set[int] = set()
+        self._shared: dict[Call, torch.Tensor] = {}
+        self._shapes: set[torch.Size] = set()
+        self._sums: dict[str, list[torch.Tensor]] = {}
 
     @property
     def running(self) -> bool:
@@ -170,9 +210,11 @@ class Prover:
             for name, parameter in self._parameters.items()
             if parameter.requires_grad and id(parameter) not in batch.whole
         }
+        self._shapes = {call.output_shape[1:] for call in batch.shared}
         whole = gradient.detach().reshape(shape)
-        for rows in self._passes(whole, layout, len(batch.ids)):
+        for rows in self._passes(whole, layout, len(batch.ids)) if trained else ():
             self._proof, self._rows, self._shown, self._not_shown = proof, rows, [], set()
+            self._shared, self._sums = {}, {}
             every = list(range(len(batch.ids)))
             self._chosen = Chosen(every, None if coupled else frozenset(rows))
             try:
@@ -184,6 +226,9 @@ class Prover:
                 continue  # what is computed again in backward is proved there
             finally:
                 self._proof = None
+            for call, arrived in self._shared.items():
+                alike = {name for name, sums in self._sums.items() if len(sums) == 1 and _alike(sums[0], arrived[0])}
+                proof.partners[call] = alike & proof.partners.get(call, alike)
             pairs = zip(trained.items(), gradients, strict=True)
             told = {
                 name: got
@@ -192,10 +237,10 @@ class Prover:
             }
             self._buffers.wait()
             off = unlike(self._parameters, told, by_parameter(self._shown), 1 / self._scale)
-            proof.off |= off.keys()
+            proof.off |= off
             proof.agreeing |= {name for name, got in told.items() if name not in off and bool(got.any())}
-        self._shown = []
-        proof.agreeing -= proof.off
+        self._shown, self._shared, self._sums = [], {}, {}
+        proof.agreeing -= proof.off.keys()
         return proof
 
     def note(self, kind: Kind, call: Call, gradient: torch.Tensor, wanted: Any) -> None:
@@ -204,9 +249,19 @@ class Prover:
         assert proof is not None
         if not bool(gradient.any()):
             return
+        if not call.candidates:
+            # Copied: autograd may go on adding to it.
+            self._shared[call] = gradient.detach().clone()
+            self._not_shown.update(id(parameter) for parameter in kind.parameters())
+            return
+        if gradient.shape[1:] in self._shapes and len(gradient) == rows:
+            self._sums.setdefault(call.place, []).append(gradient.detach().sum(0))
         found = proof.evidence.get(call)
         if found is None:
-            found = proof.evidence[call] = Evidence(kind, call, list(call.candidates), {})
+            found = proof.evidence[call] = Evidence(kind, call, list(call.candidates))
+        reached = gradient.detach() != 0
+        found.tied |= found.reached is not None and bool((found.reached & reached).any())
+        found.reached = reached if found.reached is None else found.reached | reached
         rounding = _ROUNDING_HALF if gradient.dtype in (torch.float16, torch.bfloat16) else _ROUNDING
         for layout in call.candidates:
             squares = _squares(gradient, layout, rows)
@@ -220,7 +275,11 @@ class Prover:
             self._not_shown.update(id(parameter) for parameter in kind.parameters())
             return
         alone = replace(call, layout=layout, chosen=self._chosen, input=Input(call.input.tensor))
-        self._shown += kind.capture(alone, gradient, wanted)
+        try:
+            self._shown += kind.capture(alone, gradient, wanted)
+        except CoverageError as error:
+            found.error = error
+            found.candidates.clear()
 
     def _passes(self, gradient: torch.Tensor, layout: Layout, rows: int) -> Iterator[list[int]]:
         """Yield the rows of each pass: two that have a gradient, and all others."""
@@ -243,6 +302,11 @@ def sent_back(edge: GradientEdge, inputs: Sequence[Any], gradient: torch.Tensor)
 def is_reentrant(error: RuntimeError) -> bool:
     """Say whether this is what torch raises of a checkpoint that only a whole backward pass may go through."""
     return "use_reentrant" in str(error)
+
+
+def _alike(gradient: torch.Tensor, other: torch.Tensor) -> bool:
+    rounding = _ROUNDING_HALF if other.dtype in (torch.float16, torch.bfloat16) else _ROUNDING
+    return float(_square(gradient - other)) <= rounding * float(_square(other))
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:
