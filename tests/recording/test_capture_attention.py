@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,7 @@ def test_an_attention_on_another_axis_is_refused_without_a_pass_of_each_sample(
 ) -> None:
     torch.manual_seed(0)
     model, batches = Misled(call), [{"x": torch.randn(4, tokens, 6)} for _ in range(2)]
-    ties = pytest.warns(TimstoreWarning, match="ties the samples") if call is forgotten else nullcontext()
-    with ties, pytest.raises(timstore.CoverageError, match=r"attention \(MultiheadAttention\).*capture='per-sample'"):
+    with pytest.raises(timstore.CoverageError, match=r"attention \(MultiheadAttention\).*capture='per-sample'"):
         recorded(tmp_path / "s", model, batches, IDS, squares, SAMPLES, capture="modules")
     model.zero_grad()
     want = one_by_one(model, batches, IDS, squares)

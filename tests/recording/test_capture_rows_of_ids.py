@@ -102,6 +102,7 @@ def test_each_sample_has_its_own_gradient_of_the_table(tmp_path: Path, use: Any,
 
 
 @pytest.mark.filterwarnings("ignore:.*BatchNorm.*mixes the samples")
+@pytest.mark.filterwarnings("ignore:no module shows")
 def test_samples_that_are_tied_together_hide_no_row(tmp_path: Path) -> None:
     class Normed(Net):
         def __init__(self) -> None:

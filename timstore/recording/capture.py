@@ -261,12 +261,16 @@ class Capture:
         if not fitting and isinstance(kind, EmbeddingKind) and given.ndim == 2 and len(given) == 1:
             return None, ()
         if not fitting:
+            self.places.misfit(place)
             raise CoverageError(
-                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
-                f"sample ids: no axis of it is the batch. Keep axis 0 so; or {WAY_OUT}",
+                f"module {kind.name} ({type(kind.module).__name__}) maps {tuple(given.shape)} to "
+                f"{tuple(output.shape)}, and the batch has {rows} sample ids: no axis of it is the batch. Keep axis 0 "
+                f"so; or {WAY_OUT}",
                 kind="order-check",
                 module=kind.name,
             )
+        if not given.shape[0]:
+            self.places.misfit(place)
         if batch.layout is not None or rows == 1:
             return fitting[0], fitting[:1]
         known = self.places.known(place, given.shape, rows, batch.sizes) if fixed is None else fixed
@@ -313,7 +317,7 @@ class Capture:
         coupled = self.warns_of_coupling or batch.layout is not None
         proofs = [self._prover.prove(batch, edge, gradient, shape, layout, coupled=coupled) for layout in layouts]
         proof = min(proofs, key=lambda one: one.denied)
-        if not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1:
+        if len(proofs) > 1 and (not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1):
             return None
         self._conclude(batch, proof)
         return proof.layout

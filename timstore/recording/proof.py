@@ -56,6 +56,10 @@ class Places:
             if self._batches > 1:
                 self._irregular.add(name)
 
+    def misfit(self, name: str) -> None:
+        """A module got rows that are no multiple of the batch, or none: it may be given what is routed to it."""
+        self._irregular.add(name)
+
     def known(self, name: str, shape: Sequence[int], rows: int, sizes: Sizes) -> Layout | None:
         """Return where a tensor of this shape has the samples; None where that has to be proved first.
 

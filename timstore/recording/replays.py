@@ -75,7 +75,10 @@ class ReplayedKind(Kind):
         """
         assert call.arguments is not None
         shapes = [tuple(one.shape) for one in held.values()]
-        if any(not shape or tuple(call.output_shape[-len(shape) :]) != shape for shape in shapes):
+        if any(
+            not 0 < len(shape) < len(call.output_shape) or tuple(call.output_shape[-len(shape) :]) != shape
+            for shape in shapes
+        ):
             return None
         args, kwargs = _of_samples(call.arguments, call.chosen.batch, call.chosen.take)
         grads = call.chosen.take(gradient)
