@@ -278,11 +278,11 @@ class Capture:
             raise self._nowhere(kind, given.shape)
         if known is None or (fixed is not None and not self.places.is_proved(place)):
             batch.proving = True
-        if fixed is not None:
-            return fixed, fitting
         if known is not None and not batch.proving:
             self._trusted.add(place)
             return known, (known,)
+        if fixed is not None:
+            return fixed, fitting
         return None, fitting if known is None else (known, *(one for one in fitting if one != known))
 
     def _nowhere(self, kind: Kind, shape: Sequence[int]) -> CoverageError:
