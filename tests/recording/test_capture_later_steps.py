@@ -177,7 +177,7 @@ def shuffled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("tokens", [3, 4])
-def test_a_layer_is_looked_at_as_it_runs_in_training(tmp_path: Path, tokens: int, options: Any) -> None:
+def test_a_layer_is_proved_as_it_runs_in_training(tmp_path: Path, tokens: int, options: Any) -> None:
     forward = lambda self, x: self.always(x).tanh() + (turned(self.late, x) if self.training else 0)  # noqa: E731
     model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
     record(tmp_path / "s", model, [of(tokens, 6)] * 2, **options)

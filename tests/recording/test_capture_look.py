@@ -166,7 +166,7 @@ def test_a_matrix_for_all_rows_is_not_the_batch_when_it_is_as_long(tmp_path: Pat
 
 
 @pytest.mark.parametrize("lengths", [[16, 1, 1, 1], [1, 16, 1, 1]], ids=str)
-def test_rows_that_are_mostly_padding_are_looked_at(tmp_path: Path, lengths: list[int]) -> None:
+def test_rows_that_are_mostly_padding_are_proved(tmp_path: Path, lengths: list[int]) -> None:
     def forward(self: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         pooled = (self.table(x) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         out: torch.Tensor = self.out(pooled)

@@ -430,7 +430,7 @@ def overwritten(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def tabled(self: Any, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = x + self.layer(self.table)
+    out: torch.Tensor = x + self.layer(self.table).sum(0)
     return out
 
 

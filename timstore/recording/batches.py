@@ -53,6 +53,7 @@ class MicroBatch:
         rows_given: rows of the model's arguments.
         layout: where the samples' tokens are, of packed rows.
         sizes: of its arguments.
+        called: the model itself runs it, not its layers one by one.
         has_tokens: an argument is ids (rows, tokens) or states (rows, tokens, d).
         proving: where modules have the samples is proved in its backward pass.
         shared: calls of tables that are given one row of ids, (1, T), for all samples.
@@ -81,6 +82,7 @@ class MicroBatch:
         self.entries: list[Entry] = []
         self.passed: Captured = []
         self.sizes: Sizes = ()
+        self.called = False
         self.has_tokens = False
         self.proving = False
         self.shared: list[Call] = []

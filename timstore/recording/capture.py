@@ -216,7 +216,7 @@ class Capture:
         Raises:
             CoverageError: the one that is given, where it is not.
         """
-        if self.mode == "modules":
+        if self.mode == "modules" or not batch.called:
             raise error
         batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
 

@@ -156,6 +156,7 @@ class Forwards:
         self._keep_hashes(batch.ids, contents)
         if self._reservoir is not None:
             self._reservoir.offer(batch, args, kwargs, contents)
+        batch.called = True
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
         batch.has_tokens = have_tokens(args, kwargs, len(batch.ids), self._axis)
         if self._is_proof and len(batch.ids) > 1 and not batch.empty:
