@@ -14,9 +14,9 @@ from timstore.database.arguments import plain_name
 from timstore.database.arguments import sample_id as checked_id
 from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError, shown
+from timstore.recording.batch_axis import Layout, Owners, owners_of
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Layout, Owners, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
 

@@ -11,9 +11,9 @@ import torch
 
 from timstore.errors import CoverageError
 from timstore.model.eval_guard import RandomState
+from timstore.recording.batch_axis import Layout, Parts
 from timstore.recording.buffers import Buffers
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Layout, Parts
 from timstore.records import widen
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.

@@ -17,15 +17,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
 from timstore.model.eval_guard import RandomState
 from timstore.recording.attention import Projections
+from timstore.recording.batch_axis import CANDIDATES, Axis, Folded, Layout, Whole
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
 from timstore.recording.checks import something_else
 from timstore.recording.kinds import hooked_modules
-from timstore.recording.layouts import CANDIDATES, Axis, Folded, Layout, Whole
 from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.proof import Evidence, Places, Proof, Prover
-from timstore.recording.replays import BatchNormKind
+from timstore.recording.recomputed_modules import BatchNormKind
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from timstore.recording.layouts import Owners
+from timstore.recording.batch_axis import Owners
 
 _BEGINNINGS = ("cu_seq_lens_q", "cu_seq_lens")
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from timstore.errors import CoverageError
+from timstore.recording.batch_axis import Axis, Folded, Layout, only
 from timstore.recording.batches import MicroBatch, Sizes, by_parameter
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Call, Input
 from timstore.recording.checks import unlike
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Axis, Folded, Layout, only
 from timstore.recording.modules import Captured, Kind
 
 # Of a gradient's square, what rounding may put beside the rows that it was sent back for: in half precision, and else.

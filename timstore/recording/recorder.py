@@ -32,12 +32,12 @@ from timstore.recording.beginning import Beginning
 from timstore.recording.capture import Capture
 from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
-from timstore.recording.forwards import Forwards
+from timstore.recording.forward_hooks import Forwards
 from timstore.recording.history import History
 from timstore.recording.misuse import Unentered, note_compiled, refuse_compiled
 from timstore.recording.optimizer import trained_parameters
-from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
+from timstore.recording.per_sample_backward import Passes
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 from timstore.recording.stepping import Stepping, Trained

@@ -16,7 +16,7 @@ from timstore.recording.batches import by_parameter
 from timstore.recording.closures import Arguments, run_closure
 from timstore.recording.drawn import Drawn
 from timstore.recording.forecast import Budget
-from timstore.recording.forwards import Forwards
+from timstore.recording.forward_hooks import Forwards
 from timstore.recording.history import History
 from timstore.recording.optimizer import check_untrained, is_skipped
 from timstore.recording.pending import Pending

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from timstore.errors import CoverageError
 from timstore.model.eval_guard import RandomState
+from timstore.recording.batch_axis import Axis, Parts, only
 from timstore.recording.calls import Arguments, Call, rows_of, wide_dtype, with_each_tensor
-from timstore.recording.layouts import Axis, Parts, only
 from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up
 from timstore.records import Gradient
 

@@ -13,8 +13,8 @@ from timstore.recording.batches import Ids, MicroBatch, check_length, have_token
 from timstore.recording.capture import Capture
 from timstore.recording.chosen import Chosen
 from timstore.recording.packing import contents_of, ids_of_tokens, pieces_of
-from timstore.recording.passes import Passes
 from timstore.recording.pending import Pending
+from timstore.recording.per_sample_backward import Passes
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 

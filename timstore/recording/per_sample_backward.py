@@ -15,9 +15,9 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError, TimstoreWarning
+from timstore.recording.batch_axis import CANDIDATES, Axis, Layout, Whole, only
 from timstore.recording.batches import Entry, MicroBatch
 from timstore.recording.capture import Capture
-from timstore.recording.layouts import CANDIDATES, Axis, Layout, Whole, only
 from timstore.recording.outputs import outputs_of
 from timstore.recording.proof import is_reentrant, sent_back
 from timstore.records import Gradient
