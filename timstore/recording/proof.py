@@ -314,7 +314,8 @@ def _alike(gradient: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square()
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+    return norm.square()
 
 
 def _squares(gradient: torch.Tensor, layout: Layout, rows: int) -> torch.Tensor:
@@ -322,4 +323,5 @@ def _squares(gradient: torch.Tensor, layout: Layout, rows: int) -> torch.Tensor:
     parts = layout.parts(gradient.detach(), rows)
     if isinstance(parts, list):
         return torch.stack([_square(part) for part in parts])
-    return torch.linalg.vector_norm(parts.reshape(rows, -1), dim=1, dtype=torch.float64).square()
+    norms: torch.Tensor = torch.linalg.vector_norm(parts.reshape(rows, -1), dim=1, dtype=torch.float64)
+    return norms.square()
