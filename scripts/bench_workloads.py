@@ -148,7 +148,7 @@ def _summary(title: str, part: Sequence[Figures]) -> None:
         for kind in KINDS:
             table.add_column(f"{kind} over {below}", justify="right")
     table.add_column("seconds", justify="right")
-    for row in (ROLLBACK, HALF, RETAINED, PUBLIC, FIRST, TIM, PLAIN, *tofu.METHODS, FLOOR):
+    for row in (ROLLBACK, HALF, RETAINED, PUBLIC, FIRST, TIM, PLAIN, *tofu.METHODS, NOTHING, FLOOR):
         having = [figures for figures in part if row in figures]
         if not having:
             continue

@@ -33,7 +33,7 @@ OWNERS = {
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
     "isal": ["timstore.format", "timstore.verification"],
-    "duckdb": ["timstore.catalog", "timstore.database.handle"],
+    "duckdb": ["timstore.catalog", "timstore.database.handle", "timstore.cli.sample_files"],
     "torch": [
         "timstore.model",
         "timstore.recording",
@@ -44,7 +44,7 @@ OWNERS = {
         "timstore.integrations",
     ],
     "ijson": ["timstore.legacy"],
-    "rich": ["timstore.progress", "timstore.cli.sql"],
+    "rich": ["timstore.progress", "timstore.cli.reading"],
     "typer": ["timstore.cli"],
     "transformers": ["timstore.checkpoints", "timstore.integrations"],
     "lightning": ["timstore.integrations.lightning"],

@@ -1,8 +1,11 @@
-"""Whatever fails while a checkpoint is written, everything is as it was, and the same call works afterwards."""
+"""Checkpoints whose rollback fails, is interrupted or killed: everything is as it was, or is put back by the next."""
 
 import errno
 import itertools
 import os
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +15,71 @@ import torch
 from safetensors.torch import save_file
 
 import timstore
-from timstore.checkpoints import writing
+from timstore.checkpoints import publish
 from timstore.database.store import Store
 from timstore.model.fingerprints import digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
 
-
-class FailingOs:
-    """The module `os`, of which a call fails that changes the disk.
-
-    Attributes:
-        at: which call, of one function or (None) of all of them.
-        for_ever: whether the later ones fail too.
-    """
-
-    CHANGES = ("open", "pwrite", "fsync", "fchmod", "link", "replace")
-
-    def __init__(self, error: BaseException, at: tuple[str | None, int], *, for_ever: bool = False) -> None:
-        self.calls: list[str] = []
-        self._error, self._at, self._for_ever = error, at, for_ever
-
-    def __getattr__(self, name: str) -> Any:
-        plain = getattr(os, name)
-        if name not in self.CHANGES:
-            return plain
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append(name)
-            function, last = self._at
-            count = len(self.calls) if function is None else self.calls.count(function)
-            if function in (None, name) and (count == last or (self._for_ever and count > last)):
-                raise self._error
-            return plain(*args, **kwargs)
-
-        return counted
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3), "c": torch.zeros(2, 2)}
+OLD, NEW = ({name: tensor + change for name, tensor in TENSORS.items()} for change in (0, 0.5))
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """A store `s`, the file `both.safetensors`, and the folder `model` with the same in two files and an index."""
-    held = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3)}
+    """A store `s`, the file `all.safetensors`, and the folder `model` with the same in three files and an index."""
     with timstore.open(tmp_path / "s") as store:
-        store.append(0, 0, 1, {name: torch.ones_like(tensor) for name, tensor in held.items()}, lr=0.5)
-    save_file(held, tmp_path / "both.safetensors")
+        store.append(0, 0, 1, {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}, lr=0.5)
+    save_file(TENSORS, tmp_path / "all.safetensors")
     (tmp_path / "model").mkdir()
-    for name, tensor in held.items():
+    for name, tensor in TENSORS.items():
         save_file({name: tensor}, tmp_path / "model" / f"{name}.safetensors")
-    index = '{"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}'
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
+    index = ", ".join(f'"{name}": "{name}.safetensors"' for name in TENSORS)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
     return tmp_path
+
+
+@pytest.fixture
+def known(recorded: Path) -> Path:
+    """The same, and the store knows the model by its bits."""
+    with timstore.open(recorded / "s") as store:
+        store.append_fingerprints(0, 0, {name: digest(tensor) for name, tensor in TENSORS.items()})
+    return recorded
+
+
+class Disturbed:
+    """The module `os`; something is done before one of the calls by which a checkpoint is written.
+
+    Args:
+        act: it may raise, or kill the process.
+        at: before which call, of one function or (None) of all of them.
+        for_ever: whether before the later ones too.
+    """
+
+    CHANGES = ("fchmod", "fsync", "link", "open", "pwrite", "replace")
+
+    def __init__(self, act: Callable[[], None], at: tuple[str | None, int], *, for_ever: bool = False) -> None:
+        self.calls: list[str] = []
+        self._act, self._at, self._for_ever = act, at, for_ever
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        return partial(self._call, name, function) if name in self.CHANGES else function
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(name)
+        only, last = self._at
+        count = len(self.calls) if only is None else self.calls.count(only)
+        if only in (None, name) and (count == last or (self._for_ever and count > last)):
+            self._act()
+        return function(*args, **kwargs)
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -69,9 +87,8 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in made.files_in(folder).items() if not name.startswith("s/")}
 
 
-def is_rolled_back(path: Path) -> bool:
-    found = made.tensors_in(path)
-    return torch.equal(found["a"], torch.arange(6.0).view(2, 3) + 0.5) and torch.equal(found["b"], torch.ones(3) + 0.5)
+def is_at(path: Path, wanted: dict[str, torch.Tensor]) -> bool:
+    return made.all_bits(made.tensors_in(path)) == made.all_bits(wanted)
 
 
 NO_SPACE, BROKEN = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")
@@ -80,7 +97,7 @@ NO_SPACE, BROKEN = OSError(errno.ENOSPC, "No space left on device"), OSError(err
 @pytest.mark.parametrize(
     ("path", "output", "error"),
     [
-        ("both.safetensors", "out", BROKEN),
+        ("all.safetensors", "out", BROKEN),
         ("model", "out", NO_SPACE),
         ("model", None, NO_SPACE),
         ("model", None, KeyboardInterrupt()),
@@ -94,8 +111,8 @@ def test_any_call_that_fails_leaves_everything_as_it_was(
     before, seen = everything(recorded), []
     with timstore.open(recorded / "s") as store:
         for last in itertools.count(1):
-            failing = FailingOs(error, (None, last))
-            monkeypatch.setattr(writing, "os", failing)
+            disturbed = Disturbed(failing(error), (None, last))
+            monkeypatch.setattr(publish, "os", disturbed)
             try:
                 store.rollback(recorded / path, [1], **options)
             except KeyboardInterrupt:
@@ -106,21 +123,17 @@ def test_any_call_that_fails_leaves_everything_as_it_was(
                 assert str(raised).endswith("Make room, and try again" if error is NO_SPACE else "Nothing was changed")
             else:
                 break
-            assert everything(recorded) == before, f"call {last}, {failing.calls[-1]}"
-            seen.append(failing.calls[-1])
-    assert {"open", "pwrite", "fsync", "fchmod", "replace"} <= set(seen)
-    assert ("link" in seen) == (output is None)
-    assert is_rolled_back(recorded / (output or path))
+            assert everything(recorded) == before, f"call {last}, {disturbed.calls[-1]}"
+            seen.append(disturbed.calls[-1])
+    assert set(seen) == set(Disturbed.CHANGES) - ({"link"} if output else set())
+    assert is_at(recorded / (output or path), NEW)
     new = {name.replace(path, "out", 1) for name in before if name.startswith(path)} if output else set()
     assert everything(recorded).keys() == before.keys() | new
 
 
 def test_a_store_that_cannot_be_written_leaves_no_output(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise timstore.StorageError("no space")
-
     before = everything(recorded)
-    monkeypatch.setattr(Store, "append_rollback", full)
+    monkeypatch.setattr(Store, "append_rollback", lambda *_: failing(timstore.StorageError("no space"))())
     for options in ({"output": recorded / "out"}, {"in_place": True}):
         with pytest.raises(timstore.StorageError, match="no space"):
             timstore.rollback(recorded / "model", [1], recorded / "s", **options)
@@ -142,7 +155,7 @@ def test_a_store_that_was_changed_leaves_no_output(recorded: Path) -> None:
 
 def test_a_change_that_is_not_finite_leaves_no_output(recorded: Path) -> None:
     with timstore.open(recorded / "s") as store:
-        gradients = {"a": torch.full((2, 3), float("nan")), "b": torch.ones(3)}
+        gradients = {name: torch.full_like(tensor, float("nan")) for name, tensor in TENSORS.items()}
         store.append(0, 1, 2, gradients, lr=0.5, allow_nonfinite=True)
     before = made.files_in(recorded)
     with pytest.raises(timstore.StateError, match="NaN or Inf"):
@@ -150,85 +163,121 @@ def test_a_change_that_is_not_finite_leaves_no_output(recorded: Path) -> None:
     assert made.files_in(recorded) == before
 
 
-def killed(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Roll back in place, and stop between the two renames as a killed process does."""
-    with monkeypatch.context() as patched:
-        patched.setattr(writing, "os", FailingOs(SystemExit(), ("replace", 2)))
-        patched.setattr(writing.Writing, "_take_back", lambda *_: None)
-        patched.setattr(writing.Writing, "end", lambda *_: None)
-        with pytest.raises(SystemExit):
-            timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
-
-
-@pytest.mark.parametrize("kept", ["old", "new"])
-def test_a_kill_between_two_renames_leaves_both_versions_of_each_file(
-    recorded: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+@pytest.mark.parametrize(("call", "number"), [("link", 1), ("link", 3), ("replace", 1), ("replace", 3)])
+def test_ctrl_c_while_files_are_renamed_comes_when_all_of_them_are(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    before = made.tensors_in(recorded / "model")
-    with timstore.open(recorded / "s") as store:  # so that the model is known by its bits
-        store.append_fingerprints(0, 0, {name: digest(tensor) for name, tensor in before.items()})
-    killed(recorded, monkeypatch)
-    left = [path for path in (recorded / "model").iterdir() if path.name.startswith(".")]
-    assert sorted(path.suffix for path in left) == [".new", ".old", ".old"]
-    for options in ({"output": recorded / "out"}, {"in_place": True, "dry_run": True}):
-        with pytest.raises(
-            timstore.StateError, match=r"lies \.a.safetensors\..*\.old: .* mixture .* rename all .old"
-        ) as no:
-            timstore.rollback(recorded / "model", [1], recorded / "s", **options)
-        assert no.value.kind == "half-replaced"
-    for path in left:
-        if path.suffix == f".{kept}":
-            path.rename(path.with_name(path.name[1:].rsplit(".", 2)[0]))
-    # Of the file that was not replaced, the old one is a second name: renaming that does nothing.
-    rest = [path for path in left if path.exists()]
-    assert sorted(path.suffix for path in rest) == ([".new", ".old"] if kept == "old" else [".old", ".old"])
-    for path in rest:
-        path.unlink()
-    if kept == "old":
-        assert made.all_bits(made.tensors_in(recorded / "model")) == made.all_bits(before)
+    disturbed = Disturbed(lambda: os.kill(os.getpid(), signal.SIGINT), (call, number))
+    monkeypatch.setattr(publish, "os", disturbed)
+    with pytest.raises(KeyboardInterrupt) as told:
         timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
-    else:
-        with pytest.raises(timstore.StateError, match="removed from this model before"):
-            timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
-    assert is_rolled_back(recorded / "model")
+    assert is_at(recorded / "model", NEW)
+    assert told.value.report.samples == (1,)  # type: ignore[attr-defined]
+    assert not list((recorded / "model").glob(".*"))
 
 
 def test_what_cannot_be_put_back_is_said(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made.files_in(recorded / "model")
-    monkeypatch.setattr(writing, "os", FailingOs(BROKEN, ("replace", 2), for_ever=True))
-    with pytest.raises(
-        timstore.StorageError, match=r"could not be put back .*: the old ones lie beside them"
-    ) as raised:
+    monkeypatch.setattr(publish, "os", Disturbed(failing(BROKEN), ("replace", 2), for_ever=True))
+    match = r"could not be put back .*: the old ones lie beside them"
+    with pytest.raises(timstore.StorageError, match=match) as raised:
         timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
     assert raised.value.kind == "half-replaced"
-    old = {path.name[1:].rsplit(".", 2)[0]: path for path in (recorded / "model").glob(".*.old")}
+    old = {named(path): path for path in (recorded / "model").glob(".*.old")}
     assert {name: path.read_bytes() for name, path in old.items()} == {name: before[name] for name in old}
-    assert old.keys() == {"a.safetensors", "b.safetensors"}
+    assert old.keys() == {f"{name}.safetensors" for name in TENSORS}
 
 
-def test_what_a_kill_left_is_said_until_it_is_deleted(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with timstore.open(recorded / "s") as store:
-        tensors = made.tensors_in(recorded / "model")
-        store.append_fingerprints(0, 0, {name: digest(tensor) for name, tensor in tensors.items()})
-    killed(recorded, monkeypatch)
-    left = sorted((recorded / "model").glob(".*"))
+def killed(folder: Path, call: str, number: int) -> None:
+    """Roll back in place in another process, which is killed before a call."""
+    if (process := os.fork()) == 0:
+        disturbed = Disturbed(lambda: os.kill(os.getpid(), signal.SIGKILL), (call, number))
+        pytest.MonkeyPatch().setattr(publish, "os", disturbed)
+        try:
+            timstore.rollback(folder / "model", [1], folder / "s", in_place=True)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+
+
+def named(hidden: Path) -> str:
+    """Return the name in a hidden one, as docs/checkpoints.md has a user read it."""
+    return hidden.name[1:].rsplit(".", 2)[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "is_mixture"),
+    [("pwrite", 1, False), ("link", 2, False), ("replace", 1, False), ("replace", 2, True), ("replace", 3, True)],
+)
+def test_a_rollback_in_place_that_was_killed_is_taken_up_by_the_next(
+    known: Path, call: str, number: int, is_mixture: bool
+) -> None:
+    path, store = known / "model", known / "s"
+    killed(known, call, number)
+    assert is_at(path, OLD) != is_mixture
+    before = made.files_in(path)
+    if is_mixture:
+        match = r"lies \.a.safetensors\..*\.old: .* mixture of two models.* rename all .old"
+        for options in ({"output": known / "out"}, {"in_place": True, "dry_run": True}):
+            with pytest.raises(timstore.StateError, match=match) as refused:
+                timstore.rollback(path, [1], store, **options)
+            assert refused.value.kind == "half-replaced"
+        assert made.files_in(path) == before
+    with pytest.warns(timstore.TimstoreWarning, match="cut off"):
+        report = timstore.rollback(path, [1], store, in_place=True)
+    assert is_at(path, NEW)
+    assert any("were put back first" in warning for warning in report.warnings) == is_mixture
+    # What the killed one left is never put over the new files.
+    with pytest.raises(timstore.StateError, match="removed from this model before"):
+        timstore.rollback(path, [1], store, in_place=True)
+    assert is_at(path, NEW)
+
+
+@pytest.mark.parametrize("chosen", ["old", "new"])
+def test_a_mixture_can_be_made_whole_by_hand_either_way(known: Path, chosen: str) -> None:
+    killed(known, "replace", 2)
+    left = [path for path in (known / "model").iterdir() if path.name.startswith(".")]
+    assert sorted(path.suffix for path in left) == [".new"] * 2 + [".old"] * 3
     for path in left:
-        if path.suffix == ".old":
-            path.rename(path.with_name(path.name[1:].rsplit(".", 2)[0]))
-    said = r"model holds 2 hidden files of a rollback that was cut off \(the first is \.b\.safetensors\.\w{8}\.new\)"
+        if path.suffix == f".{chosen}":
+            path.rename(path.with_name(named(path)))
+    # Of the files that were not replaced, the old one is a second name: renaming that does nothing.
+    rest = [path for path in left if path.exists()]
+    assert sorted(path.suffix for path in rest) == ([".new"] * 2 + [".old"] * 2 if chosen == "old" else [".old"] * 3)
+    for path in rest:
+        path.unlink()
+    assert is_at(known / "model", OLD if chosen == "old" else NEW)
+
+
+def test_files_that_were_saved_over_a_mixture_are_never_replaced_by_what_was_left(known: Path) -> None:
+    saved = {path.name: path.read_bytes() for path in (known / "model").iterdir()}
+    killed(known, "replace", 2)
+    for name, data in saved.items():
+        (known / "model" / name).unlink()
+        (known / "model" / name).write_bytes(data)
+    with pytest.warns(timstore.TimstoreWarning, match="cut off"):
+        timstore.rollback(known / "model", [1], known / "s", in_place=True)
+    assert is_at(known / "model", NEW)
+
+
+def test_what_a_kill_left_is_said_until_it_is_deleted(known: Path) -> None:
+    killed(known, "replace", 1)
+    for path in (known / "model").glob(".*.old"):
+        path.unlink()
+    said = r"model holds 3 hidden files of a rollback that was cut off \(the first is \.a\.safetensors\.\w{8}\.new\)"
     with pytest.warns(timstore.TimstoreWarning, match=said):
-        report = timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
-    assert any("delete them" in one for one in report.warnings)
+        report = timstore.rollback(known / "model", [1], known / "s", in_place=True)
+    assert any("delete them" in warning for warning in report.warnings)
     with pytest.raises(timstore.StateError, match=f"removed from this model before.*{said}") as raised:
-        timstore.rollback(recorded / "model", [1], recorded / "s", in_place=True)
+        timstore.rollback(known / "model", [1], known / "s", in_place=True)
     assert (raised.value.kind, raised.value.fields["samples"]) == ("removed-before", [1])
     # Beside a single file, only those of its name are of it.
-    for name in (".both.safetensors.0123abcd.old", ".other.safetensors.0123abcd.old"):
-        (recorded / name).write_bytes(b"")
-    with pytest.warns(timstore.TimstoreWarning, match=r"holds 1 hidden file of .* cut off \(the first is \.both"):
-        timstore.rollback(recorded / "both.safetensors", [1], recorded / "s", dry_run=True)
-    for path in [*(recorded / "model").glob(".*"), *recorded.glob(".*")]:
+    for name in (".all.safetensors.0123abcd.old", ".other.safetensors.0123abcd.old"):
+        (known / name).write_bytes(b"")
+    with pytest.warns(timstore.TimstoreWarning, match=r"holds 1 hidden file of .* cut off \(the first is \.all"):
+        timstore.rollback(known / "all.safetensors", [1], known / "s", dry_run=True)
+    for path in [*(known / "model").glob(".*"), *known.glob(".*")]:
         path.unlink()
-    for name in ("model", "both.safetensors"):
-        report = timstore.rollback(recorded / name, [1], recorded / "s", dry_run=True, force=True)
-        assert not any("cut off" in one for one in report.warnings)
+    for name in ("model", "all.safetensors"):
+        report = timstore.rollback(known / name, [1], known / "s", dry_run=True, force=True)
+        assert not any("cut off" in warning for warning in report.warnings)

@@ -9,6 +9,7 @@ import pytest
 from cli_stores import EPOCHS, OUT, RECORDED, STEPS, TOKENS, WIDTH, fill, json_of, run
 
 import timstore
+from timstore.cli import app
 
 VERBS = ("info", "sql", "rollback", "verify", "compact", "forecast", "import", "export", "samples", "samples import")
 RECORDS = RECORDED * EPOCHS
@@ -186,6 +187,13 @@ def test_sql_that_fails_says_why_and_prints_nothing(filled, query):
     assert text == "" and messages.startswith("error: ")
 
 
+def test_sql_that_takes_more_memory_than_it_has_says_how_to_give_it_more(filled):
+    query = "SELECT list(i) FROM range(20000000) t(i)"
+    assert "pass more, --sql-memory 4GB" in run("sql", filled, query, "--sql-memory", "64MB", code=1)[1]
+    assert run("sql", filled, "SELECT 1 AS a", "--sql-memory", "64MB")[0] == "a\n1\n"
+    assert "error: --sql-memory is at least" in run("sql", filled, query, "--sql-memory", "1MB", code=1)[1]
+
+
 def test_verify_ends_with_three_when_there_is_damage(own):
     text, _ = run("verify", own)
     assert text.startswith("sound")
@@ -229,6 +237,12 @@ def test_a_verb_makes_no_store_and_says_that_there_is_none(tmp_path, arguments):
         text, messages = run(verb, path, *rest, code=5)
         assert text == "" and messages.startswith(f"error: there is no store at {path}")
     assert [one.name for one in tmp_path.iterdir()] == ["empty"]
+
+
+def test_who_asks_for_it_gets_where_an_error_came_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMSTORE_TRACEBACK", "1")
+    with pytest.raises(timstore.NotFoundError):
+        app(["info", str(tmp_path / "nothing")])
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_rollback_prints_its_report_and_says_a_warning_once(filled, calls):
         ("--ids", "3,x", "-o", "new"),
         ("--ids", "3", "-o", "new", "--strength", "1.5"),
         ("--ids", "3", "--in-place"),
+        ("--ids", "3", "--dry-run", "--loss", "mse"),
     ],
 )
 def test_rollback_refuses_what_is_not_clear(filled, calls, options):
@@ -159,7 +160,8 @@ def test_rollback_takes_the_probe_that_the_store_keeps(filled, calls, tmp_path):
     with timstore.open(path) as store:
         store.keep_probe([{"input_ids": np.array([[1, 2]])}], loss="cross_entropy")
     run("rollback", "m", "--store", path, *options)
-    assert calls[0][1]["probe"] == "auto" and "loss" not in calls[0][1]
+    run("rollback", "m", "--store", path, *options, "--loss", "mse")
+    assert calls[0][1]["probe"] == "auto" and "loss" not in calls[0][1] and calls[1][1]["loss"] == "mse"
 
 
 def test_messages_name_options_as_a_command_line_does(filled, monkeypatch):

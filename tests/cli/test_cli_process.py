@@ -23,43 +23,26 @@ def filled(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("cli") / "run.tim")
 
 
-@pytest.mark.parametrize("arguments", [("info",), ("sql", SQL), ("sql", SQL, "--json")])
-def test_asking_imports_neither_torch_nor_pandas_nor_what_draws_tables(filled, arguments):
-    verb, *rest = arguments
+def test_asking_imports_neither_torch_nor_pandas_nor_what_draws_tables(filled):
     script = f"""
 import sys
 from timstore.cli import app
-try:
-    app({[verb, str(filled), *rest]!r})
-except SystemExit as end:
-    assert end.code == 0
+for arguments in ["info"], ["sql", {SQL!r}], ["sql", {SQL!r}, "--json"]:
+    assert app([arguments[0], {str(filled)!r}, *arguments[1:]], standalone_mode=False) in (None, 0)
 heavy = "torch", "transformers", "pandas", "polars", "zarr", "numcodecs", "rich", "pyarrow.compute"
 print([name for name in heavy if name in sys.modules], file=sys.stderr)
-print([name for name in sys.modules if name.startswith("timstore.cli.")], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    heavy, verbs = done.stderr.splitlines()
-    assert heavy == "[]"
-    assert f"timstore.cli.{verb}" in verbs and "timstore.cli.verify" not in verbs
+    assert done.stderr == "[]\n" and len(done.stdout.splitlines()) > 2 * RECORDED
 
 
-def test_the_process_ends_with_the_code_and_says_nothing_else(filled, tmp_path):
+def test_the_process_ends_with_the_code_and_says_nothing_else(filled):
     done = process("sql", filled, SQL)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == RECORDED + 1
-    for code, arguments in {
-        1: ("sql", filled, "nonsense"),
-        2: ("sql",),
-        5: ("info", tmp_path / "nothing"),
-    }.items():
-        done = process(*arguments)
-        assert (done.returncode, done.stdout) == (code, "")
-        assert "Traceback" not in done.stderr and "nanobind" not in done.stderr
-
-
-def test_a_traceback_is_shown_to_who_asks_for_it(tmp_path):
-    done = process("info", tmp_path / "nothing", env={"TIMSTORE_TRACEBACK": "1"})
-    assert done.returncode == 1 and "Traceback" in done.stderr and "NotFoundError" in done.stderr
+    done = process("sql", filled, "nonsense")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr and "nanobind" not in done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(filled):
@@ -70,10 +53,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(filled):
     assert done.stdout == "i\n0\n141\n" and done.stderr == ""
 
 
-def test_a_full_disk_is_an_error(filled):
+def test_output_that_cannot_be_written_is_said(filled):
     with open("/dev/full", "w") as full:
         done = process("sql", filled, SQL, capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert done.returncode == 1
+    assert done.stderr == "error: the output could not be written: No space left on device\n"
 
 
 def has_tables(pid):
@@ -126,23 +110,15 @@ def on_a_terminal(*arguments, answer=None):
     return code, shown.decode().replace("\r\n", "\n")
 
 
-def test_a_person_sees_a_table_and_a_wide_row_as_lines(filled):
-    code, shown = on_a_terminal("sql", filled, "SELECT sample, owner FROM samples ORDER BY sample LIMIT 2")
-    assert code == 0 and [line.split() for line in shown.splitlines()] == [
-        ["sample", "owner"],
-        ["0", "u-0"],
-        ["1", "u-1"],
-    ]
+def test_a_person_sees_a_table_of_what_can_be_read_and_a_wide_row_as_lines(filled):
+    code, shown = on_a_terminal("sql", filled, "SELECT 'a b' AS words, i FROM range(2000) t(i)")
+    lines = shown.splitlines()
+    assert code == 0 and [line.split() for line in lines[:2]] == [["words", "i"], ["a", "b", "0"]]
+    assert len(lines) == 1002 and "only the first 1,000 rows" in lines[-1]
     code, shown = on_a_terminal("sql", filled, "FROM steps ORDER BY epoch, step LIMIT 1")
     lines = shown.splitlines()
     assert code == 0 and lines[0] == "row 1"
     assert ["optimizer", "SGD"] in [line.split() for line in lines] and max(map(len, lines)) <= 80
-
-
-def test_a_person_sees_no_more_than_can_be_read(filled):
-    code, shown = on_a_terminal("sql", filled, "SELECT i FROM range(2000) t(i)")
-    lines = shown.splitlines()
-    assert code == 0 and len(lines) == 1002 and "only the first 1,000 rows" in lines[-1]
 
 
 @pytest.mark.parametrize(("answer", "code"), [(b"y\n", 0), (b"n\n", 1)])
@@ -168,8 +144,6 @@ def test_warnings_are_lines_on_stderr(tmp_path):
 def test_names_that_the_terminal_cannot_show_are_no_error(filled):
     done = process("sql", filled, "SELECT 'é' AS \"ü\"", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout == "\\xfc\n\\xe9\n"
-    done = process("sql", filled, "SELECT 'é' AS \"ü\"", "--json", env={"PYTHONIOENCODING": "ascii"})
-    assert json.loads(done.stdout) == {"ü": "é"}
 
 
 def test_a_question_that_is_no_text_is_a_sentence(filled, tmp_path):
@@ -179,23 +153,9 @@ def test_a_question_that_is_no_text_is_a_sentence(filled, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: DuckDB says: ")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_verbs_are_completed(shell):
-    words = {
-        "bash": {"COMP_WORDS": "timstore in", "COMP_CWORD": "1"},
-        "zsh": {"_TYPER_COMPLETE_ARGS": "timstore in"},
-        "fish": {"_TYPER_COMPLETE_ARGS": "timstore in", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
-    }
-    done = process(env={"_TIMSTORE_COMPLETE": f"complete_{shell}", **words[shell]})
+def test_verbs_are_completed():
+    done = process(env={"_TIMSTORE_COMPLETE": "complete_bash", "COMP_WORDS": "timstore in", "COMP_CWORD": "1"})
     assert done.returncode == 0 and "info" in done.stdout and "sql" not in done.stdout
-
-
-def test_output_that_cannot_be_written_is_said(tmp_path):
-    path = fill(tmp_path / "run.tim")
-    with open("/dev/full", "w") as full:
-        done = process("info", path, capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1
-    assert done.stderr == "error: the output could not be written: No space left on device\n"
 
 
 def test_an_import_that_cannot_be_written_is_said_once(tmp_path):

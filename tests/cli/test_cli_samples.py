@@ -107,30 +107,41 @@ def test_a_column_in_other_letters_is_the_same_column(store, tmp_path):
         ("a.csv", "owner\nu-1\n", "need an integer column `sample`"),
         ("a.csv", "sample,owner\nx,u-1\n", "holds integers"),
         ("a.csv", "sample,owner\n,u-1\n", "holds integers without gaps"),
-        ("a.csv", "sample,owner\n1,u-1,more\n", "a.csv: "),
+        ("a.csv", "sample,owner\n1,u-1,more\n", "a.csv, line 2: it has more cells than line 1"),
+        ("a.csv", "sample,owner\n1,u-1\n2\n", "a.csv, line 3: it has fewer cells than line 1"),
         ("a.csv", "sample,owner,Owner\n1,a,b\n", "apart"),
         ("a.csv", "sample,owner\n1,5\n", "owner holds string, not int64"),
-        ("a.csv", b"sample,owner\n1,\xff\n", "column owner is no UTF-8 text"),
-        ("a.csv", "", "a.csv: "),
-        ("a.jsonl", '{"sample": 1}\nnonsense\n', "line 2: no JSON"),
-        ("a.jsonl", '{"sample": 1}\n[2]\n', "line 2: a line holds one object"),
+        ("a.csv", b"sample,owner\n1,\xff\n", "line 2: column owner is no UTF-8 text"),
+        ("a.csv", "", "a.csv, line 1: it names no columns"),
+        ("a.jsonl", '{"sample": 1}\nnonsense\n', "row 2: no JSON"),
+        ("a.jsonl", '{"sample": 1}\n[2]\n', "row 2: a line holds one object"),
         ("a.jsonl", '{"sample": "1"}\n', "holds integers"),
-        ("a.jsonl", '{"sample": 1, "x": 1}\n{"sample": 2, "x": "a"}\n', "a.jsonl, row 2: x is 'a', of another type"),
+        ("a.jsonl", '{"sample": 1, "x": 1}\n{"sample": 2, "x": "a"}\n', 'a.jsonl, row 2: x is "a", of another type'),
         (
             "a.jsonl",
             '{"sample": 1, "x": 9223372036854775808}\n{"sample": 2, "x": -1}\n',
-            "a.jsonl, row 1: x is 9223372036854775808",
+            "a.jsonl, row 1: x is 9223372036854775808, a number of more than 63 bits",
         ),
-        ("a.jsonl", '{"sample": 1, "x": 99999999999999999999999}\n', "row 1: x is 99999999999999999999999, an integer"),
+        ("a.jsonl", '{"sample": 1, "x": 99999999999999999999999}\n', "row 1: x is 99999999999999999999999, a number"),
         ("a.jsonl", '{"sample": 1, "x": 0.5}\n{"sample": 2, "x": 9007199254740993}\n', "row 2: x is 9007199254740993"),
+        (
+            "a.jsonl",
+            '{"sample": 1, "x": [1, 0.5]}\n{"sample": 2, "x": [9007199254740993]}\n',
+            "row 2: x[] is 9007199254740993",
+        ),
+        ("a.jsonl", '{"sample": 1, "x": {"a": 1}}\n{"sample": 2, "x": {"a": "b"}}\n', 'row 2: x.a is "b"'),
+        ("a.jsonl", '{"sample": 1, "x": 1, "x": 2}\n', "row 1: a name is there twice"),
+        ("a.jsonl", '{"sample": 1, "x": 1, "X": 2}\n', "apart"),
+        ("a.jsonl", '{"sample": 1}\n{"x": 2}\n', "row 2: sample is missing"),
+        ("a.csv", "sample,x\n1,0.5\n2,1e400\n", "row 2: column x holds 1e400"),
         ("a.jsonl", '{"sample": 99999999999999999999999}\n', "row 1: sample is 99999999999999999999999"),
         ("a.csv", "sample,o\n1,a\n2.5,b\n", "a.csv, row 2: sample is 2.5"),
         ("a.csv", "sample,o\n1,a\n99999999999999999999999,b\n", "row 2: sample is 99999999999999999999999"),
         ("a.csv", "sample,x\n1,1.5\n2,9007199254740993\n", "row 2: column x holds 9007199254740993, which a float"),
         ("a.csv", "sample,x\n1,18446744073709551615\n2,18446744073709551614\n", "pass --text x"),
-        ("a.csv", 'sample,o\n3,"abc\n7,x\n', "a.csv, line 2: a quote begins here and never ends"),
+        ("a.csv", 'sample,o\n3,"abc\n7,x\n', "a.csv, line 2: a cell begins with a quote and does not end with one"),
         ("a.csv", "sample,,o\n3,1,2\n", "a.csv, line 1: column 2 has no name"),
-        ("a.jsonl", b'{"sample": 1, "x": "\xff"}\n', "line 1: no JSON"),
+        ("a.jsonl", b'{"sample": 1, "x": "\xff"}\n', "row 1: no JSON"),
         ("a.parquet", "no parquet", "a.parquet: "),
         ("a.xlsx", "", "is named .csv, "),
     ],
@@ -148,6 +159,38 @@ def test_quotes_in_csv_that_end_are_taken_as_they_are(store, tmp_path):
     run("samples", "import", store, tmp_path / "a.csv")
     found = held(store, "o, p", "sample IN (1, 2, 3)")
     assert [tuple(row.values()) for row in found] == [('a "b", c\nd', ""), ('e"f', "g"), ('"', '""')]
+
+
+def test_csv_that_looks_like_a_number_a_date_or_a_truth_to_some_stays_text(store, tmp_path):
+    cells = {
+        "a": ("yes", "no"),
+        "b": ("12_34", "5"),
+        "c": ("02-01-2026", "03-01-2026"),
+        "d": ("00123", "x"),
+        "e": ("t", "f"),
+    }
+    rows = [{"sample": at + 1, **{name: values[at] for name, values in cells.items()}} for at in range(2)]
+    run("samples", "import", store, written(tmp_path / "a[1]*.csv", rows))
+    assert held(store, "sample, a, b, c, d, e", "sample IN (1, 2)") == rows
+
+
+def test_json_comes_over_as_it_is_nested_and_with_gaps(store, tmp_path):
+    rows = [
+        {
+            "sample": 1,
+            "day": "2026-01-02",
+            "n": -(2**63),
+            "tags": ["a", None],
+            "pair": {"x/~y": [1, 2], "none": None},
+            "f": 1.5,
+        },
+        {"sample": 2, "day": "x", "n": 2**63 - 1, "tags": [], "pair": {"x/~y": [], "none": None}, "f": 3},
+        {"sample": 3, "day": None, "n": None, "tags": None, "pair": None, "f": None},
+    ]
+    run("samples", "import", store, written(tmp_path / "a.jsonl", rows))
+    assert held(store, "sample, day, n, tags, pair, f", "sample IN (1, 2, 3)") == rows
+    (kinds,) = held(store, "typeof(n) AS n, typeof(day) AS day", "sample = 1")
+    assert kinds == {"n": "BIGINT", "day": "VARCHAR"}
 
 
 def test_large_integers_of_csv_keep_their_digits_as_text(store, tmp_path):
@@ -179,8 +222,8 @@ def test_a_large_file_goes_in_by_blocks_that_have_to_fit_together(store, tmp_pat
     assert held(store, "sample, x, y", "x IS NOT NULL OR sample < 150") == rows
     # A later block that does not fit: nothing of the earlier ones is written.
     before = files(store)
-    rows[250]["z"], rows[0]["z"] = "text", 1
-    assert "z holds" in run("samples", "import", store, written(tmp_path / "b.jsonl", rows), "--yes", code=1)[1]
+    rows[0]["z"], rows[250]["z"] = 1, "text"
+    assert "row 251: z is" in run("samples", "import", store, written(tmp_path / "b.jsonl", rows), "--yes", code=1)[1]
     assert files(store) == before
 
 

@@ -81,7 +81,7 @@ def as_nobody(code, *arguments):
     """Return what a process of another user prints."""
     # Imported before: the interpreter's own files may be where this user may not go.
     before = (
-        "import os, sys, torch, timstore, timstore.rollbacks, timstore.maintenance\n"
+        "import os, sys, torch, timstore, timstore.rollbacks, timstore.verification\n"
         "os.setgid(65534); os.setuid(65534)\n"
     )
     return subprocess.run([sys.executable, "-c", before + code, *arguments], capture_output=True, text=True, check=True)

@@ -21,10 +21,9 @@ import duckdb
 import pyarrow as pa
 
 from timstore.catalog.answers import in_our_words, interruptible
-from timstore.catalog.folders import private_folder, remove_leftovers
-from timstore.catalog.sandbox import ask, in_temporary_space, open_locked
-from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, load_attempts, load_commits
-from timstore.catalog.views import create_views
+from timstore.catalog.folders import in_temporary_space, private_folder, remove_leftovers
+from timstore.catalog.sandbox import ask, open_locked
+from timstore.catalog.tables import AttemptRow, CommitRows, create_tables, create_views, load_attempts, load_commits
 from timstore.errors import StateError
 
 __all__ = ["AttemptRow", "Catalog", "CommitRows", "remove_leftovers"]

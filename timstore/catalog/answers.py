@@ -6,17 +6,20 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from datetime import UTC
 from functools import partial, wraps
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import duckdb
+from duckdb.sqltypes import DuckDBPyType
 
-from timstore.catalog.zones import aware, has_zone, without_zone
+from timstore.catalog.tables import quoted
 from timstore.errors import InvalidInputError, StateError
 
 T = TypeVar("T")
 _Relation = duckdb.DuckDBPyRelation
+_ZONED = "timestamp with time zone"
 _cursors: WeakKeyDictionary[_Relation, duckdb.DuckDBPyConnection] = WeakKeyDictionary()
 
 
@@ -80,13 +83,13 @@ class Answer(_Relation):
     def iter_rows(self, batch_size: int = 1024) -> Iterator[tuple[Any, ...]]:
         """Yield the rows; DuckDB holds them from the first one on."""
         kinds = self.types
-        zoned = {at: kind for at, kind in enumerate(kinds) if has_zone(kind)}
-        plain = [f"#{at + 1}" + (f"::{without_zone(kind)}" if at in zoned else "") for at, kind in enumerate(kinds)]
+        zoned = {at: kind for at, kind in enumerate(kinds) if _has_zone(kind)}
+        plain = [f"#{at + 1}" + (f"::{_without_zone(kind)}" if at in zoned else "") for at, kind in enumerate(kinds)]
         rows = _Relation.iter_rows(self.project(", ".join(plain)) if zoned else self, batch_size)
         with in_our_words():
             row = interruptible(_cursors[self], lambda: next(rows, None))
             while row is not None:
-                yield tuple(aware(zoned.get(at), value) for at, value in enumerate(row)) if zoned else row
+                yield tuple(_aware(zoned.get(at), value) for at, value in enumerate(row)) if zoned else row
                 row = next(rows, None)
 
 
@@ -109,10 +112,54 @@ def _answering(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SPECIAL = ("__str__", "__repr__", "__len__", "__contains__", "__getattr__", "__getitem__", "__arrow_c_stream__")
-for _name, _one in vars(_Relation).items():
+for _name, _member in vars(_Relation).items():
     if _name in vars(Answer) or (_name.startswith("_") and _name not in _SPECIAL):
         continue
-    if isinstance(_one, property) and _one.fget is not None:
-        setattr(Answer, _name, property(in_our_words()(_one.fget), doc=_one.__doc__))
-    elif callable(_one):
-        setattr(Answer, _name, _answering(_one))
+    if isinstance(_member, property) and _member.fget is not None:
+        setattr(Answer, _name, property(in_our_words()(_member.fget), doc=_member.__doc__))
+    elif callable(_member):
+        setattr(Answer, _name, _answering(_member))
+
+
+def _has_zone(kind: DuckDBPyType) -> bool:
+    """Say whether there are times with a zone in values of a type."""
+    return kind.id == _ZONED or any(_has_zone(part) for part in _parts(kind).values())
+
+
+def _without_zone(kind: DuckDBPyType) -> str:
+    """Return the type, in SQL, of the same values with their times as the session's zone has them."""
+    if not _has_zone(kind):
+        return str(kind)
+    parts = {name: _without_zone(part) for name, part in _parts(kind).items()}
+    match kind.id:
+        case "list":
+            return f"{parts['child']}[]"
+        case "array":
+            return f"{parts['child']}[{dict(kind.children)['size']}]"
+        case "map":
+            return f"MAP({parts['key']}, {parts['value']})"
+        case "struct" | "union":
+            return f"{kind.id}({', '.join(f'{quoted(name)} {part}' for name, part in parts.items())})"
+    return "TIMESTAMP"
+
+
+def _aware(kind: DuckDBPyType | None, value: Any) -> Any:
+    """Return a value that came `_without_zone`, its times in UTC. A union does not say what it holds, and stays so."""
+    if value is None or kind is None or not _has_zone(kind) or kind.id == "union":
+        return value
+    parts = _parts(kind)
+    if kind.id == _ZONED:
+        return value.replace(tzinfo=UTC)
+    if kind.id == "struct":
+        return {name: _aware(part, value[name]) for name, part in parts.items()}
+    if kind.id == "map":
+        return {_aware(parts["key"], key): _aware(parts["value"], part) for key, part in value.items()}
+    return type(value)(_aware(parts["child"], part) for part in value)
+
+
+def _parts(kind: DuckDBPyType) -> dict[str, DuckDBPyType]:
+    """Return the types that a type is made of."""
+    if kind.id not in ("list", "array", "map", "struct", "union"):
+        return {}
+    # Beside them an array names its size, and a union its tag, under no name.
+    return {name: part for name, part in kind.children if name and isinstance(part, DuckDBPyType)}

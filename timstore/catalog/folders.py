@@ -11,10 +11,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import duckdb
+
+from timstore.errors import StorageError, TimstoreError
+
 _PREFIX = "timstore-catalogue-"
 # Locked for as long as its process needs the folder. The lock decides who lives, not a number of a process: those of
 # another container that shares the temporary directory mean nothing here.
 _LOCK = "lock"
+
+
+@contextmanager
+def in_temporary_space() -> Iterator[None]:
+    """Turn what the system and DuckDB say while tables are made there into errors of ours that name the place.
+
+    Raises:
+        StorageError: there is no room, or no temporary directory that can be written.
+    """
+    try:
+        yield
+    except TimstoreError:
+        raise
+    except (OSError, duckdb.OperationalError) as error:
+        where = tempfile.tempdir or "any temporary directory"
+        raise StorageError(
+            f"SQL's tables cannot be kept in {where}: {error}. Set the environment variable TMPDIR to a directory with "
+            "room (14 bytes per gradient row), and start again; the store itself is as it was",
+            kind="temporary-space",
+            path=str(where),
+        ) from error
+    except RuntimeError as error:
+        # What DuckDB makes of Ctrl-C.
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error
 
 
 @contextmanager
@@ -117,12 +147,12 @@ def _removed_by_signals(folder: Path) -> Iterator[None]:
 
     taken = []
     if threading.current_thread() is threading.main_thread():
-        taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+        taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     try:
-        for one in taken:
-            signal.signal(one, end)
+        for number in taken:
+            signal.signal(number, end)
         yield
     finally:
-        for one in taken:
-            if signal.getsignal(one) is end:
-                signal.signal(one, signal.SIG_DFL)
+        for number in taken:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 
 from timstore.catalog.answers import Answer, as_answer, in_our_words
-from timstore.errors import InvalidInputError, StorageError, TimstoreError, shown
+from timstore.errors import InvalidInputError, shown
 
 VIEWS = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
 _TABLES = f"The tables are {', '.join(VIEWS)}"
@@ -32,32 +29,6 @@ _LOCKS = (
     "SET GLOBAL disabled_filesystems = 'LocalFileSystem'",
     "SET GLOBAL lock_configuration = true",
 )
-
-
-@contextmanager
-def in_temporary_space() -> Iterator[None]:
-    """Turn what the system and DuckDB say while tables are made there into errors of ours that name the place.
-
-    Raises:
-        StorageError: there is no room, or no temporary directory that can be written.
-    """
-    try:
-        yield
-    except TimstoreError:
-        raise
-    except (OSError, duckdb.OperationalError) as error:
-        where = tempfile.tempdir or "any temporary directory"
-        raise StorageError(
-            f"SQL's tables cannot be kept in {where}: {error}. Set the environment variable TMPDIR to a directory with "
-            "room (14 bytes per gradient row), and start again; the store itself is as it was",
-            kind="temporary-space",
-            path=str(where),
-        ) from error
-    except RuntimeError as error:
-        # What DuckDB makes of Ctrl-C.
-        if str(error) != "Query interrupted":
-            raise
-        raise KeyboardInterrupt from error
 
 
 def open_locked(path: Path, memory: int) -> duckdb.DuckDBPyConnection:

@@ -1,47 +1,132 @@
-"""Tables about samples in CSV, JSON lines or Parquet files, read a block at a time."""
+"""Tables about samples in CSV, JSON lines or Parquet files: every value as the file has it, or refused."""
 
-import csv as csv_rows
-import io
+import csv
+import json
 import re
-from collections.abc import Collection, Iterator
-from itertools import islice
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
-import pyarrow.compute as compute
+from pyarrow import parquet
 
-from timstore.cli.json_lines import objects
 from timstore.errors import InvalidInputError
 
 # What is one commit of a store, and in memory at once.
 _ROWS = 50_000
-_BLOCK_BYTES = 16 * 2**20
-_WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
+_LINE_BYTES = 16 * 2**20
+_ID = re.compile(r"\s*[+-]?[0-9]+\s*")
+
+# Kinds of numbers: BIGINT; DIGITS, a BIGINT that a double, with its 53 bits, would round; DOUBLE; WIDE, too large for
+# both.
+_WHOLE, _NUMBER = r"\s*[+-]?\d+\s*", r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
+_NUMBER_KIND = f"""CASE
+    WHEN regexp_full_match(value, '{_WHOLE}') THEN CASE
+        WHEN TRY_CAST(value AS BIGINT) IS NULL THEN 'WIDE'
+        WHEN CAST(CAST(value AS DOUBLE) AS HUGEINT) <> CAST(value AS BIGINT) THEN 'DIGITS'
+        ELSE 'BIGINT' END
+    WHEN regexp_full_match(value, '{_NUMBER}') THEN IF(isinf(TRY_CAST(value AS DOUBLE)), 'WIDE', 'DOUBLE')
+    WHEN regexp_full_match(value, '[+-]?(nan|NaN|inf|Inf|Infinity)') THEN 'DOUBLE'
+END"""
+# The kind of another cell of CSV is the first whose pattern it has and that holds it. DuckDB's own detection would turn
+# `yes` into true, `12_34` into 1234 and 02-01-2026 into a date.
+_DAY, _CLOCK = r"\d{4}-\d\d-\d\d", r"([01]\d|2[0-3]):\d\d(:\d\d(\.\d{1,6})?)?"
+_PATTERNS = {
+    "BOOLEAN": "true|TRUE|True|false|FALSE|False",
+    "DATE": _DAY,
+    "TIME": _CLOCK,
+    "TIMESTAMP": f"{_DAY}[ T]{_CLOCK}",
+    "TIMESTAMPTZ": rf"{_DAY}[ T]{_CLOCK}(Z|[+-]\d\d(:?\d\d)?)",
+}
+_CELL_KIND = " ".join(
+    f"WHEN regexp_full_match(value, '{pattern}') AND TRY_CAST(value AS {kind}) IS NOT NULL THEN '{kind}'"
+    for kind, pattern in _PATTERNS.items()
+)
+_CELLS = f"""CREATE VIEW leaves AS
+SELECT row, place, value, coalesce({_NUMBER_KIND}, CASE {_CELL_KIND} ELSE 'VARCHAR' END) AS kind
+FROM (UNPIVOT cells ON COLUMNS(* EXCLUDE row) INTO NAME place VALUE value)
+"""
+# `tags[]` is the place of what is in the lists under `tags`.
+_LEAVES = rf"""CREATE VIEW leaves AS
+SELECT row, place, value, CASE WHEN kind LIKE '%BIGINT' OR kind = 'DOUBLE' THEN {_NUMBER_KIND} ELSE kind END AS kind
+FROM (
+    SELECT row, regexp_replace(fullkey[3:], '\[[0-9]+\]', '[]', 'g') AS place, type AS kind,
+        coalesce(CAST(atom AS VARCHAR), lower(type)) AS value
+    FROM objects, json_tree(json) WHERE fullkey <> '$' AND type <> 'NULL'
+)
+"""
+_KINDS = "SELECT place, kind, min(row) AS row, arg_min(value, row) FROM leaves GROUP BY ALL ORDER BY row"
+_REJECTS = "SELECT line, column_idx, error_type, error_message FROM reject_errors ORDER BY line, column_idx LIMIT 1"
+_REJECTED = {
+    "UNQUOTED VALUE": "a cell begins with a quote and does not end with one: end it, or leave the quote out",
+    "TOO MANY COLUMNS": "it has more cells than line 1, which names the columns",
+    "MISSING COLUMNS": "it has fewer cells than line 1, which names the columns",
+    "INVALID ENCODING": "column {name} is no UTF-8 text",
+}
+_BAD_ROWS = """
+SELECT row, CASE
+    WHEN json IS NULL THEN 'no JSON'
+    WHEN json_type(json) <> 'OBJECT' THEN 'a line holds one object'
+    WHEN len(json_keys(json)) > len(list_distinct(json_keys(json))) THEN 'a name is there twice'
+END AS why
+FROM objects WHERE why IS NOT NULL ORDER BY row LIMIT 1
+"""
 
 
 def blocks(path: Path, text: Collection[str] = ()) -> Iterator[pa.Table]:
-    """Yield a file's rows, some tens of thousands at a time.
+    """Yield a file's rows, some tens of thousands at a time, all with the same columns.
 
     Args:
         text: columns of CSV that are read as text whatever they look like.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InvalidInputError: it does not hold what its name says, or that says nothing.
+        InvalidInputError: it does not hold what its name says, or a value would not come over as it is.
     """
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise InvalidInputError(f"{path}: a file of samples is named {', '.join(_READERS)}", path=str(path))
-    try:
-        row = 1
-        for table in read(path, text):
+    row = 1
+    with _connected(path) as connection:
+        for table in read(connection, path, text):
             _check_ids(path, table, row)
             row += table.num_rows
             for start in range(0, table.num_rows, _ROWS):
                 yield table.slice(start, _ROWS)
-    except pa.ArrowException as error:
-        raise InvalidInputError(f"{path}: {_readable(error)}", path=str(path)) from error
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines, without the names that have no value.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InvalidInputError: a row, named, is none, or a value of it would not come over as it is.
+    """
+    with _connected(path) as connection:
+        for table in _json_lines(connection, path):
+            for row in table.to_pylist():
+                yield {name: value for name, value in row.items() if value is not None}
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a DuckDB of its own to read a file with; what it says becomes errors of ours that name the file."""
+    path.open("rb").close()
+    # One thread keeps the rows in their order.
+    with duckdb.connect(config={"threads": "1"}) as connection:
+        connection.execute("SET temp_directory = ''; SET TimeZone = 'UTC'")
+        try:
+            yield connection
+        except (duckdb.Error, pa.ArrowException) as error:
+            # The rest of what they say is for their own developers.
+            raise InvalidInputError(f"{path}: {str(error).strip().splitlines()[0]}", path=str(path)) from error
+        except RuntimeError as error:
+            # What DuckDB makes of Ctrl-C.
+            if str(error) != "Query interrupted":
+                raise
+            raise KeyboardInterrupt from error
 
 
 def _check_ids(path: Path, table: pa.Table, row: int) -> None:
@@ -49,186 +134,154 @@ def _check_ids(path: Path, table: pa.Table, row: int) -> None:
     if table.column_names.count("sample") != 1:
         return
     ids = table["sample"]
-    if pa.types.is_integer(ids.type) and not ids.null_count:
+    if ids.type == pa.int64() and not ids.null_count:
         return
-    at, value = 0, None
-    for at, value in enumerate(ids.to_pylist()):  # noqa: B007
-        if not (type(value) is int or (isinstance(value, str) and _WHOLE.fullmatch(value))):
-            break
-        if not -(2**63) <= int(value) < 2**63:
-            break
-    said = "missing" if value is None else str(value)
-    raise InvalidInputError(
-        f"{path}, row {row + at}: sample is {said}; the column sample holds integers without gaps, of 63 bits at most",
-        path=str(path),
-    )
-
-
-def _csv(path: Path, text: Collection[str]) -> Iterator[pa.Table]:
-    from pyarrow import csv
-
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    _check_csv(path, delimiter)
-    # An empty cell is no value, and says nothing about one that is stored already; "" is an empty text.
-    converting = csv.ConvertOptions(
-        column_types=dict.fromkeys(text, pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
-    reading = csv.ReadOptions(block_size=_BLOCK_BYTES)
-    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with path.open("rb") as file, csv.open_csv(file, reading, parsing, converting) as reader:
-        floats = [column.name for column in reader.schema if pa.types.is_floating(column.type)]
-    # Digits that a float does not hold are seen in the text alone.
-    as_text = dict.fromkeys([*text, *floats], pa.string())
-    converting.column_types = as_text
-    row = 1
-    with path.open("rb") as file, csv.open_csv(file, reading, parsing, converting) as reader:
-        for batch in reader:
-            for number, column in enumerate(batch.schema):
-                if pa.types.is_binary(column.type):
-                    raise InvalidInputError(f"{path}: column {column.name} is no UTF-8 text", path=str(path))
-                if column.name in floats and column.name not in (*text, "sample"):
-                    values = _floats(path, column.name, batch.column(number), row)
-                    batch = batch.set_column(number, column.name, values)
-            row += batch.num_rows
-            yield pa.Table.from_batches([batch])
-
-
-def _floats(path: Path, name: str, cells: pa.Array, row: int) -> pa.Array:
-    """Return cells as floats.
-
-    Raises:
-        InvalidInputError: a whole number among them would lose digits, or one is no number.
-    """
-    # Whole numbers of 16 digits and more alone can lose some.
-    wide = compute.match_substring_regex(cells, r"^\s*[+-]?[0-9]{16,}\s*$")
-    for at in compute.indices_nonzero(wide.fill_null(False)).to_pylist():
-        cell = cells[at].as_py()
-        if int(float(cell)) != int(cell):
+    for at, value in enumerate(ids.to_pylist(), row):
+        if not _ID.fullmatch(str(value)) or not -(2**63) <= int(value) < 2**63:
             raise InvalidInputError(
-                f"{path}, row {row + at}: column {name} holds {cell.strip()}, which a float would round: "
-                f"pass --text {name} to keep its digits",
+                f"{path}, row {at}: sample is {'missing' if value is None else value}; the column sample holds "
+                "integers without gaps, of 63 bits at most",
                 path=str(path),
             )
-    try:
-        return compute.utf8_trim_whitespace(cells).cast(pa.float64())
-    except pa.ArrowInvalid as error:
-        raise InvalidInputError(
-            f"{path}: column {name} begins with numbers, and holds other things from row {row} on: {_readable(error)}; "
-            f"pass --text {name} to keep it as text",
-            path=str(path),
-        ) from error
 
 
-def _check_csv(path: Path, delimiter: str) -> None:
-    """Refuse what would be dropped or swallowed.
+def _csv(connection: duckdb.DuckDBPyConnection, path: Path, text: Collection[str]) -> Iterator[pa.Table]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    names = _header(path, delimiter)
+    cells = [f'"{number}"' for number in range(len(names))]
+    # An empty cell is no value, and says nothing about one that is stored already; "" is an empty text.
+    connection.execute(
+        f"""CREATE VIEW cells AS SELECT row_number() OVER () AS row, * FROM read_csv({_file(path)}, header=true,
+        auto_detect=false, delim='{delimiter}', quote='"', escape='"', nullstr='', allow_quoted_nulls=false,
+        max_line_size={_LINE_BYTES}, buffer_size={2 * _LINE_BYTES}, store_rejects=true,
+        columns={{{", ".join(f"{cell}: 'VARCHAR'" for cell in cells)}}})"""
+    )
+    connection.execute(_CELLS)
+    found = connection.sql(_KINDS).fetchall()
+    for line, column, kind, message in connection.sql(_REJECTS).fetchall():
+        why = _REJECTED.get(kind, message).format(name=names[min(column, len(names)) - 1])
+        raise InvalidInputError(f"{path}, line {line}: {why}", path=str(path))
+    columns = []
+    for number, name in enumerate(names):
+        kinds = {kind: (row, value) for place, kind, row, value in found if place == str(number)}
+        wanted = "VARCHAR" if name in text else _type_of(set(kinds))
+        if name == "sample" and wanted != "BIGINT":
+            wanted = "VARCHAR"  # as the file has it, to be refused
+        if wanted == "DOUBLE" and (lost := kinds.get("DIGITS") or kinds.get("WIDE")):
+            raise InvalidInputError(
+                f"{path}, row {lost[0]}: column {name} holds {lost[1].strip()}, which a float would round: pass "
+                f"--text {name} to keep its digits",
+                path=str(path),
+            )
+        columns.append(f'CAST({cells[number]} AS "{wanted}") AS {cells[number]}')
+    yield from _tables(connection, f"SELECT {', '.join(columns)} FROM cells", names)
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    """Return the names of the columns, as they are spelled.
 
     Raises:
-        InvalidInputError: a column without a name, or a quote that nothing ends.
+        InvalidInputError: there are none, or one is missing.
     """
-    with path.open("rb") as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-        for number, name in enumerate(next(csv_rows.reader(text, delimiter=delimiter), []), 1):
-            if not name.strip():
-                raise InvalidInputError(
-                    f"{path}, line 1: column {number} has no name: give it one, or leave it out", path=str(path)
-                )
-    begun, quoted = 0, False
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            quoted, opened = _open_quote(line, delimiter.encode(), quoted)
-            begun = number if opened else begun
-    if quoted:
-        raise InvalidInputError(
-            f"{path}, line {begun}: a quote begins here and never ends: end it, or leave it out", path=str(path)
-        )
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file, delimiter=delimiter), [])
+    if not names:
+        raise InvalidInputError(f"{path}, line 1: it names no columns, as sample,owner does", path=str(path))
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise InvalidInputError(
+                f"{path}, line 1: column {number} has no name: give it one, or leave it out", path=str(path)
+            )
+    return names
 
 
-def _open_quote(line: bytes, delimiter: bytes, quoted: bool) -> tuple[bool, bool]:
-    """Say whether a line ends inside quotes, and whether it began them."""
-    if b'"' not in line:
-        return quoted, False
-    opened = False
-    # A quote counts where a cell begins with it; inside, two stand for one.
-    at = 0
-    while True:
-        if quoted:
-            at = line.find(b'"', at)
-            if at < 0:
-                return True, opened
-            if line[at + 1 : at + 2] == b'"':
-                at += 2
-                continue
-            quoted, at = False, at + 1
+def _type_of(kinds: set[str]) -> str:
+    """Return the type that holds cells of these kinds, text if there is no other."""
+    if kinds <= {"BIGINT", "DIGITS"}:
+        return "BIGINT" if kinds else "NULL"
+    if kinds <= {"BIGINT", "DIGITS", "DOUBLE", "WIDE"}:
+        return "DOUBLE"
+    if kinds == {"DATE", "TIMESTAMP"}:
+        return "TIMESTAMP"
+    return kinds.pop() if len(kinds) == 1 else "VARCHAR"
+
+
+def _json_lines(connection: duckdb.DuckDBPyConnection, path: Path, text: Collection[str] = ()) -> Iterator[pa.Table]:
+    connection.execute(
+        f"""CREATE VIEW objects AS SELECT row_number() OVER () AS row, json
+        FROM read_ndjson_objects({_file(path)}, ignore_errors=true)"""
+    )
+    for row, why in connection.sql(_BAD_ROWS).fetchall():
+        raise InvalidInputError(f"{path}, row {row}: {why}", path=str(path))
+    connection.execute(_LEAVES)
+    _check_places(path, connection.sql(_KINDS).fetchall())
+    ((found,),) = connection.sql("SELECT json_group_structure(json) FROM objects").fetchall()
+    structure = _signed(json.loads(found or "{}"))
+    if structure.get("sample", "BIGINT") != "BIGINT":
+        structure["sample"] = "JSON"  # as the file has it, to be refused
+    columns = (
+        # By a JSON pointer, in which two characters are spelled otherwise.
+        f"json_transform(json->{_text('/' + name.replace('~', '~0').replace('/', '~1'))}, {_text(json.dumps(kind))})"
+        for name, kind in structure.items()
+    )
+    if structure:
+        named = ", ".join(f'{column} AS "{number}"' for number, column in enumerate(columns))
+        yield from _tables(connection, f"SELECT {named} FROM objects", list(structure))
+
+
+def _check_places(path: Path, found: Sequence[tuple[str, str, int, str]]) -> None:
+    """Refuse values of several types at one place, and numbers that would not come over as they are.
+
+    Args:
+        found: (place, kind, first row of this kind, its value) in order of rows.
+    """
+    floats = {place for place, kind, *_ in found if kind == "DOUBLE"}
+    first: dict[str, str] = {}
+    for place, kind, row, value in found:
+        if kind == "WIDE":
+            why = "a number of more than 63 bits"
+        elif kind == "DIGITS" and place in floats:
+            why = "an integer that a float would round"
+        elif first.setdefault(place, _NUMERIC.get(kind, kind)) != _NUMERIC.get(kind, kind):
+            why = "of another type than before"
         else:
-            begins = 0 if line.startswith(b'"') and at == 0 else line.find(delimiter + b'"', at) + 1
-            if begins == 0 and not (line.startswith(b'"') and at == 0):
-                return False, opened
-            quoted, opened, at = True, True, begins + 1
+            continue
+        message = f"{path}, row {row}: {place} is {value}, {why}: write the whole column as text, in quotes"
+        raise InvalidInputError(message, path=str(path))
 
 
-def _json_lines(path: Path, text: Collection[str]) -> Iterator[pa.Table]:
-    found = objects(path)
-    row = 1
-    while rows := list(islice(found, _ROWS)):
-        names = dict.fromkeys(name for one in rows for name in one)
-        yield pa.table({name: _json_column(path, name, [one.get(name) for one in rows], row) for name in names})
-        row += len(rows)
+_NUMERIC = dict.fromkeys(("BIGINT", "DIGITS", "DOUBLE"), "number")
 
 
-def _json_column(path: Path, name: str, values: list[Any], row: int) -> pa.Array:
-    """Return what a block of rows says under one name.
-
-    Raises:
-        InvalidInputError: naming the first row that does not go with those before it.
-    """
-    try:
-        column = pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        pass
-    else:
-        if not pa.types.is_floating(column.type):
-            return column
-        wide = [at for at, value in enumerate(values) if type(value) is int and int(float(value)) != value]
-        if not wide:
-            return column
-        raise _unlike(path, name, values[wide[0]], row + wide[0])
-    good, bad = 0, len(values)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        try:
-            pa.array(values[:middle])
-            good = middle
-        except (pa.ArrowException, OverflowError):
-            bad = middle
-    raise _unlike(path, name, values[bad - 1], row + bad - 1)
+def _signed(structure: Any) -> Any:
+    """Return what DuckDB found in JSON with one type for integers, all of which are of 63 bits by now."""
+    if isinstance(structure, dict):
+        return {name: _signed(part) for name, part in structure.items()}
+    if isinstance(structure, list):
+        return [_signed(part) for part in structure]
+    return "BIGINT" if structure in ("UBIGINT", "HUGEINT") else structure
 
 
-def _unlike(path: Path, name: str, value: Any, row: int) -> InvalidInputError:
-    if name == "sample":
-        return InvalidInputError(
-            f"{path}, row {row}: sample is {value!r}, and the column sample holds integers of 63 bits", path=str(path)
-        )
-    if type(value) is int and abs(value) >= 2**53:
-        why = f"{name} is {value}, an integer that is too large for a column of numbers beside others"
-    else:
-        why = f"{name} is {value!r}, of another type than in the rows before"
-    return InvalidInputError(f"{path}, row {row}: {why}: write the whole column as text, in quotes", path=str(path))
-
-
-def _parquet(path: Path, text: Collection[str]) -> Iterator[pa.Table]:
-    from pyarrow import parquet
-
+def _parquet(connection: duckdb.DuckDBPyConnection, path: Path, text: Collection[str]) -> Iterator[pa.Table]:
+    # By arrow, which knows all types of the format; DuckDB would round decimals of more than 38 digits.
     with path.open("rb") as file, parquet.ParquetFile(file) as rows:
         for batch in rows.iter_batches(_ROWS):
             yield pa.Table.from_batches([batch])
 
 
-def _readable(error: Exception) -> str:
-    """Return the first line of what arrow says: the rest is for its own developers."""
-    return str(error).strip().partition("\n")[0]
+def _tables(connection: duckdb.DuckDBPyConnection, query: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield what a query returns, under names of which DuckDB would tell some apart by a number."""
+    for batch in connection.sql(query).to_arrow_reader(_ROWS):
+        yield pa.Table.from_batches([batch]).rename_columns(names)
+
+
+def _file(path: Path) -> str:
+    """Return a path as SQL, the characters that stand for many files as themselves."""
+    return _text(re.sub(r"([*?\[])", r"[\1]", str(path.absolute())))
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
 
 
 _READERS = {

@@ -2,21 +2,27 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from timstore.checkpoints.files import PlainFile, TensorFile
-from timstore.checkpoints.header import StoredTensor
+from timstore.checkpoints.files import StoredTensor, TensorFile, plain_file
 from timstore.errors import FormatError, InvalidInputError, NotFoundError
 from timstore.os_errors import reporting
 
-SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
+_SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
 _MODEL, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Weights in other formats, and what optimizers saved: their moments are sums of the samples' gradients.
+_WEIGHTS = (_SUFFIX, *_PICKLES, ".pickle", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".npz", ".npy", ".distcp")
+# What a Trainer saves in the same formats, and nothing of the samples is in.
+_HARMLESS = re.compile(
+    r"training_args\.bin|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|random_states_\d+\.pkl"
+)
 _JSON_BYTES = 16 * 1024 * 1024
 
 
@@ -27,12 +33,12 @@ class Checkpoint:
     Attributes:
         path: the file, or the folder.
         files: those that hold its tensors.
-        holders: each tensor's name to the file that holds it.
+        tensors: of all files, by name.
     """
 
     path: Path
     files: tuple[TensorFile, ...]
-    holders: Mapping[str, TensorFile]
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def is_folder(self) -> bool:
@@ -47,7 +53,7 @@ class Checkpoint:
     @property
     def metadata(self) -> dict[str, str]:
         """What the writer of its files noted."""
-        return {name: text for file in self.files for name, text in file.header.metadata.items()}
+        return {name: text for file in self.files for name, text in file.metadata.items()}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -56,21 +62,28 @@ class Checkpoint:
         Raises:
             FormatError: it cannot be read.
         """
-        path = self.path / "config.json"
-        return _json(path) if self.is_folder and os.path.exists(path) else {}
+        return _config(self.path) if self.is_folder else {}
 
-    def tensor(self, name: str) -> StoredTensor:
-        """Return where a tensor lies in its file."""
-        return self.holders[name].header.tensors[name]
+    def files_below(self) -> list[Path]:
+        """Return every file of the folder and of those in it, its own first; what cannot be read is passed over."""
+        paths = [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+        return sorted(paths, key=lambda path: (len(path.parts), path))
 
-    def check_unchanged(self) -> None:
-        """Refuse to go on when a file is another one than it was.
-
-        Raises:
-            StateError: somebody wrote to it, or replaced it.
-        """
-        for file in self.files:
-            file.check_unchanged()
+    def other_weights(self) -> str | None:
+        """Return a sentence on files of the folder that may hold the samples too; None where there are none."""
+        own = {file.path for file in self.files}
+        others = [
+            path
+            for path in (self.files_below() if self.is_folder else ())
+            if path.name.lower().endswith(_WEIGHTS) and path not in own and not _HARMLESS.fullmatch(path.name)
+        ]
+        if not others:
+            return None
+        return (
+            f"{self.path} holds {len(others)} other file{'s' * (len(others) > 1)} of weights or of an optimizer's "
+            f"state (the first is {others[0].relative_to(self.path)}), which stay or are copied as they are and may "
+            "hold the samples still: delete what must not"
+        )
 
 
 @contextmanager
@@ -87,32 +100,32 @@ def opened(path: Path, header_bytes: int) -> Iterator[Checkpoint]:
     """
     with ExitStack() as stack:
         paths, places = _paths(path)
-        files = tuple(stack.enter_context(TensorFile(one, header_bytes)) for one in paths)
-        holders: dict[str, TensorFile] = {}
+        files = tuple(TensorFile(place, stack.enter_context(plain_file(place)), header_bytes) for place in paths)
+        tensors: dict[str, StoredTensor] = {}
         for file in files:
-            for name in file.header.tensors:
-                if name in holders:
+            for name, tensor in file.tensors.items():
+                if name in tensors:
                     raise FormatError(
-                        f"tensor {name} lies in {holders[name].path.name} and in {file.path.name} of {path}: which of "
-                        "them counts is not known",
+                        f"tensor {name} lies in {tensors[name].file.path.name} and in {file.path.name} of {path}: "
+                        "which of them counts is not known",
                         path=str(path),
                         tensor=name,
                     )
-                holders[name] = file
+                tensors[name] = tensor
         for name, place in places.items():
-            if name not in holders or holders[name].path.name != place:
+            if name not in tensors or tensors[name].file.path.name != place:
                 raise FormatError(
                     f"the index of {path} says that tensor {name} lies in {place}, and it does not",
                     path=str(path),
                     tensor=name,
                 )
-        yield Checkpoint(path, files, holders)
+        yield Checkpoint(path, files, tensors)
 
 
 def _paths(path: Path) -> tuple[list[Path], dict[str, str]]:
     """Return (the files that hold a checkpoint's tensors, what an index says of each tensor's file)."""
     if not os.path.isdir(path):
-        if path.suffix in PICKLES:
+        if path.suffix in _PICKLES:
             raise _pickled(path)
         if path.name.endswith(_INDEX):
             raise InvalidInputError(f"{path} is the index of a checkpoint: pass its folder", path=str(path))
@@ -120,27 +133,28 @@ def _paths(path: Path) -> tuple[list[Path], dict[str, str]]:
     with reporting("read", path):
         names = sorted(os.listdir(path))
     indices = [name for name in names if name.endswith(_INDEX)]
-    found = [name for name in names if name.endswith(SUFFIX)]
+    weights = [name for name in names if name.endswith(_SUFFIX)]
+    usual = [name for name in (_MODEL, _ADAPTER) if name in weights] or weights
     if len(indices) == 1:
-        paths, places = _indexed(path / indices[0])
-        _check_sole(path, indices[0], {one.name for one in paths}, found)
-        return paths, places
-    usual = [name for name in (_MODEL, _ADAPTER) if name in found] or found
+        places = _places(path / indices[0])
+        _check_sole(path, indices[0], set(places.values()), weights)
+        return [path / name for name in sorted(set(places.values()))], places
     if len(usual) == 1 and not indices:
-        _check_sole(path, usual[0], set(usual), ())
+        _check_sole(path, usual[0], usual, ())
         return [path / usual[0]], {}
-    if not found and any(name.endswith(PICKLES) for name in names):
-        raise _pickled(path / next(name for name in names if name.endswith(PICKLES)))
-    if not found:
-        raise NotFoundError(f"{path} holds no safetensors file", path=str(path))
-    raise InvalidInputError(
-        f"{path} holds {', '.join([*indices, *found][:4])}, and not one index, nor one of them alone: pass the "
-        "file itself",
-        path=str(path),
-    )
+    if weights:
+        raise InvalidInputError(
+            f"{path} holds {', '.join([*indices, *weights][:4])}, and not one index, nor one of them alone: pass the "
+            "file itself",
+            path=str(path),
+        )
+    for name in names:
+        if name.endswith(_PICKLES):
+            raise _pickled(path / name)
+    raise NotFoundError(f"{path} holds no safetensors file", path=str(path))
 
 
-def _check_sole(path: Path, chosen: str, taken: Set[str], found: Sequence[str]) -> None:
+def _check_sole(path: Path, chosen: str, taken: Collection[str], weights: Sequence[str]) -> None:
     """Refuse a folder of which a loader may take other weights than those that would be changed.
 
     Transformers takes the file that config.json names, or else model.safetensors, or else what the index names, and
@@ -149,12 +163,12 @@ def _check_sole(path: Path, chosen: str, taken: Set[str], found: Sequence[str]) 
     Args:
         chosen: the index, or the file alone.
         taken: the files that would be changed.
-        found: those that may count beside an index.
+        weights: files that may count beside an index.
     """
-    others = [name for name in (_MODEL, _ADAPTER, chosen.removesuffix(".index.json")) if name in found]
-    if os.path.exists(path / "config.json"):
-        named = _json(path / "config.json").get("transformers_weights")
-        others += [named] if isinstance(named, str) and os.path.exists(path / named) else []
+    others = [name for name in (_MODEL, _ADAPTER, chosen.removesuffix(".index.json")) if name in weights]
+    named = _config(path).get("transformers_weights")
+    if isinstance(named, str) and os.path.exists(path / named):
+        others.append(named)
     for other in others:
         if other not in {chosen, *taken}:
             raise InvalidInputError(
@@ -165,30 +179,34 @@ def _check_sole(path: Path, chosen: str, taken: Set[str], found: Sequence[str]) 
             )
 
 
-def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the files that an index names, held to lie beside it, and the file of each tensor."""
+def _places(index: Path) -> dict[str, str]:
+    """Return the file that an index names for each tensor, held to lie beside it."""
     places = _json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(one, str) for one in places.values()):
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise FormatError(f"{index} has no weight_map of tensors to files", path=str(index))
-    names = sorted(set(places.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(SUFFIX):
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.endswith(_SUFFIX):
             raise FormatError(f"{index} names {name!r}, which is no safetensors file beside it", path=str(index))
         if not os.path.exists(index.parent / name):
             raise NotFoundError(f"{index} names {name}, and there is no such file", path=str(index.parent / name))
-    return [index.parent / name for name in names], places
+    return places
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return _json(path) if os.path.exists(path) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with PlainFile(path) as file:
-        text = file.read(0, min(file.size, _JSON_BYTES)).numpy().tobytes()
+    with plain_file(path) as descriptor, reporting("read", path):
+        text = os.pread(descriptor, _JSON_BYTES, 0)
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is no JSON ({error})", path=str(path)) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise FormatError(f"{path} is no JSON object", path=str(path))
-    return found
+    return content
 
 
 def _pickled(path: Path) -> InvalidInputError:
