@@ -2,13 +2,11 @@
 
 import gc
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from stores import made_store
@@ -17,8 +15,6 @@ import timstore
 from timstore.database.lifetime import attended_stores
 from timstore.format.objects import LocalObjects
 from timstore.format.settings import Settings, read_settings
-from timstore.legacy.pickles import read_pickle
-from timstore.recording import accumulation, standstill
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/recording/test_c*
 if "TIMSTORE_DEVICE" in os.environ:
@@ -35,14 +31,6 @@ NOBODY = 65534
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-
-
-@pytest.fixture(params=["one by one", "together"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How gradients are looked at: as on the host, or as on a CUDA device."""
-    if request.param == "together":
-        for module in (accumulation, standstill):
-            monkeypatch.setattr(module, "is_kept_together", lambda parameter: True)
 
 
 @pytest.fixture
@@ -69,20 +57,6 @@ def objects(tmp_path: Path) -> LocalObjects:
 @pytest.fixture
 def settings(objects: LocalObjects) -> Settings:
     return read_settings(objects)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of pickles put them."""
-    made = tmp_path_factory.mktemp("pickles") / "epoch_0.pkl"
-    # What numpy, and Python for the text of protocol 0, import of themselves when it is first needed: before anything
-    # is watched.
-    # And what tests before left in cycles: files go away when that is collected, which must not be while one watches.
-    gc.collect()
-    for protocol in (0, pickle.DEFAULT_PROTOCOL):
-        made.write_bytes(pickle.dumps([np.ones(2, bool), torch.ones(2), np.float32(1), "text"], protocol))
-        read_pickle(made)
-    return made
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from its own room, or from a floor below.
 FLOORS = [
     ["timstore.errors"],
-    ["timstore.os_errors", "timstore.progress", "timstore.interrupts", "timstore.records"],
+    ["timstore.arguments", "timstore.os_errors", "timstore.progress", "timstore.interrupts", "timstore.records"],
+    ["timstore.options"],
     ["timstore.encoding"],
     ["timstore.format"],
     ["timstore.catalog"],
     ["timstore.database"],
     ["timstore.model"],
+    ["timstore.options"],
     ["timstore.recording", "timstore.rollbacks", "timstore.verification", "timstore.legacy"],
     ["timstore.checkpoints"],
     ["timstore"],
@@ -32,10 +34,11 @@ OWNERS = {
     "zarr": ["timstore.format"],
     "numcodecs": ["timstore.format"],
     "google_crc32c": ["timstore.format"],
-    "isal": ["timstore.format", "timstore.verification"],
+    "isal": ["timstore.format"],
     "duckdb": ["timstore.catalog", "timstore.database.handle", "timstore.cli.sample_files"],
     "torch": [
         "timstore.model",
+        "timstore.options",  # for types alone
         "timstore.recording",
         "timstore.rollbacks",
         "timstore.legacy",

@@ -23,6 +23,18 @@ from timstore.errors import (
     TimstoreWarning,
 )
 from timstore.interrupts import CriticalSection
+from timstore.options import (
+    Accumulate,
+    Capture,
+    Denominator,
+    Loss,
+    MeanOver,
+    Method,
+    Missing,
+    OptimizerHistory,
+    RecordOptions,
+    RollbackOptions,
+)
 from timstore.os_errors import user_path as _user_path
 from timstore.records import Factors, Rows
 
@@ -109,16 +121,16 @@ class Store(_Store):
         *,
         resume_from: tuple[int, int] | None = None,
         probe: Iterable[Any] | Literal["auto", False] | None = "auto",
-        optimizer_history: str = "final",
+        optimizer_history: OptimizerHistory = "final",
         waypoints: bool = True,
         scaler: Any = None,
-        mean_over: str | None = None,
+        mean_over: MeanOver | None = None,
         budget: int | str | None = None,
         steps: int | None = None,
         epochs: int = 1,
         rank: int | None = None,
         allow_zero: bool = False,
-        capture: str = "auto",
+        capture: Capture = "auto",
         batch_axis: int = 0,
         id_column: str | None = None,
         by_content: bool = False,
@@ -169,13 +181,9 @@ class Store(_Store):
             StateError: the model is being recorded already, or changed since recording stopped; over the budget; a
                 parameter was changed between two steps by something else than its optimizer.
         """
-        from timstore.recording import record
+        from timstore.recording import Recorder
 
-        return record(
-            self,
-            model,
-            optimizer,
-            samples=samples,
+        options = RecordOptions(
             resume_from=resume_from,
             probe=probe,
             optimizer_history=optimizer_history,
@@ -193,6 +201,7 @@ class Store(_Store):
             by_content=by_content,
             process_group=process_group,
         )
+        return Recorder(self, model, optimizer, samples, options)
 
     def forecast(
         self,
@@ -204,12 +213,12 @@ class Store(_Store):
         epochs: int = 1,
         batch: Any = None,
         optimizer: "torch.optim.Optimizer | None" = None,
-        optimizer_history: str = "final",
+        optimizer_history: OptimizerHistory = "final",
         waypoints: bool = True,
     ) -> "Forecast":
         """Measure what recording will write, before hours are spent; prints well. Model and store stay as they are.
 
-        Cost: two forward and backward passes of up to 4 rows, and their records in the temporary directory.
+        Cost: one forward and backward pass of 4 rows, whose records are encoded in memory.
 
         Args:
             samples: how many are recorded.
@@ -224,9 +233,9 @@ class Store(_Store):
             InvalidInputError: numbers below 1, or nothing to measure on.
             CoverageError: the model cannot be recorded.
         """
-        from timstore.recording import rehearse
+        from timstore.recording import forecast_of
 
-        return rehearse(
+        return forecast_of(
             self,
             model,
             samples=samples,
@@ -248,16 +257,16 @@ class Store(_Store):
         strength: float = 1.0,
         epochs: Iterable[int] | None = None,
         parameters: Iterable[str] | None = None,
-        method: str = "auto",
-        denominator: str = "kept",
+        method: Method = "auto",
+        denominator: Denominator = "kept",
         optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
         probe: Iterable[Any] | Literal["auto", False] | None = None,
         bins: int = 4,
         outputs: Callable[[Any], Any] | None = None,
-        loss: str | None = None,
+        loss: Loss | None = None,
         memory_limit: int | str = "512MB",
-        accumulate: str = "float32",
-        missing: str = "error",
+        accumulate: Accumulate = "float32",
+        missing: Missing = "error",
         keep_delta: bool = False,
         dry_run: bool = False,
         force: bool = False,
@@ -314,10 +323,7 @@ class Store(_Store):
             InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
             FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
         """
-        return _way(target)(
-            self,
-            target,
-            ids,
+        options = RollbackOptions(
             where=where,
             strength=strength,
             epochs=epochs,
@@ -340,6 +346,7 @@ class Store(_Store):
             in_place=in_place,
             model=model,
         )
+        return _way(target)(self, target, ids, options)
 
     def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
         """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
@@ -407,16 +414,16 @@ def rollback(
     Raises:
         StateError: no store, or several, are open.
     """
-    roll_back = _way(target)
+    roll_back, chosen = _way(target), RollbackOptions(**options)
     if isinstance(store, _Store):
-        return roll_back(store, target, ids, **options)
+        return roll_back(store, target, ids, chosen)
     if store is not None:
         if not os.path.exists(_user_path(store)):
             raise NotFoundError(f"there is no store at {store}", path=str(store))
         with CriticalSection("the rollback had ended") as section, open(store) as opened:
-            return section.finish(roll_back(opened, target, ids, **options))
+            return section.finish(roll_back(opened, target, ids, chosen))
     found = _attended_stores()
     if len(found) != 1:
         which = "no store is" if not found else f"{len(found)} stores are"
         raise StateError(f"{which} open in this process: pass store=, a store or its path")
-    return roll_back(found[0], target, ids, **options)
+    return roll_back(found[0], target, ids, chosen)

@@ -180,7 +180,7 @@ class Recording:
             recorder.batch(ids)
             net(torch.ones(2, 3)).square().mean().backward()
             sgd.step()
-            recorder.checkpoint()
+            recorder.save_point()
 
     def _begin(self):
         self.end()

@@ -14,8 +14,6 @@ from torch import nn
 
 import timstore
 
-pytestmark = pytest.mark.usefixtures("kept")
-
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:

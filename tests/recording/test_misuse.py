@@ -48,7 +48,7 @@ def test_training_beside_a_recorder_that_nobody_entered_warns_once(training):
     assert kept.step == 0
 
 
-@pytest.mark.parametrize("call", [lambda one: one.batch([1, 2]), lambda one: one.checkpoint()])
+@pytest.mark.parametrize("call", [lambda one: one.batch([1, 2]), lambda one: one.save_point()])
 def test_a_recorder_that_nobody_entered_refuses_what_needs_the_block(training, call):
     store, model, optimizer, _ = training
     with pytest.raises(timstore.StateError, match="train within") as caught:

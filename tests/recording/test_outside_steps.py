@@ -13,8 +13,6 @@ from torch import nn
 import timstore
 from timstore.errors import StateError, TimstoreWarning
 
-pytestmark = pytest.mark.usefixtures("kept")
-
 Outside = Callable[[nn.Module], None]
 
 

@@ -196,3 +196,38 @@ def test_an_own_layer_may_fold_tokens_away(tmp_path: Path, options: Any) -> None
     pool = Model(lambda self, x, count: (x * self.scale).view(count, -1, 6).mean(1), scale=nn.Parameter(torch.rand(6)))
     forward = lambda self, x: self.out(self.pool(x.flatten(0, 1), len(x)))  # noqa: E731
     record(tmp_path / "s", Model(forward, pool=pool, out=nn.Linear(6, 2)), [of(5, 6), of(3, 6)], **options)
+
+
+# --- what is rounding, and what is not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used_directly", [False, True])
+def test_a_gradient_far_below_the_others_is_held_to_its_parts(tmp_path: Path, used_directly: bool) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        small = self.small(x) + (x @ self.small.weight.T if used_directly else 0)
+        out: torch.Tensor = self.large(x) + 3e-8 * small
+        return out
+
+    model = Model(forward, large=nn.Linear(6, 2), small=nn.Linear(6, 2))
+    if not used_directly:
+        record(tmp_path / "s", model, [of(5, 6), of(4, 6)], capture="modules")
+        return
+    with pytest.raises(CoverageError, match=r"small\.weight.*add up to something else"):
+        record(tmp_path / "s", model, [of(5, 6)], capture="modules")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@BOTH
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_evidence(tmp_path: Path, scale: float, options: Any) -> None:
+    # Softmax takes no notice of what is added to all of its arguments, so that the keys' bias has no gradient.
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        out: torch.Tensor = self.out(weights @ x)
+        return out
+
+    model = Model(forward, query=nn.Linear(6, 6), key=nn.Linear(6, 6), out=nn.Linear(6, 2))
+
+    def loss(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        return scale * (rows(model(**batch)) * weights).mean()
+
+    record(tmp_path / "s", model, [of(5, 6, loss=loss), of(3, 6, loss=loss)], **options)

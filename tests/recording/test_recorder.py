@@ -15,8 +15,6 @@ import timstore
 from timstore.errors import InvalidInputError, StateError
 from timstore.model.fingerprints import digests
 
-pytestmark = pytest.mark.usefixtures("kept")
-
 # --- what is written ---------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,6 @@ import timstore
 from timstore.errors import CoverageError, InvalidInputError, StateError
 from timstore.model.fingerprints import digests
 
-pytestmark = pytest.mark.usefixtures("kept")
-
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_forward_pass_without_ids_is_refused(store: timstore.Store, mode: str) -> None:

@@ -13,8 +13,6 @@ from torch import nn
 import timstore
 from timstore.errors import InvalidInputError, TimstoreWarning
 
-pytestmark = pytest.mark.usefixtures("kept")
-
 IDS = torch.arange(12)
 
 

@@ -171,7 +171,7 @@ def recorded(path: Path) -> tuple[timstore.Store, nn.Module, torch.optim.Optimiz
     store = timstore.open(path)
     with store.record(model, optimizer) as recorder:
         run(model, optimizer, steps=range(7), recorder=recorder)
-        recorder.checkpoint()
+        recorder.save_point()
         checkpoint = copy.deepcopy(model.state_dict())
         run(model, optimizer, steps=range(7, 14), recorder=recorder)
     return store, model, optimizer, checkpoint

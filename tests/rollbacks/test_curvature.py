@@ -13,9 +13,7 @@ from timstore.errors import InvalidInputError
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.filtering import Filtered, probe_filter
 from timstore.rollbacks.krylov import krylov, random_signs
-from timstore.rollbacks.outcome import Outcome
-from timstore.rollbacks.probe import Answer, Probe
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.probe import Answer, Outcome, Probe, Room
 from timstore.rollbacks.vectors import Vector, Workspace
 
 DOUBLE = torch.float64
@@ -148,7 +146,7 @@ def run(
             Probe(model, probe, loss=loss),
             workspace,
             depth=120,
-            coordinates=vector_of(workspace, factors, model) if adam else None,
+            preconditioner=vector_of(workspace, factors, model) if adam else None,
             decays=decays,
         )
         delta = torch.cat([found.delta.read(name).clone() for name in names])
@@ -168,30 +166,32 @@ def test_the_filter_is_the_dense_matrix_function(loss: str, bins: int, adam: boo
     assert one.found.apart == pytest.approx(float((first - want).norm() / want.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them(half: int) -> None:
+def test_the_spectrum_adds_up_to_traces_as_its_random_vector_sees_them() -> None:
     model = small()
     one = run(model, "cross_entropy", 2, size=0.1)
     scale = torch.stack(one.lengths).sum(0).sqrt()
-    matrix = scale[:, None] * one.matrices[half] * scale
     with workspace_for(model) as workspace:
         signs = random_signs(workspace)
         vector = torch.cat([signs.read(name).clone() for name in workspace.sizes])
     assert set(vector.tolist()) == {-1.0, 1.0}
     assert len(vector) / 4 < float((vector > 0).sum()) < len(vector) * 3 / 4
-    for power in (1, 2, 3):
-        want = float(vector @ torch.linalg.matrix_power(matrix, power) @ vector)
-        assert sum(weight * value**power for value, weight in one.found.ways[half].spectrum) == pytest.approx(want)
+    for curvature, way in zip(one.matrices, one.found.ways, strict=True):
+        matrix = scale[:, None] * curvature * scale
+        for power in (1, 2, 3):
+            want = float(vector @ torch.linalg.matrix_power(matrix, power) @ vector)
+            assert sum(weight * value**power for value, weight in way.spectrum) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_the_damping_leaves_least_of_what_curvature_misses_and_of_what_is_taken_back(
-    loss: str, size: float, half: int
-) -> None:
+def test_the_damping_leaves_least_of_what_curvature_misses_and_of_what_is_taken_back(loss: str, size: float) -> None:
     model = small()
     one = run(model, loss, 2, size=size)
+    for half in (0, 1):
+        check_damping(model, loss, one, half)
+
+
+def check_damping(model: nn.Module, loss: str, one: Run, half: int) -> None:
     whole, way = torch.stack(one.lengths).sum(0), one.found.ways[half]
     scale = whole.sqrt()
     values, vectors = torch.linalg.eigh(scale[:, None] * one.matrices[half] * scale[None, :])
@@ -232,7 +232,7 @@ def test_what_damps_a_small_change_damps_one_beyond_a_linearisation_more() -> No
 
 
 def test_the_spill_file_changes_nothing_but_the_order_of_sums() -> None:
-    in_memory, spilled = (run(small(), "cross_entropy", 2, limit) for limit in (2**26, 1))
+    in_memory, spilled = (run(small(), "cross_entropy", 2, limit) for limit in (2**26, 500))
     torch.testing.assert_close(in_memory.delta, spilled.delta, rtol=1e-10, atol=1e-10)
 
 
@@ -373,7 +373,7 @@ def test_answers_kept_before_changes_change_time_and_nothing_else(loss: str) -> 
             assert first > 0
             assert others == [first, first]
     # Four outputs of each of the six positions that count (seven of mse), and of four.
-    assert [len(outcome._kept) for outcome in outcomes] == [0, int(loss == "cross_entropy"), 2]
+    assert [len(outcome._answered) for outcome in outcomes] == [0, int(loss == "cross_entropy"), 2]
 
 
 class Stateful(nn.Module):
@@ -432,6 +432,8 @@ def test_no_graph_outlives_its_use(keep_bytes: int) -> None:
     probe = Probe(model, [torch.ones(3, 5, dtype=DOUBLE), torch.zeros(2, 5, dtype=DOUBLE)], loss="mse")
     curvature = GaussNewton(model, names, probe, room=Room(keep_bytes))
     curvature.product({name: one.detach().flatten() for name, one in model.named_parameters()})
-    alive = [weakref.ref(graph.outputs) for graph in curvature._graphs(curvature._kept_tensors or curvature._tensors())]
+    alive = [
+        weakref.ref(graph.outputs) for graph in curvature._graphs(curvature._graph_tensors or curvature._tensors())
+    ]
     del curvature
     assert [one() for one in alive] == [None, None]

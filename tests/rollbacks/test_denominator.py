@@ -127,9 +127,17 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("clip", [None, 0.35], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("mean", ["tokens", "samples"])
-@pytest.mark.parametrize("kind", KINDS)
+# What the mean is over does not depend on the optimizer: one of them meets every case.
+CASES = [
+    (kind, mean, clip)
+    for kind in KINDS
+    for mean in ("tokens", "samples")
+    for clip in (None, 0.35)
+    if kind == "momentum" or (mean == "tokens") == (clip is not None)
+]
+
+
+@pytest.mark.parametrize(("kind", "mean", "clip"), CASES)
 def test_the_mean_is_taken_again_over_what_stays_of_all_micro_batches(
     tmp_path: Path, kind: str, mean: str, clip: float | None
 ) -> None:
@@ -151,9 +159,15 @@ def test_records_of_all_samples_are_enough(tmp_path: Path, mean: str, clip: floa
 TWICE: Steps = (((3, 0), (3, 1)), ((8, 8, 2, 2), (4, 5)), ((3, 3), (3,)), ((1, 8, 8, 8, 6),))
 
 
-@pytest.mark.parametrize("clip", [None, 0.35], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("mean", ["tokens", "samples"])
-@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+@pytest.mark.parametrize(
+    ("kind", "mean", "clip"),
+    [
+        ("momentum", "tokens", 0.35),
+        ("momentum", "samples", None),
+        ("adamw", "samples", 0.35),
+        ("adamw", "tokens", None),
+    ],
+)
 def test_a_sample_counts_as_often_as_it_came(tmp_path: Path, kind: str, mean: str, clip: float | None) -> None:
     training = Training(*KINDS[kind], mean=mean, clip=clip, steps=TWICE)
     with timstore.open(tmp_path / "s", durability="os") as store:

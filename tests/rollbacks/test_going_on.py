@@ -127,7 +127,7 @@ def test_a_checkpoint_from_before_the_rollback_holds_everything(store: timstore.
     optimizer = made(kind, model)
     with store.record(model, optimizer, **history(kind)) as recorder:
         train(model, optimizer, 0, 2)
-        recorder.checkpoint()
+        recorder.save_point()
         saved, state = copied(model), deepcopy(optimizer.state_dict())
         train(model, optimizer, 2, 4)
     store.rollback(model, [1])
@@ -185,7 +185,7 @@ def test_a_model_that_was_only_loaded_still_has_to_say_where_it_is(store: timsto
     optimizer = made("sgd", model)
     with store.record(model, optimizer) as recorder:
         train(model, optimizer, 0, 2)
-        recorder.checkpoint()
+        recorder.save_point()
         saved = copied(model)
         train(model, optimizer, 2, 4)
     model.load_state_dict(saved)

@@ -25,7 +25,7 @@ from timstore.format.objects import LocalObjects
 from timstore.interrupts import Held
 from timstore.model.fingerprints import digests
 from timstore.rollbacks import vectors
-from timstore.rollbacks.engine import Budget
+from timstore.rollbacks.streaming_sum import MemoryShares
 from timstore.rollbacks.targets import InModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:first order only:timstore.TimstoreWarning")
@@ -182,8 +182,8 @@ def test_a_delta_that_cannot_be_read_back_changes_nothing(tmp_path: Path, monkey
         def __getattr__(self, name: str) -> Any:
             return getattr(os, name)
 
-    failing, divide = Os(), Budget.divide
-    monkeypatch.setattr(Budget, "divide", lambda *arguments: replace(divide(*arguments), deltas_bytes=64))
+    failing, divide = Os(), MemoryShares.divide
+    monkeypatch.setattr(MemoryShares, "divide", lambda *arguments: replace(divide(*arguments), deltas_bytes=64))
     monkeypatch.setattr(vectors, "os", failing)
 
     def once() -> None:
@@ -383,7 +383,7 @@ def test_a_compact_that_is_cut_off_is_done_or_not_and_says_which(
     assert compacted(saved_models.copied(commits, "calm")) == "done"
     last, states = calls, []
     # The checkpoint is made after about half of the calls; deleting is the rest.
-    for at in range(last // 3, last + 1, 4):
+    for at in range(last // 3, last + 1, 7):
         calls, path = 0, saved_models.copied(commits, str(at))
         states.append(compacted(path))
         if states[-1] != "unknown":

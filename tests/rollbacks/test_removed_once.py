@@ -22,8 +22,8 @@ from torch import nn
 import timstore
 from timstore.errors import CoverageError, ModelMismatchError, StateError
 
-SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "500"))
-CHUNKS = 100
+SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "100"))
+CHUNKS = 20
 LONGEST = 8
 WIDTH = 3
 LR = 0.1
@@ -216,7 +216,7 @@ class Sequence:
                 held = replace(held, shares=held.shares | dict.fromkeys(records, 1.0), steps=steps)
                 held = replace(held, place=(attempt, step), undo=None)
                 if self.random.random() < 0.3:
-                    recorder.checkpoint()
+                    recorder.save_point()
                     self.become(held)
         self.become(held)
 

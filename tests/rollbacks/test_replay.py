@@ -197,9 +197,17 @@ FAMILY: list[tuple[str, type[torch.optim.Optimizer], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("clip", [True, False], ids=["clipped", "unclipped"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "token mean"])
-@pytest.mark.parametrize(("kind", "options"), [one[1:] for one in FAMILY], ids=[one[0] for one in FAMILY])
+# What a step consumes depends on the mean and on clipping, not on the optimizer: each meets both, and two meet all.
+CASES = [
+    pytest.param(kind, options, reduction, clip, id=f"{name}, {reduction}, {'clipped' if clip else 'unclipped'}")
+    for name, kind, options in FAMILY
+    for reduction in ("mean", "sum", "token mean")
+    for clip in (True, False)
+    if name in ("momentum", "adamw") or (reduction, clip) in (("mean", False), ("token mean", True))
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "reduction", "clip"), CASES)
 def test_rollback_equals_two_runs_of_the_real_optimizer(
     tmp_path: Path, kind: type[torch.optim.Optimizer], options: dict[str, Any], reduction: str, clip: bool
 ) -> None:
@@ -215,7 +223,7 @@ def test_rollback_equals_two_runs_of_the_real_optimizer(
                 assert off(found, wanted) < 1e-12, (denominator, method)
                 assert states_off(corrected, optimizer) < 1e-12, (denominator, method)
                 assert report.method == method
-            assert rolled_back(store, run, denominator=denominator)[3].method == methods[0]
+        assert rolled_back(store, run)[3].method == methods[0]
 
 
 @pytest.mark.parametrize(("kind", "options"), [one[1:] for one in FAMILY], ids=[one[0] for one in FAMILY])

@@ -19,7 +19,7 @@ def test_sums_and_products_are_those_of_whole_tensors(limit: int, dtype: torch.d
     left, right = torch.randn(1037, dtype=dtype), torch.randn(1037, dtype=dtype)
     with Workspace(SIZES, dtype=dtype, memory_limit_bytes=limit) as workspace:
         vectors = [workspace.new(), workspace.new()]
-        assert [vector.spilled for vector in vectors] == [limit == SPILLED] * 2
+        assert [vector.numbers.spilled for vector in vectors] == [limit == SPILLED] * 2
         for vector, numbers in zip(vectors, (left, right), strict=True):
             vector.write("a", 0, numbers[:400])
             vector.write("a", 400, numbers[400:1000])
@@ -45,11 +45,11 @@ def test_the_space_of_a_freed_vector_is_used_again_and_starts_at_zero(limit: int
             vector.write("b", 0, torch.ones(37))
         vectors[1].free()
         again = workspace.new()
-        assert again.spilled == (limit == SPILLED)
+        assert again.numbers.spilled == (limit == SPILLED)
         assert not again.read("b").any() and again.norm() == 0
         assert vectors[0].read("b").sum() == vectors[2].read("b").sum() == 37
         if limit == SPILLED:
-            assert os.fstat(workspace._file).st_size == 3 * 1037 * 4
+            assert os.fstat(workspace.spill._file.fileno()).st_size == 3 * 1037 * 4
 
 
 def test_the_spill_file_has_no_name_and_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch) -> None:

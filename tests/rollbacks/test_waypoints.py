@@ -145,9 +145,15 @@ def test_parameters_kept_for_an_undo_are_no_waypoint(tmp_path: Path) -> None:
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
-@pytest.mark.parametrize("shares", [(0.2, 0.8), (0.5, 0.5), (1 / 3, 2 / 3)], ids=str)
 @pytest.mark.parametrize(
-    ("limit_bytes", "enough"), [(2**26, 1), (2**26, 100), (1, 1)], ids=["shared", "all rows", "spilled"]
+    ("shares", "limit_bytes", "enough"),
+    [
+        ((0.2, 0.8), 2**26, 1),
+        ((1 / 3, 2 / 3), 2**26, 1),
+        ((0.5, 0.5), 2**26, 100),
+        ((0.2, 0.8), 500, 1),
+    ],
+    ids=["shared", "shared, an edge of both", "all rows", "spilled"],
 )
 def test_the_change_is_the_response_to_the_curvature_of_each_stretch(
     shares: tuple[float, float], limit_bytes: int, enough: int, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +191,7 @@ def test_the_change_is_the_response_to_the_curvature_of_each_stretch(
 
 
 def rows_of(probe: Probe) -> list[list[float]]:
-    return [sorted(args[0][:, 0].tolist()) for args, _ in probe._batches]
+    return [sorted(batch[0][:, 0].tolist()) for batch in probe._batches]
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
 
 from timstore.checkpoints.discover import Checkpoint, opened
 from timstore.checkpoints.files import TORCH_NAMES
 from timstore.checkpoints.names import Naming, understood
 from timstore.checkpoints.patch import CheckpointTarget
 from timstore.checkpoints.publish import Output, left_of, restored
-from timstore.database.arguments import byte_count, flags
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, ModelMismatchError, StateError, TimstoreWarning
 from timstore.interrupts import CriticalSection
+from timstore.options import RollbackOptions
 from timstore.os_errors import user_path
 from timstore.records import Parameter
 from timstore.rollbacks.difference import recorded_digests
@@ -31,23 +28,13 @@ _HEADER_SHARE = 16
 
 
 def rollback(
-    store: Store,
-    path: str | os.PathLike[str],
-    ids: Iterable[int] | None,
-    *,
-    output: str | os.PathLike[str] | None = None,
-    in_place: bool = False,
-    model: nn.Module | None = None,
-    optimizer: Any = None,
-    keep_delta: bool = False,
-    dry_run: bool = False,
-    memory_limit: int | str = "512MB",
-    **options: Any,
+    store: Store, path: str | os.PathLike[str], ids: Iterable[int] | None, options: RollbackOptions
 ) -> RollbackReport:
     """Remove the contribution of samples from a checkpoint; see `timstore.Store.rollback`."""
     path = user_path(path)
-    _check(path, output, in_place, optimizer, keep_delta, dry_run)
-    header_bytes = byte_count(memory_limit, "memory_limit") // _HEADER_SHARE
+    _check(path, options)
+    output, in_place, dry_run = options.output, options.in_place, options.dry_run
+    header_bytes = options.memory_limit_bytes // _HEADER_SHARE
     with CriticalSection("the checkpoint was rolled back and the rollback is on record") as section:
         said = restored(path, in_place=in_place and not dry_run) if os.path.isdir(path) else []
         with opened(path, header_bytes) as checkpoint:
@@ -60,11 +47,9 @@ def rollback(
             absent = {name: _unchanged(name, recorded, checkpoint) for name in naming.absent}
             # Looked for now: when the checkpoint is changed, nothing may fail any more.
             said += filter(None, (checkpoint.other_weights(), left_of(checkpoint)))
-            target = CheckpointTarget(checkpoint, naming, absent, None if dry_run else goal, model)
+            target = CheckpointTarget(checkpoint, naming, absent, None if dry_run else goal, options.model)
             with _explained(checkpoint, naming, trained):
-                report = roll_back(
-                    store, target, ids, section=section, dry_run=dry_run, memory_limit=memory_limit, **options
-                )
+                report = roll_back(store, target, ids, options, section=section)
         said += [f"{left} holds weights from before and could not be deleted: delete it" for left in target.left]
         report = replace(report, warnings=(*report.warnings, *said))
         if not dry_run:
@@ -74,18 +59,17 @@ def rollback(
     return report
 
 
-def _check(path: Any, output: Any, in_place: bool, optimizer: Any, keep_delta: bool, dry_run: bool) -> None:
-    flags(in_place=in_place, keep_delta=keep_delta, dry_run=dry_run)
-    if output is not None and in_place:
+def _check(path: str | os.PathLike[str], options: RollbackOptions) -> None:
+    if options.output is not None and options.in_place:
         raise InvalidInputError("say where the checkpoint goes: output=, or in_place=True, and not both")
-    if output is None and not in_place and not dry_run:
+    if options.output is None and not options.in_place and not options.dry_run:
         raise InvalidInputError(f"say where the checkpoint goes: output=, or in_place=True to replace {path}")
-    if optimizer is not None:
+    if options.optimizer is not None:
         raise InvalidInputError(
             "optimizer= goes along with a model in memory; a checkpoint is rolled back without it: load the model and "
             "its optimizer, and roll back the model"
         )
-    if keep_delta:
+    if options.keep_delta:
         raise InvalidInputError(
             "keep_delta= keeps the parameters of a model in memory for undo; of a checkpoint keep the input, which "
             "output= leaves as it is"

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from timstore.database import arguments, validation
+from timstore import arguments
+from timstore.database import validation
 from timstore.database.batch import Item, rows_items
 from timstore.database.ledger import Ledger, Moment, parameter_rows
 from timstore.records import Parameter, Step, StepGroup
@@ -50,8 +51,9 @@ def record_entry(
     allow_zero: bool = False,
     allow_nonfinite: bool = False,
     copy: bool = True,
+    checked: bool = False,
 ) -> Entry:
-    """Return the records of one `append` call; arguments and errors as there."""
+    """Return the records of one `append` call; arguments and errors as there, `checked` as `take_in` takes it."""
     arguments.flags(allow_zero=allow_zero, allow_nonfinite=allow_nonfinite, copy=copy)
     moment, rank = arguments.moment(epoch, step), arguments.rank_number(rank)
     taken = validation.take_in(
@@ -66,6 +68,7 @@ def record_entry(
         allow_zero=allow_zero,
         allow_nonfinite=allow_nonfinite,
         copy=copy,
+        checked=checked,
     )
     samples, names = [record.sample for record in taken.records], frozenset(taken.parameters)
     ledger.check_new(moment, rank, samples, names)

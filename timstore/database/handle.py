@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timstore import errors
+from timstore import arguments, errors
 from timstore.catalog import remove_leftovers
-from timstore.database import arguments, lifetime
-from timstore.database.kept_rows import ASKED
+from timstore.database import lifetime
 from timstore.database.opening import open_settings
 from timstore.database.snapshot import Snapshot, StoredRecord
 from timstore.format.place import Place
@@ -103,7 +102,7 @@ class Handle:
         given = self.snapshot().probe()
         if given is not None:
             return given
-        rows = self.snapshot().kept_rows().spread(ASKED)
+        rows = self.snapshot().kept_rows()
         return (rows.batches(), rows.loss or "unknown") if rows else None
 
     def __repr__(self) -> str:

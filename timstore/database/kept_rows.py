@@ -18,10 +18,9 @@ from timstore.errors import CorruptionError, InvalidInputError, shown
 KIND = "kept_rows"
 # What stands for them where a probe may be given.
 KEPT = "auto"
+# How many are kept, and how many a rollback asks at once at most.
 ROWS = 256
 ROWS_BYTES = 64_000_000
-# How many of them a rollback asks, and how many at once at most.
-ASKED = 256
 _TOGETHER = 16
 _NO_LABEL = -100
 
@@ -130,12 +129,6 @@ class KeptRows:
         """Return the rows of other samples that do not consist of the same either."""
         kept = (row for row in self.rows if row.sample not in samples and row.content_hash not in contents)
         return replace(self, rows=tuple(kept))
-
-    def spread(self, count: int) -> Self:
-        """Return so many of the rows, at even distances in the order of the run."""
-        count = min(count, len(self.rows))
-        places = np.linspace(0, len(self.rows) - 1, count).round().astype(int)
-        return replace(self, rows=tuple(self.rows[place] for place in places))
 
     def batches(self) -> list[Any]:
         """Return the rows as batches of rows that fit together, no larger than those of the training.

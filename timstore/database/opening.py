@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from timstore.database.arguments import choice
+from timstore.arguments import choice
 from timstore.database.removal import check_whole, remove_store
 from timstore.encoding import PRECISIONS
 from timstore.errors import (

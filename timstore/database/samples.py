@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import mapped, plain_name, sample_id
 from timstore.catalog.tables import quoted
-from timstore.database.arguments import mapped, plain_name, sample_id
 from timstore.errors import InvalidInputError
 from timstore.format.columns import fit, joined, plain
 

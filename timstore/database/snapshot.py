@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import listed, plain_name
 from timstore.catalog import AttemptRow, Catalog, CommitRows
-from timstore.database.arguments import listed, plain_name
 from timstore.database.kept_rows import KIND, KeptRows
 from timstore.encoding import densify
 from timstore.errors import CorruptionError, InvalidInputError, NotFoundError, shown

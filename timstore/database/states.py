@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from timstore.database.arguments import mapped, plain_name
+from timstore.arguments import mapped, plain_name
 from timstore.database.batch import Item
 from timstore.database.ledger import table
 from timstore.database.snapshot import Snapshot

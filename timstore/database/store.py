@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from timstore import errors
-from timstore.database import arguments, kept_rows, lifetime, validation
+from timstore import arguments, errors
+from timstore.database import kept_rows, lifetime, validation
 from timstore.database.attempts import CurrentAttempt
 from timstore.database.batch import Item, rows_items
 from timstore.database.entries import Entry, record_entry, step_entry

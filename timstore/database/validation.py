@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from timstore.database.arguments import (
+from timstore.arguments import (
     choice,
     counting_number,
     flag,
@@ -155,10 +155,6 @@ class Taken:
     new: list[Parameter]
 
 
-class Owned(dict[str, tuple[Gradient, ...]]):
-    """A record's gradients as the recorder made them: of declared parameters, finite, and in nobody else's hands."""
-
-
 def take_in(
     epoch: int,
     step: int,
@@ -173,12 +169,14 @@ def take_in(
     allow_zero: bool,
     allow_nonfinite: bool,
     copy: bool,
+    checked: bool = False,
 ) -> Taken:
     """Return the records of one `append` call.
 
     Args:
         sample: an integer id, or B of them with a leading axis of B on every array.
         known: the parameters of the store so far.
+        checked: the gradients, of one sample, are parts of known parameters, finite, and in nobody else's hands.
 
     Raises:
         InvalidInputError: naming the step, the sample and the parameter.
@@ -188,10 +186,11 @@ def take_in(
     if not samples:
         raise InvalidInputError(f"epoch {epoch}, step {step}: no sample ids")
     where = f"epoch {epoch}, step {step}, sample {samples[0]}" + ("" if single else f" and {len(samples) - 1} more")
-    if isinstance(gradients, Owned) and single:
-        if not allow_zero and is_zero(gradients):
+    if checked:
+        taken = {name: tuple(parts) for name, parts in gradients.items()}
+        if not allow_zero and is_zero(taken):
             raise _all_zero(where, samples[0])
-        record = Record(epoch, step, samples[0], gradients, rank, loss, tokens, dot=dot)
+        record = Record(epoch, step, samples[0], taken, rank, loss, tokens, dot=dot)
         return Taken([record], [True], {name: known[name] for name in gradients}, [])
     if not isinstance(gradients, Mapping) or not gradients:
         raise InvalidInputError(f"{where}: gradients maps parameter names to gradients, and is not empty")

@@ -9,37 +9,21 @@ import pyarrow as pa
 
 from timstore.errors import CorruptionError
 from timstore.format import layout, tables
-from timstore.format.commits import Commit, Moment, ObjectInfo, parse_info, take_kind, take_time
+from timstore.format.commits import (
+    Commit,
+    Moment,
+    ObjectInfo,
+    misplaced,
+    parse_info,
+    require_store,
+    take_kind,
+    take_time,
+)
 from timstore.format.layout import take
 from timstore.format.objects import Objects
 from timstore.format.settings import Settings
+from timstore.format.tables import COMMITS, OBJECTS
 from timstore.format.verified import read_verified
-
-# What a checkpoint says of the commits that it covers, beside their rows.
-COMMITS = pa.schema(
-    [
-        ("writer", pa.string()),
-        ("seq", pa.int64()),
-        ("at", pa.string()),
-        ("attempt", pa.int64()),
-        ("rank", pa.int64()),
-        *((name, pa.int64()) for name in ("first_epoch", "first_step", "last_epoch", "last_step")),
-        ("records", pa.int64()),
-        ("bytes", pa.int64()),
-        ("digest", pa.string()),
-    ]
-)
-OBJECTS = pa.schema(
-    [
-        ("commit", pa.int32()),
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("crc32", pa.int64()),
-        ("kind", pa.string()),
-        ("logical_bytes", pa.int64()),
-        ("rows", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +79,8 @@ def parse_checkpoint(data: bytes, path: str, settings: Settings) -> Checkpoint:
     fields, _ = layout.unseal(data, path)
     number = take(fields, "checkpoint", int, path)
     if layout.checkpoint_path(number) != path:
-        raise CorruptionError(f"{path} describes checkpoint {number}: files were renamed or swapped", path=path)
-    if fields.get("store") != settings.store_id:
-        raise CorruptionError(f"{path} belongs to store {fields.get('store')!r:.80}, not to this one", path=path)
+        raise misplaced(path, f"checkpoint {number}")
+    require_store(fields, path, settings)
     newest = {writer: _newest(writer, head, path) for writer, head in take(fields, "writers", dict, path).items()}
     files = tuple(parse_info(entry, path) for entry in take(fields, "objects", list, path))
     written_for = [layout.parse_folded_path(info.path) for info in files]
@@ -125,7 +108,8 @@ def _newest(writer: str, head: Any, path: str) -> Commit:
 
 def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
-    return tables.read_rows(read_verified(objects, info, owner), info.path, rows=info.rows, words=True)
+    data = read_verified(objects, info, owner)
+    return tables.read_rows(data, info.path, kind=info.kind, rows=info.rows, words=True)
 
 
 def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:

@@ -88,7 +88,13 @@ class Attempt:
 
 
 def parse_record(
-    fields: Mapping[str, Any], digest: str, path: str, settings: Settings, previous: Commit | None
+    fields: Mapping[str, Any],
+    digest: str,
+    path: str,
+    settings: Settings,
+    previous: Commit | None,
+    *,
+    chained: bool = True,
 ) -> Commit:
     """Return a log record's commit, if it is what this writer's next record can be.
 
@@ -96,19 +102,20 @@ def parse_record(
         fields, digest: as `layout.unseal` returns them.
         path: where the record lies or is going to lie.
         previous: the writer's record before this one, None for its first.
+        chained: whether `previous` is that record; if it is damaged or missing, nothing can be said of the order.
 
     Raises:
         CorruptionError: naming the file and the field.
     """
     writer, seq = take(fields, "writer", str, path), take(fields, "seq", int, path)
     if layout.record_path(writer, seq) != path:
-        raise CorruptionError(f"{path} holds record {seq} of writer {writer}: files were renamed or swapped", path=path)
-    if fields.get("store") != settings.store_id:
-        raise CorruptionError(f"{path} belongs to store {fields.get('store')!r:.80}, not to this one", path=path)
-    if fields.get("previous") != (previous.digest if previous else None):
-        raise CorruptionError(f"{path} does not follow the record before it: one of the two was replaced", path=path)
-    if previous is not None and previous.kind != "commit":
-        raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", path=path)
+        raise misplaced(path, f"record {seq} of writer {writer}")
+    require_store(fields, path, settings)
+    if chained and fields.get("previous") != (previous.digest if previous else None):
+        message = f"{path} does not follow the record before it: one of the two was replaced"
+        raise CorruptionError(message, kind="chain", path=path)
+    if chained and previous is not None and previous.kind != "commit":
+        raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", kind="chain", path=path)
     kind = take_kind(fields, path)
     return Commit(
         writer=writer,
@@ -134,7 +141,7 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
     fields, _ = layout.unseal(data, path)
     attempt = take(fields, "attempt", int, path)
     if layout.attempt_path(attempt) != path:
-        raise CorruptionError(f"{path} describes attempt {attempt}: files were renamed or swapped", path=path)
+        raise misplaced(path, f"attempt {attempt}")
     start = take(fields, "from", dict, path)
     scope = fields.get("scope")
     if isinstance(scope, list) and all(type(sample) is int for sample in scope):
@@ -150,6 +157,18 @@ def parse_attempt(data: bytes, path: str) -> Attempt:
         at=take_time(fields, path),
         digest_before=None if fields.get("digest_before") is None else take(fields, "digest_before", str, path),
     )
+
+
+def misplaced(path: str, what: str) -> CorruptionError:
+    """Return the error of a record that belongs under another name."""
+    return CorruptionError(f"{path} holds {what}: files were renamed or swapped", kind="misplaced", path=path)
+
+
+def require_store(fields: Mapping[str, Any], path: str, settings: Settings) -> None:
+    """Refuse a record of another store."""
+    if fields.get("store") != settings.store_id:
+        message = f"{path} belongs to store {fields.get('store')!r:.80}, not to this one"
+        raise CorruptionError(message, kind="foreign", path=path)
 
 
 def take_kind(fields: Mapping[str, Any], path: str) -> str:

@@ -12,9 +12,9 @@ from timstore.errors import CorruptionError, TimstoreError
 from timstore.format.cache import ByteCache
 from timstore.format.commits import Commit, ObjectInfo
 from timstore.format.objects import Objects
-from timstore.format.segment import ROLE_CODES
+from timstore.format.segment import ROLE_CODES, ROLES
 from timstore.format.shard import ArrayLayout, Chunk, decode_chunk, decode_piece
-from timstore.format.tables import SCHEMAS, coded, read_rows
+from timstore.format.tables import coded, read_rows
 from timstore.format.verified import read_part, read_verified
 from timstore.records import Factors, Gradient, Rows
 
@@ -37,6 +37,7 @@ class SegmentReader:
         self._cache = cache
         self._infos = {info.path.split("/", 3)[3]: info for info in commit.objects}
         self._layouts: dict[str, ArrayLayout] = {}
+        self._arrays: list[str] = []
         self._load_slices()
         self._load_chunks()
 
@@ -124,6 +125,18 @@ class SegmentReader:
         spans = zip(self._map_start[first].tolist(), self._map_stop[first].tolist(), strict=True)
         found = [self._map_values[start:stop] for start, stop in spans]
         return [one if mapped else None for one, mapped in zip(found, self._mapped[first].tolist(), strict=True)]
+
+    def owners_in(self, path: str) -> np.ndarray:
+        """Return the gradients that have rows in a shard, z/ARRAY/c/NUMBER/0, in order; states are none."""
+        _, array, _, shard, _ = path.split("/")
+        if array not in self._arrays:
+            return np.zeros(0, np.int64)
+        layout = self._layout(array)
+        first = int(shard) * layout.shard_rows
+        held = self._array == self._arrays.index(array)
+        held &= (self._start < first + layout.shard_rows) & (self._start + self._rows > first)
+        owner, role = np.divmod(self._keys[held], len(ROLE_CODES))
+        return np.unique(owner[role < len(ROLES)])
 
     def dtype(self, owner: int, role: str) -> str:
         """Return the name of the dtype that the gradient's rows are stored in."""
@@ -245,9 +258,10 @@ class SegmentReader:
         # Before memory is taken for them.
         outside = (starts < 0) | (counts < 0) | (starts > layout.rows) | (counts > layout.rows - starts)
         if outside.any():
-            where, at = f"{array} of {self._where}", int(np.argmax(outside))
+            at = int(np.argmax(outside))
             wanted = f"{counts[at]} rows from {starts[at]} on"
-            raise CorruptionError(f"{where} has {layout.rows} rows, not {wanted}", path=where)
+            message = f"{array} of {self._where} has {layout.rows} rows, not {wanted}"
+            raise CorruptionError(message, path=self._where)
         out = np.empty((int(counts.sum()), layout.width), layout.numpy_dtype)
         done = 0
         for start, count in _ranges(starts, counts):
@@ -278,19 +292,13 @@ class SegmentReader:
     def _layout(self, array: str) -> ArrayLayout:
         if array not in self._layouts:
             path = f"z/{array}/zarr.json"
-            self._layouts[array] = ArrayLayout.from_json(self._object(path), path)
+            self._layouts[array] = ArrayLayout.from_json(self._object(path), self._info(path).path)
         return self._layouts[array]
 
     def _table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-        info, schema = self._info(path), SCHEMAS[path.removesuffix(".parquet")]
-        table = read_rows(self._object(path), info.path, columns, rows=info.rows)
-        for name in columns or schema.names:
-            kind = schema.field(name).type
-            # Only where rows need no map are there none.
-            empty = name != "row_map" and name in table.column_names and table[name].null_count
-            if name not in table.column_names or table.schema.field(name).type != kind or empty:
-                raise CorruptionError(f"{info.path} has no column {name} of {kind} in every row", path=info.path)
-        return table
+        info = self._info(path)
+        kind = path.removesuffix(".parquet")
+        return read_rows(self._object(path), info.path, columns, kind=kind, rows=info.rows)
 
     def _object(self, path: str) -> bytes:
         return read_verified(self._objects, self._info(path), self._commit)

@@ -19,6 +19,7 @@ def not_plain(where: Path, path: str) -> CorruptionError:
     return CorruptionError(
         f"{where} is, or lies behind, a symbolic link or something else that is neither file nor folder. timstore "
         "follows none: put the real file there",
+        kind="not-a-file",
         path=path,
     )
 

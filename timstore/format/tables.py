@@ -120,6 +120,32 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
+# What a checkpoint says of the commits that it covers, beside their rows.
+COMMITS = pa.schema(
+    [
+        ("writer", pa.string()),
+        ("seq", pa.int64()),
+        ("at", pa.string()),
+        ("attempt", pa.int64()),
+        ("rank", pa.int64()),
+        *((name, pa.int64()) for name in ("first_epoch", "first_step", "last_epoch", "last_step")),
+        ("records", pa.int64()),
+        ("bytes", pa.int64()),
+        ("digest", pa.string()),
+    ]
+)
+OBJECTS = pa.schema(
+    [
+        ("commit", pa.int32()),
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("crc32", pa.int64()),
+        ("kind", pa.string()),
+        ("logical_bytes", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+
 # Columns that stores written before them lack; there they read as NULL.
 ADDED = {
     "records": ("dot",),
@@ -129,6 +155,27 @@ ADDED = {
     ),
     "states": ("name",),
     "rollbacks": ("removed", "parameters", "optimizer_states"),
+}
+
+# Columns in which every row says something; readers refuse a table in which one does not.
+REQUIRED = {
+    "records": ("attempt", "epoch", "step", "rank", "sample"),
+    "gradients": ("attempt", "epoch", "step", "rank", "sample", "parameter", "part", "encoding", "precision"),
+    "slices": ("owner", "role", "array", "start", "rows"),
+    "chunks": ("array", "chunk", "offset", "bytes", "crc32"),
+    "steps": ("attempt", "epoch", "step", "rank", "group_id"),
+    "parameters": ("parameter", "shape"),
+    "samples": ("sample",),
+    "fingerprints": ("attempt", "epoch", "step", "parameter", "digest"),
+    "states": ("attempt", "epoch", "step", "role", "parameter"),
+    "rollbacks": (),
+    "commits": ("writer", "seq", "at", "attempt", "rank", "records", "digest"),
+    "objects": ("commit", "path", "bytes", "crc32", "kind", "rows"),
+}
+
+_TYPES = {
+    kind: dict(zip(schema.names, schema.types, strict=True))
+    for kind, schema in {**SCHEMAS, "commits": COMMITS, "objects": OBJECTS}.items()
 }
 
 # What roll-up folds and SQL shows. Slices and chunks are read with their arrays, and stay beside them.
@@ -158,12 +205,19 @@ def write_rows(table: pa.Table, kind: str) -> bytes:
 
 
 def read_rows(
-    data: bytes, path: str, columns: Sequence[str] | None = None, *, rows: int | None = None, words: bool = False
+    data: bytes,
+    path: str,
+    columns: Sequence[str] | None = None,
+    *,
+    kind: str | None = None,
+    rows: int | None = None,
+    words: bool = False,
 ) -> pa.Table:
     """Return the row table that a Parquet file holds, or some columns of it.
 
     Args:
         path: of the file, for errors.
+        kind: of the rows, whose columns and types they must have, and something in every row of those in `REQUIRED`.
         rows: how many it must hold, where that is known.
         words: hold repeating words as numbers into a dictionary: smaller in memory, and sooner in DuckDB.
 
@@ -175,12 +229,41 @@ def read_rows(
         source = pa.BufferReader(data)
         metadata = pq.read_metadata(source)
         if rows is not None and metadata.num_rows != rows:
-            raise CorruptionError(f"{path} holds {metadata.num_rows} rows instead of {rows}", path=path)
+            message = f"{path} holds {metadata.num_rows} rows instead of {rows}"
+            raise CorruptionError(message, kind="count", path=path)
         held = [name for name in _WORDS if name in metadata.schema.to_arrow_schema().names] if words else None
         file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=held)
-        return file.read(columns, use_threads=len(data) > _LARGE_BYTES)
+        table = file.read(columns, use_threads=len(data) > _LARGE_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise CorruptionError(f"{path} holds no readable rows: {error!s:.200}", path=path) from error
+    misfit = _misfit(table, kind, columns) if kind in REQUIRED else None
+    if misfit:
+        raise CorruptionError(f"{path} {misfit}", path=path)
+    return table
+
+
+def _misfit(table: pa.Table, kind: str, columns: Sequence[str] | None) -> str | None:
+    """Say in what way a table is not one of its kind; further columns are those of a newer version."""
+    wanted = _TYPES[kind]
+    held = dict(zip(table.schema.names, table.schema.types, strict=True))
+    if len(held) < len(table.schema.names):
+        return "has a column twice"
+    for name in wanted if columns is None else columns:
+        if name not in held:
+            if name in ADDED.get(kind, ()):
+                continue
+            return f"has no column {name}"
+        if held[name] != wanted[name] and not _may_be(held[name], wanted[name]):
+            return f"has a column {name} of {held[name]}, not of {wanted[name]}"
+    for name in (*REQUIRED[kind], "commit", "owner"):
+        if name in held and table[name].null_count:
+            return f"has a column {name} that is empty in {table[name].null_count} rows"
+    return None
+
+
+def _may_be(held: pa.DataType, wanted: pa.DataType) -> bool:
+    # Of a column in which no row says anything, a file need not know the type.
+    return bool(pa.types.is_null(held) or (pa.types.is_dictionary(held) and held.value_type == wanted))
 
 
 def coded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

@@ -57,7 +57,7 @@ def _corrupt(info: ObjectInfo, problem: str, owner: object) -> CorruptionError:
     where = {"writer": owner.writer, "seq": owner.seq, "steps": owner.steps} if isinstance(owner, Commit) else {}
     return CorruptionError(
         f"{info.path} {problem}. It holds {info.kind} of {owner}. Restore this file from a copy",
-        kind="missing" if problem == "is missing" else None,
+        kind="missing" if problem == "is missing" else "altered",
         path=info.path,
         **where,
     )

@@ -1,10 +1,11 @@
 """What a reader sees: attempts and the verified, contiguous commits of every writer."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from timstore.errors import CorruptionError, FormatError, NotFoundError, TimstoreWarning
+from timstore.errors import CorruptionError, FormatError, NotFoundError, StorageError, TimstoreWarning
 from timstore.format import layout
 from timstore.format.checkpoint import Checkpoint, CoveredObjects, parse_checkpoint, read_commits
 from timstore.format.commits import Attempt, Commit, ObjectInfo, parse_attempt, parse_record
@@ -13,6 +14,10 @@ from timstore.format.settings import Settings
 
 # What was listed may be gone when it is read: a newer checkpoint took its place. Not often while one looks.
 _LOOKS = 3
+
+# What may be wrong with one record, while the others can still be read.
+Fault: TypeAlias = FormatError | StorageError
+Report: TypeAlias = Callable[[Fault], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +57,44 @@ class View:
         return [(info, commit) for commit in commits for info in commit.objects if info.kind == kind]
 
 
-def read_view(objects: Objects, settings: Settings, previous: View | None = None) -> View:
+def refuse(fault: Fault) -> None:
+    """Raise a fault; of the end of a log that a power failure took, which readers do without, only warn."""
+    if fault.kind != "lost-tail":
+        raise fault
+    warnings.warn(str(fault), TimstoreWarning, stacklevel=3)
+
+
+def read_view(objects: Objects, settings: Settings, previous: View | None = None, report: Report = refuse) -> View:
     """Return everything committed so far, every record verified; `previous` itself when nothing is new.
 
     Writes nothing and waits for nobody. With `previous`, only records that it lacks are read. New commits
     follow the known ones, ordered by (at, writer, seq).
 
+    Args:
+        report: takes each fault of the records, by default by raising the first. If it returns, so does this, with
+            what the sound records say: the highest checkpoint that can be read (without its commits, where only their
+            row files are damaged), and the records and attempts between and after those that are missing.
+
     Raises:
         CorruptionError: a record is altered or missing, or says what no writer says.
         FormatError: a newer version is needed.
     """
-    for _ in range(_LOOKS - 1):
-        try:
-            return _scan(objects, settings, previous or View())
-        except CorruptionError as error:
-            if error.kind != "missing":
-                raise
-        # A listing is not atomic either: it may miss a name and show a later one. Another look settles it.
-    return _scan(objects, settings, previous or View())
+    for _ in range(_LOOKS):
+        faults: list[Fault] = []
+        view = _scan(objects, settings, previous or View(), faults.append)
+        # A listing is not atomic: it may miss a name and show a later one. Another look settles it.
+        if all(fault.kind != "missing" for fault in faults):
+            break
+    for fault in faults:
+        report(fault)
+    return view
 
 
-def _scan(objects: Objects, settings: Settings, previous: View) -> View:
+def _scan(objects: Objects, settings: Settings, previous: View, report: Report) -> View:
     # The log first: what its records name (a later checkpoint, their attempt) then exists when it is looked for, and a
     # record that is gone is covered by a checkpoint that is there.
     paths = objects.list(layout.LOG)
-    known = _at_checkpoint(objects, settings, previous)
+    known = _at_checkpoint(objects, settings, previous, report)
     base = known.checkpoint.newest if known.checkpoint else {}
     listed: dict[str, set[int]] = {writer: set() for writer in known.newest}
     for path in paths:
@@ -86,82 +104,111 @@ def _scan(objects: Objects, settings: Settings, previous: View) -> View:
     newest = dict(known.newest)
     fresh: list[Commit] = []
     for writer, seqs in sorted(listed.items()):
-        covered = base[writer].seq if writer in base else -1
-        for record in _new_records(objects, settings, writer, seqs, newest.get(writer), covered):
+        first = base[writer].seq + 1 if writer in base else 0
+        present = sorted(seq for seq in seqs if seq >= first)
+        for record in _new_records(objects, settings, writer, present, newest.get(writer), first, report):
             newest[writer] = record
             if record.kind == "commit":
                 fresh.append(record)
     for writer, record in previous.newest.items():
         if writer not in newest or newest[writer].seq < record.seq:
-            raise _missing(layout.record_path(writer, record.seq), "it was seen")
-    attempts = _attempts(objects, known.attempts)
-    for commit in fresh:
-        if commit.attempt >= len(attempts):
-            raise _missing(layout.attempt_path(commit.attempt), f"{commit} names it")
+            report(_missing(layout.record_path(writer, record.seq), "it was seen"))
+    attempts = _attempts(objects, known.attempts, (*newest.values(), *fresh), report)
     if known is previous and newest == previous.newest and attempts == previous.attempts:
         return previous
     fresh.sort(key=lambda commit: (commit.at, commit.writer, commit.seq))
     return View(known.commits + tuple(fresh), attempts, newest, known.checkpoint, known.covered)
 
 
-def _at_checkpoint(objects: Objects, settings: Settings, previous: View) -> View:
+def _at_checkpoint(objects: Objects, settings: Settings, previous: View, report: Report) -> View:
     """Return what is known without the log: `previous`, or what a newer checkpoint covers."""
-    number = 0
+    numbers: set[int] = set()
     for path in objects.list(layout.CHECKPOINTS):
-        found = layout.parse_checkpoint_path(path)
-        if found is None:
-            raise FormatError(
-                f"a newer timstore maintained this store ({path}). Install a newer one to read it", path=path
-            )
-        number = max(number, found)
+        number = layout.parse_checkpoint_path(path)
+        if number is not None:
+            numbers.add(number)
+            continue
+        report(
+            FormatError(f"a newer timstore maintained this store ({path}). Install a newer one to read it", path=path)
+        )
     seen = previous.checkpoint.number if previous.checkpoint else 0
-    if number < seen:
-        raise _missing(layout.checkpoint_path(seen), "it was seen")
-    if number == seen:
-        return previous
-    path = layout.checkpoint_path(number)
-    checkpoint = parse_checkpoint(_read(objects, path), path, settings)
-    commits, covered = read_commits(objects, checkpoint)
-    return View(commits, previous.attempts, dict(checkpoint.newest), checkpoint, covered)
+    if max(numbers, default=0) < seen:
+        report(_missing(layout.checkpoint_path(seen), "it was seen"))
+    for number in sorted((number for number in numbers if number > seen), reverse=True):
+        path = layout.checkpoint_path(number)
+        try:
+            checkpoint = parse_checkpoint(_read(objects, path), path, settings)
+        except (FormatError, StorageError) as fault:
+            report(fault)
+            continue
+        try:
+            commits, covered = read_commits(objects, checkpoint)
+        except (FormatError, StorageError) as fault:
+            report(fault)
+            commits, covered = (), None
+        return View(commits, previous.attempts, dict(checkpoint.newest), checkpoint, covered)
+    return previous
 
 
 def _new_records(
-    objects: Objects, settings: Settings, writer: str, seqs: set[int], known: Commit | None, covered: int
-) -> list[Commit]:
-    """Return a writer's records after the known one; those up to `covered` may be gone."""
-    first = known.seq + 1 if known else 0
-    last = max(seqs, default=-1)
-    for seq in range(covered + 1, max(first, last)):
-        if seq not in seqs:
-            raise _missing(layout.record_path(writer, seq), "a later record of its writer exists or was seen")
-    records: list[Commit] = []
-    for seq in range(first, last + 1):
+    objects: Objects,
+    settings: Settings,
+    writer: str,
+    present: list[int],
+    known: Commit | None,
+    first: int,
+    report: Report,
+) -> Iterator[Commit]:
+    """Yield a writer's sound records after the known one.
+
+    Args:
+        present: numbers of the records that are there, in order.
+        first: the number of the first record that has to be there.
+    """
+    after, expected, chained = known.seq + 1 if known else 0, first, True
+    for seq in present:
+        if seq > expected:
+            report(_gap(writer, expected, seq - 1))
+            chained = False
+        expected = seq + 1
+        if seq < after:
+            continue
         path = layout.record_path(writer, seq)
         try:
             fields, digest = layout.unseal(_read(objects, path), path)
-        except CorruptionError as error:
-            if error.kind != "torn" or seq != last or settings.durable:
-                raise
-            warnings.warn(
-                f"{error}. This store was made with durability='os': the commit is taken as lost in a power failure, "
-                "and left out",
-                TimstoreWarning,
-                stacklevel=2,
-            )
-            break
-        known = parse_record(fields, digest, path, settings, known)
-        records.append(known)
-    return records
+            known = parse_record(fields, digest, path, settings, known, chained=chained)
+        except (FormatError, StorageError) as fault:
+            lost = fault.kind == "torn" and seq == present[-1] and not settings.durable
+            report(_lost_tail(path, fault) if lost else fault)
+            chained = False
+        else:
+            chained = True
+            yield known
+    if expected < after:
+        report(_gap(writer, expected, after - 1))
 
 
-def _attempts(objects: Objects, known: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+def _attempts(
+    objects: Objects, known: tuple[Attempt, ...], named_by: Iterable[Commit], report: Report
+) -> tuple[Attempt, ...]:
     numbers = {layout.parse_attempt_path(path) for path in objects.list(layout.RUNS)} - {None}
-    last = max((number for number in numbers if number is not None), default=-1)
-    for number in range(max(len(known), last)):
-        if number not in numbers:
-            raise _missing(layout.attempt_path(number), "a later attempt exists or this one was seen")
-    paths = [layout.attempt_path(number) for number in range(len(known), last + 1)]
-    return known + tuple(parse_attempt(_read(objects, path), path) for path in paths)
+    attempts, expected = list(known), 0
+    for number in sorted(number for number in numbers if number is not None):
+        if number > expected:
+            report(_missing(layout.attempt_path(expected), "a later attempt exists"))
+        expected = number + 1
+        if number >= len(known):
+            path = layout.attempt_path(number)
+            try:
+                attempts.append(parse_attempt(_read(objects, path), path))
+            except (FormatError, StorageError) as fault:
+                report(fault)
+    if expected < len(known):
+        report(_missing(layout.attempt_path(expected), "it was seen"))
+    missing = {commit.attempt: commit for commit in named_by if commit.attempt >= expected}
+    for number, commit in missing.items():
+        report(_missing(layout.attempt_path(number), f"{commit} names it"))
+    return tuple(attempts)
 
 
 def _read(objects: Objects, path: str) -> bytes:
@@ -173,3 +220,20 @@ def _read(objects: Objects, path: str) -> bytes:
 
 def _missing(path: str, why: str) -> CorruptionError:
     return CorruptionError(f"{path} is missing: {why}. Restore it from a copy", kind="missing", path=path)
+
+
+def _gap(writer: str, first: int, last: int) -> CorruptionError:
+    """Return the fault of records first to last, both included, by the path of the first."""
+    path = layout.record_path(writer, first)
+    what = f"{path} is missing" if first == last else f"{path} and the {last - first} records after it are missing"
+    message = f"{what}: a later record of its writer exists or was seen. Restore what is missing from a copy"
+    return CorruptionError(message, kind="missing", path=path, last=last)
+
+
+def _lost_tail(path: str, torn: Fault) -> CorruptionError:
+    return CorruptionError(
+        f"{torn}. This store was made with durability='os': the commit is taken as lost in a power failure, "
+        "and left out",
+        kind="lost-tail",
+        path=path,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timstore.database.arguments import whole_number
+from timstore.arguments import whole_number
 from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError
 from timstore.model.sample_ids import is_pair, row_hash, row_ids, row_tokens

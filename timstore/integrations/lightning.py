@@ -100,7 +100,7 @@ class TrajectoryCallback(Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._session.recorder is not None:
-            self._session.recorder.checkpoint()
+            self._session.recorder.save_point()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._end(None)

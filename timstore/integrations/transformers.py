@@ -113,7 +113,7 @@ class TrajectoryCallback(TrainerCallback):
         # Before a checkpoint is saved, not after: one that counts has everything up to it on disk. And before the best
         # model takes the last one's place.
         if self._recorder is not None and (control.should_save or control.should_training_stop):
-            self._recorder.checkpoint()
+            self._recorder.save_point()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_step_end(args, state, control)
@@ -121,7 +121,7 @@ class TrajectoryCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Another callback may have asked for it after ours.
         if self._recorder is not None:
-            self._recorder.checkpoint()
+            self._recorder.save_point()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # By now the parameters may be those of another moment.

@@ -2,22 +2,18 @@
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
-from timstore.database.snapshot import StoredRecord
 from timstore.database.store import Store
 from timstore.errors import AlreadyExistsError, InvalidInputError
-from timstore.legacy.layout import FORMATS, GRADIENTS, INFO, sample_of
-from timstore.legacy.numbers import json_pieces, pickled
-from timstore.legacy.staging import emptied, place_of, publish, staged
-from timstore.legacy.visits import MARKER
+from timstore.legacy.json_files import json_pieces
+from timstore.legacy.layout import FORMATS, INFO, MARKER, Samples, sample_of
+from timstore.legacy.pickle_files import pickle_pieces
+from timstore.legacy.staging import place_of, staged
 from timstore.os_errors import reporting
 from timstore.progress import shown
 
@@ -77,69 +73,66 @@ def export_trajectories(
         if opened.mode != "r":
             opened.commit()
         bars = stack.enter_context(shown(progress, "pieces"))
-        work = _Export(opened, where, format)
+        work = _Export(opened, f"({where})" if where else "true", format)
         task = bars.add_task("exporting", total=work.count())
-        held = stack.enter_context(staged(folder, "exporting"))
-        emptied(held)
-        stack.callback(shutil.rmtree, held, ignore_errors=True)  # nothing is there any more once it was moved
-        with reporting("write", folder):
-            report = work.write(held, lambda: bars.advance(task))
-        publish(held, folder)
-    return report
+        with staged(folder, "exporting") as half, reporting("write", folder):
+            return work.write(half, lambda: bars.advance(task))
 
 
 class _Export:
-    """One store on its way into a directory."""
+    """One store on its way into a directory.
 
-    def __init__(self, store: Store, where: str | None, format: str) -> None:
+    Args:
+        chosen: an SQL condition on the `records` table.
+    """
+
+    def __init__(self, store: Store, chosen: str, format: str) -> None:
         self._store = store
-        self._where = f"({where})" if where else "true"
+        self._chosen = chosen
         self._format = format
+        self._records = 0
+        self._gradients = 0
 
     def count(self) -> int:
-        return int(self._ask(f"SELECT count(*) FROM records WHERE {self._where}")[0][0])
+        return int(self._ask(f"SELECT count(*) FROM records WHERE {self._chosen}")[0][0])
 
     def write(self, folder: Path, advance: Callable[[], None]) -> Exported:
         self._check_names()
         if self._format == "pickle":
             self._check_slots()
+        query = f"SELECT DISTINCT epoch FROM records WHERE {self._chosen} ORDER BY 1"
+        epochs = [epoch for (epoch,) in self._ask(query)]
         rates = self._rates()
-        recorded = [
-            epoch for (epoch,) in self._ask(f"SELECT DISTINCT epoch FROM records WHERE {self._where} ORDER BY 1")
-        ]
         info: dict[str, Any] = {"num_steps": len(rates)}
-        epochs = recorded
-        if not recorded or recorded[-1] < len(recorded) + _HOLES:
+        if not epochs or epochs[-1] < len(epochs) + _HOLES:
             # The original's reader wants a file of every epoch from 0 on.
-            epochs = list(range(recorded[-1] + 1)) if recorded else []
+            epochs = list(range(epochs[-1] + 1)) if epochs else []
             info["num_epoch"] = len(epochs)
-        if len(set(rates.values())) == 1 and None not in rates.values():
-            info["learning_rate"] = next(iter(rates.values()))
-        else:
-            known = [[*moment, rate] for moment, rate in sorted(rates.items()) if rate is not None]
-            if known:
-                info["learning_rates"] = known
+        known = {moment: rate for moment, rate in sorted(rates.items()) if rate is not None}
+        if len(known) == len(rates) and len(set(known.values())) == 1:
+            info["learning_rate"] = next(iter(known.values()))
+        elif known:
+            info["learning_rates"] = [[*moment, rate] for moment, rate in known.items()]
         (folder / INFO).write_text(json.dumps(info, indent=1))
         names, unknown = self._names(), self._unknown()
-        records, gradients = 0, 0
-        write = write_pickle if self._format == "pickle" else write_json
+        pieces = json_pieces if self._format == "json" else pickle_pieces
         for epoch in epochs:
             with open(folder / f"epoch_{epoch}{FORMATS[self._format][0]}", "wb") as file:
-                samples = self._samples(epoch, names, unknown, advance)
-                for_epoch = write(file, samples)
-                records, gradients = records + for_epoch[0], gradients + for_epoch[1]
-        return Exported(len(epochs), records, gradients)
+                file.writelines(pieces(self._samples(epoch, names, unknown, advance)))
+        return Exported(len(epochs), self._records, self._gradients)
 
     def _ask(self, query: str) -> list[tuple[Any, ...]]:
         return self._store.snapshot().catalog.fetch(query)
 
     def _samples(
-        self, epoch: int, names: dict[int, str], unknown: set[tuple[int, int]], advance: Callable[[], None]
-    ) -> Iterator[tuple[int | str, int | None, Iterator[tuple[str, np.ndarray]]]]:
-        """Yield every record's key, step (None where it is not known) and gradients."""
-        for record in self._store.read(f"epoch = {epoch} AND {self._where}"):
+        self, epoch: int, names: Mapping[int, str], unknown: set[tuple[int, int]], advance: Callable[[], None]
+    ) -> Samples:
+        """Yield every record's key, step (None where an import made it up) and gradients."""
+        for record in self._store.read(f"epoch = {epoch} AND {self._chosen}"):
             step = None if (epoch, record.step) in unknown else record.step
-            yield names.get(record.sample, record.sample), step, _dense(record)
+            gradients = ((name, record.dense(name)) for name in record.gradients)
+            yield names.get(record.sample, record.sample), step, gradients
+            self._records, self._gradients = self._records + 1, self._gradients + len(record.gradients)
             advance()
 
     def _rates(self) -> dict[tuple[int, int], float | None]:
@@ -151,7 +144,7 @@ class _Export:
         taken = "lr * coalesce(consumed_ratio, 1) * if(maximize, -1, 1)"
         rows = self._ask(
             f"SELECT epoch, step, min({taken}), max({taken}) FROM steps FULL JOIN (SELECT DISTINCT epoch, step FROM "
-            f"records WHERE {self._where}) USING (epoch, step) GROUP BY ALL"
+            f"records WHERE {self._chosen}) USING (epoch, step) GROUP BY ALL"
         )
         several = next(((epoch, step) for epoch, step, low, high in rows if low != high), None)
         if several is not None:
@@ -164,18 +157,18 @@ class _Export:
     def _check_names(self) -> None:
         """Refuse a parameter that is called as the step marker of another: nobody could tell them apart."""
         names = set(self._store.snapshot().parameters())
-        found = next((name for name in sorted(names) if name + MARKER in names), None)
-        if found is not None:
+        marked = next((name for name in sorted(names) if name + MARKER in names), None)
+        if marked is not None:
             raise InvalidInputError(
-                f"parameters {found} and {found}{MARKER}: in the older layout the second name is the step of the "
+                f"parameters {marked} and {marked}{MARKER}: in the older layout the second name is the step of the "
                 "first; keep this store as it is",
-                parameter=found,
+                parameter=marked,
             )
 
     def _check_slots(self) -> None:
         """Refuse samples that were drawn several times in one epoch: a dict has one slot for each."""
         twice = self._ask(
-            f"SELECT epoch, sample FROM records WHERE {self._where} GROUP BY ALL HAVING count(*) > 1 LIMIT 1"
+            f"SELECT epoch, sample FROM records WHERE {self._chosen} GROUP BY ALL HAVING count(*) > 1 LIMIT 1"
         )
         if twice:
             epoch, sample = twice[0]
@@ -199,47 +192,3 @@ class _Export:
         """Return the moments whose numbers an import made up."""
         query = "SELECT DISTINCT epoch, step FROM steps WHERE json_extract_string(options, '$.step') = 'unknown'"
         return set(self._ask(query))
-
-
-def _dense(record: StoredRecord) -> Iterator[tuple[str, np.ndarray]]:
-    for name in record.gradients:
-        yield name, record.dense(name)
-
-
-Samples = Iterable[tuple[int | str, int | None, Iterator[tuple[str, np.ndarray]]]]
-
-
-def write_json(file: BinaryIO, samples: Samples) -> tuple[int, int]:
-    """Write an epoch's file; returns how many records and gradients."""
-    records, gradients = 0, 0
-    file.write(b'{"%s": {' % GRADIENTS.encode())
-    for key, step, held in samples:
-        file.write((", " if records else "").encode() + json.dumps(str(key)).encode() + b": {")
-        records += 1
-        first = True
-        for name, gradient in held:
-            file.write((b"" if first else b", ") + json.dumps(name).encode() + b": ")
-            file.writelines(json_pieces(gradient))
-            if step is not None:
-                file.write(b", " + json.dumps(f"{name}_step").encode() + b": %d" % step)
-            gradients, first = gradients + 1, False
-        file.write(b"}")
-    file.write(b"}}")
-    return records, gradients
-
-
-def write_pickle(file: BinaryIO, samples: Samples) -> tuple[int, int]:
-    """Write an epoch's file, as the pickle of a dict would be, one gradient at a time."""
-    records, gradients = 0, 0
-    file.write(b"\x80\x03}" + pickled(GRADIENTS) + b"}")
-    for key, step, held in samples:
-        file.write(pickled(key) + b"}")
-        records += 1
-        for name, gradient in held:
-            file.write(pickled(name) + pickled(gradient) + b"s")
-            if step is not None:
-                file.write(pickled(f"{name}_step") + pickled(step) + b"s")
-            gradients += 1
-        file.write(b"s")
-    file.write(b"s.")
-    return records, gradients

@@ -2,12 +2,13 @@
 
 import json
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ from numpy.linalg import norm
 
 from timstore.database.snapshot import StoredRecord
 from timstore.database.store import Store
-from timstore.errors import FormatError, InvalidInputError, StateError, StorageError, TimstoreWarning
+from timstore.errors import FormatError, InvalidInputError, StorageError, TimstoreWarning
 from timstore.format.holding import held
 from timstore.format.layout import SETTINGS
 from timstore.legacy.json_files import read_json
-from timstore.legacy.layout import FORMATS, Trajectories, find, finite, sample_of
-from timstore.legacy.numbering import Numbering, may_have_markers
-from timstore.legacy.pickle_files import read_pickled
-from timstore.legacy.staging import emptied, place_of, publish, staged
-from timstore.legacy.visits import Visit
+from timstore.legacy.layout import FORMATS, MARKER, Entry, Trajectories, find, finite, gradients, sample_of
+from timstore.legacy.pickle_files import read_pickle
+from timstore.legacy.staging import place_of, staged
 from timstore.os_errors import reporting, user_path
 from timstore.progress import shown
 from timstore.records import StepGroup
@@ -33,6 +32,9 @@ from timstore.records import StepGroup
 STAGED = "importing"
 # Long before the writer would by itself: it holds half a gigabyte then.
 _COMMIT_BYTES = 32 * 1024 * 1024
+_READ_BYTES = 1024 * 1024
+# Steps that are not known, among those that are: beyond any that a run takes.
+_BEYOND = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +110,30 @@ def import_trajectories(
         FormatError: a file that is broken off or not of the layout; the store is as it was.
         StorageError: a file cannot be read, or the store not be written.
     """
-    found = find(user_path(directory), format)
-    if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in found.files.values()):
+    trajectories = find(user_path(directory), format)
+    if not allow_pickle and any(path.suffix in FORMATS["pickle"] for path in trajectories.files.values()):
         raise InvalidInputError(
             f"{directory} holds pickles: pass allow_pickle=True to read them by an unpickler that runs nothing",
             kind="pickle",
         )
-    if lr is not None or (found.rate is None and not found.rates):
-        found = replace(found, rate=_given_rate(lr, directory), rates={})
-    scale = _given_scale(scale if scale is not None else found.scale)
-    sizes = sum(path.stat().st_size for path in found.files.values())
+    if lr is not None or (trajectories.rate is None and not trajectories.rates):
+        trajectories = replace(trajectories, rate=_given_rate(lr, directory), rates={})
+    scale = _given_scale(scale if scale is not None else trajectories.scale)
+    sizes = sum(path.stat().st_size for path in trajectories.files.values())
+    other_epoch = partial(_other_epoch, trajectories=trajectories, scale=scale)
     with ExitStack() as stack:
-        target, is_new = stack.enter_context(_target(store, dry_run, lambda half: _other_epoch(half, found, scale)))
-        other = _other_epoch(target, found, scale)
-        if other is not None:
+        target, is_new = stack.enter_context(_target(store, dry_run, other_epoch))
+        if (other := other_epoch(target)) is not None:
             raise InvalidInputError(
-                f"{target.path} holds records of epoch {other} that are not of {found.files[other]}, or came with "
-                "another lr or scale: import into another store",
+                f"{target.path} holds records of epoch {other} that are not of {trajectories.files[other]}, or came "
+                "with another lr or scale: import into another store",
                 kind="other-records",
             )
         passes = [False] if dry_run else [True] if is_new else [False, True]
         bars = stack.enter_context(shown(progress, "bytes"))
         task = bars.add_task("importing", total=sizes * len(passes))
-
-        def advance(count: int) -> None:
-            bars.advance(task, count)
-
-        report = Imported()
         for writes in passes:
-            report = _Import(found, target, scale, writes).run(advance)
+            report = _Import(trajectories, target, scale, writes).run(lambda count: bars.advance(task, count))
     if report.not_finite:
         warnings.warn(
             f"{report.not_finite} gradients hold NaN or Inf: a rollback of their samples is refused",
@@ -152,41 +149,26 @@ def _target(
 ) -> Iterator[tuple[Store, bool]]:
     """Yield the store to write into, and whether it is new: another one has to be kept from what is half an import.
 
-    No other import writes into it meanwhile. A new one is made beside, and moved to its place when it is whole. What an
-    interruption left there is gone on with, if it is of the same import.
+    No other import writes into it meanwhile. What an interruption left of a new one is gone on with, if it is of the
+    same import.
     """
-    if isinstance(store, Store):
-        if store.mode != "r":
-            store.commit()
-        with held(store.path, _importing(store.path)):
-            yield store, False
-        return
-    path = place_of(store)
+    path = store.path if isinstance(store, Store) else place_of(store)
     with reporting("read", path):
         is_there = path.exists() and any(path.iterdir())
-    if is_there:
-        with held(path, _importing(path)), Store(path, "r" if dry_run else "a") as opened:
-            yield opened, False
-        return
-    if dry_run:
-        with tempfile.TemporaryDirectory() as folder, Store(folder) as empty:
-            yield empty, True
-        return
-    with staged(path, STAGED) as half:
-        try:
-            if not _goes_on(half, other_epoch):
-                emptied(half)
-            with Store(half) as opened:
-                yield opened, True
-            publish(half, path)
-        except (StateError, ValueError):
-            # Not what an interruption is: the same would come again.
-            shutil.rmtree(half, ignore_errors=True)
-            raise
-
-
-def _importing(path: Path) -> str:
-    return f"another process is importing into {path}"
+    with ExitStack() as stack:
+        if isinstance(store, Store) or is_there:
+            stack.enter_context(held(path, f"another process is importing into {path}"))
+        if isinstance(store, Store):
+            if store.mode != "r":
+                store.commit()
+            yield store, False
+        elif is_there:
+            yield stack.enter_context(Store(path, "r" if dry_run else "a")), False
+        elif dry_run:
+            yield stack.enter_context(Store(stack.enter_context(tempfile.TemporaryDirectory()))), True
+        else:
+            half = stack.enter_context(staged(path, STAGED, lambda folder: _goes_on(folder, other_epoch)))
+            yield stack.enter_context(Store(half)), True
 
 
 def _goes_on(half: Path, other_epoch: Callable[[Store], int | None]) -> bool:
@@ -200,6 +182,40 @@ def _goes_on(half: Path, other_epoch: Callable[[Store], int | None]) -> bool:
         return False
 
 
+class _Steps:
+    """Which step each gradient of an epoch's file belongs to: the one marked beside it, or the next free number.
+
+    Without a marker, a sample's gradients are one visit, whose number is its place in the file; a parameter that comes
+    again is of the next visit.
+
+    Attributes:
+        unknown: visits without a step.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.unknown = 0
+        self._first = first
+        self._marked: set[tuple[int, int, str]] = set()
+        self._visits: dict[int, list[int]] = {}
+        self._unmarked: Counter[tuple[int, str]] = Counter()
+
+    @property
+    def records(self) -> int:
+        return len({(step, sample) for step, sample, _ in self._marked}) + self.unknown
+
+    def of(self, sample: int, parameter: str, marked: int | None) -> int:
+        """Return the step of a sample's gradient."""
+        if marked is not None and (marked, sample, parameter) not in self._marked:
+            self._marked.add((marked, sample, parameter))
+            return marked
+        visits, place = self._visits.setdefault(sample, []), self._unmarked[sample, parameter]
+        self._unmarked[sample, parameter] += 1
+        if place == len(visits):
+            visits.append(self._first + self.unknown)
+            self.unknown += 1
+        return visits[place]
+
+
 @dataclass(slots=True)
 class _Import:
     """One directory on its way into one store.
@@ -207,79 +223,66 @@ class _Import:
     Attributes:
         writes: whether it goes there; without, everything is read and checked, so that what is wrong shows before
             anything is half written.
+        counts: of `Imported`.
     """
 
-    found: Trajectories
+    trajectories: Trajectories
     store: Store
     scale: float
     writes: bool
-    samples: set[int] = field(default_factory=set)
-    names: dict[int, str] = field(default_factory=dict)
-    waiting: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    samples: dict[int, str | None] = field(default_factory=dict)
+    uncommitted_bytes: int = 0
     latest: StoredRecord | None = None
 
     def run(self, advance: Callable[[int], None]) -> Imported:
         """Write what is not there yet."""
-        shapes = {name: one.shape for name, one in self.store.snapshot().parameters().items()}
-        report = Imported(epochs=len(self.found.files))
-        for epoch, path in self.found.files.items():
-            report = self._epoch(epoch, path, report, shapes, advance)
+        self.shapes = {name: parameter.shape for name, parameter in self.store.snapshot().parameters().items()}
+        for epoch, path in self.trajectories.files.items():
+            self._epoch(epoch, path, _samples(path, advance))
+        names = [{"sample": sample, "name": name} for sample, name in self.samples.items() if name is not None]
         if self.writes:
-            if self.names:
-                self.store.samples.update([{"sample": one, "name": name} for one, name in self.names.items()])
+            if names:
+                self.store.samples.update(names)
             self.store.commit()
-        return replace(report, samples=len(self.samples), text_ids=len(self.names))
+        self.counts.update(epochs=len(self.trajectories.files), samples=len(self.samples), text_ids=len(names))
+        return Imported(**self.counts)
 
-    def _epoch(
-        self,
-        epoch: int,
-        path: Path,
-        report: Imported,
-        shapes: dict[str, tuple[int, ...]],
-        advance: Callable[[int], None],
-    ) -> Imported:
-        stored = self.store.sql("SELECT step, sample, parameter FROM gradients WHERE epoch = ?", [epoch]).fetchall()
-        numbering = Numbering(stored, has_markers=may_have_markers(path))
-        marks = _marks(path, self.found.rate, self.scale)
-        steps: set[tuple[int, bool]] = set()
-        gradients, known, again, not_finite = 0, 0, 0, 0
-        for visit in _visits(path, advance):
-            sample, name = sample_of(visit.key, str(path))
-            if name is not None:
-                self.names[sample] = name
-            again += numbering.meets(sample)
-            self.samples.add(sample)
-            for parameter, gradient, step in visit.gradients():
-                if shapes.setdefault(parameter, gradient.shape) != gradient.shape:
-                    raise InvalidInputError(
-                        f"{path}, sample {visit.key}: {parameter} has shape {gradient.shape}, not "
-                        f"{shapes[parameter]} as before",
-                        parameter=parameter,
-                    )
-                gradient = scaled(gradient, self.scale)
-                place = numbering.place(sample, parameter, step)
-                gradients += 1
-                not_finite += not bool(np.isfinite(gradient).all())
-                if numbering.is_there(place, sample, parameter):
-                    self._check_same(epoch, place, sample, parameter, gradient, path)
-                    known += 1
+    def _epoch(self, epoch: int, path: Path, samples: Iterable[tuple[int | str, list[tuple[str, Entry]]]]) -> None:
+        query = "SELECT step, sample, parameter FROM gradients WHERE epoch = ?"
+        stored = set(self.store.sql(query, [epoch]).fetchall())
+        marks = _marks(path, self.trajectories.rate, self.scale)
+        steps = _Steps(_BEYOND if _may_have_markers(path) else 0)
+        begun: set[int] = set()
+        met: set[int] = set()
+        for key, entries in samples:
+            sample, self.samples[sample] = sample_of(key, str(path))
+            self.counts["duplicate_keys"] += sample in met
+            met.add(sample)
+            for parameter, raw, marked in gradients(entries):
+                self._check_shape(parameter, raw.shape, f"{path}, sample {key}")
+                gradient, step = scaled(raw, self.scale), steps.of(sample, parameter, marked)
+                self.counts["gradients"] += 1
+                self.counts["not_finite"] += not bool(np.isfinite(gradient).all())
+                if (step, sample, parameter) in stored:
+                    self._check_same(epoch, step, sample, parameter, gradient, path)
+                    self.counts["known"] += 1
                     continue
-                if (place, step is None) not in steps:
-                    group = StepGroup(lr=self._rate(epoch, place, path), options=marks[step is None])
+                if step not in begun:
+                    begun.add(step)
+                    group = StepGroup(lr=self._rate(epoch, step, path), options=marks[step != marked])
                     if self.writes:
-                        self.store.append_step(epoch, place, [group])
-                    steps.add((place, step is None))
+                        self.store.append_step(epoch, step, [group])
                 if self.writes:
-                    self._append(epoch, place, sample, parameter, gradient, path)
-        return replace(
-            report,
-            records=report.records + numbering.records,
-            gradients=report.gradients + gradients,
-            known=report.known + known,
-            duplicate_keys=report.duplicate_keys + again,
-            unknown_steps=report.unknown_steps + numbering.unknown,
-            not_finite=report.not_finite + not_finite,
-        )
+                    self._append(epoch, step, sample, parameter, gradient, path)
+        self.counts.update(records=steps.records, unknown_steps=steps.unknown)
+
+    def _check_shape(self, parameter: str, shape: tuple[int, ...], where: str) -> None:
+        if self.shapes.setdefault(parameter, shape) != shape:
+            raise InvalidInputError(
+                f"{where}: {parameter} has shape {shape}, not {self.shapes[parameter]} as before", parameter=parameter
+            )
 
     def _check_same(self, epoch: int, step: int, sample: int, parameter: str, gradient: np.ndarray, path: Path) -> None:
         """Refuse a gradient that is there with other numbers: the file is another than the one that was imported."""
@@ -300,7 +303,7 @@ class _Import:
             )
 
     def _rate(self, epoch: int, step: int, path: Path) -> float:
-        rate = self.found.rate_at(epoch, step)
+        rate = self.trajectories.rate_at(epoch, step)
         if rate is None:
             raise InvalidInputError(
                 f"{path}: global_info.json has no learning rate of epoch {epoch}, step {step}: pass lr=",
@@ -315,16 +318,16 @@ class _Import:
             )
         except InvalidInputError as error:
             raise InvalidInputError(f"{path}: {error}", kind=error.kind, **error.fields) from None
-        self.waiting += gradient.nbytes
-        if self.waiting >= _COMMIT_BYTES:
+        self.uncommitted_bytes += gradient.nbytes
+        if self.uncommitted_bytes >= _COMMIT_BYTES:
             self.store.commit()
-            self.waiting = 0
+            self.uncommitted_bytes = 0
 
 
-def _other_epoch(store: Store, found: Trajectories, scale: float) -> int | None:
+def _other_epoch(store: Store, trajectories: Trajectories, scale: float) -> int | None:
     """Return the first epoch of which a store has records that are not of this import, None if there is none."""
-    for epoch, path in found.files.items():
-        marks = _marks(path, found.rate, scale).values()
+    for epoch, path in trajectories.files.items():
+        marks = _marks(path, trajectories.rate, scale).values()
         rows = store.sql("SELECT DISTINCT options FROM steps WHERE epoch = ?", [epoch]).fetchall()
         recorded = store.sql("SELECT count(*) FROM records WHERE epoch = ?", [epoch]).fetchall()[0][0]
         if any(options not in marks for (options,) in rows) or (recorded and not rows):
@@ -352,12 +355,24 @@ def scaled(gradient: np.ndarray, scale: float) -> np.ndarray:
     return product if is_lost else own
 
 
-def _visits(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
+def _samples(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int | str, list[tuple[str, Entry]]]]:
     if path.suffix == ".json":
         yield from read_json(path, advance)
     else:
-        yield from read_pickled(path)
+        yield from read_pickle(path)
         advance(path.stat().st_size)
+
+
+def _may_have_markers(path: Path) -> bool:
+    """Say whether the end of a step marker's name is anywhere in a file, up to where it comes first."""
+    marker = MARKER.encode()
+    with reporting("read", path), open(path, "rb") as file:
+        rest = b""
+        while block := file.read(_READ_BYTES):
+            if marker in rest + block:
+                return True
+            rest = block[-len(marker) :]
+    return False
 
 
 def _given_rate(lr: float | None, directory: Any) -> float:
@@ -371,7 +386,7 @@ def _given_rate(lr: float | None, directory: Any) -> float:
 
 
 def _given_scale(scale: float | None) -> float:
-    found = 1.0 if scale is None else finite(scale, "scale")
-    if found == 0:
+    checked = 1.0 if scale is None else finite(scale, "scale")
+    if checked == 0:
         raise InvalidInputError("scale is a number other than zero")
-    return found
+    return checked

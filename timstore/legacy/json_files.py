@@ -1,10 +1,15 @@
-"""An epoch's file as JSON, read in a stream: one gradient in memory, whatever the size of the file."""
+"""An epoch's file as JSON, in and out: one gradient in memory, whatever the size of the file.
+
+Python writes NaN and Infinity among the numbers, which no parser of JSON takes: they are handed to ijson as text.
+"""
 
 import json
 import math
+import re
 import tempfile
-from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,23 +17,29 @@ import ijson
 import numpy as np
 
 from timstore.errors import FormatError
-from timstore.legacy.layout import GRADIENTS
-from timstore.legacy.tokens import NOT_FINITE, Tokens
-from timstore.legacy.visits import Visit, narrowed
+from timstore.legacy.layout import DEEPEST, GRADIENTS, MARKER, Entry, Samples, is_scalar, nested, said
 from timstore.os_errors import reporting
 
 # Read at once: what comes of it stays in the processor's cache. Beyond the other size, gradients wait on disk for step
 # markers of their sample.
 _READ_BYTES = 16 * 1024
 _SPOOL_BYTES = 32 * 1024 * 1024
-# No gradient has as many axes.
-_DEEPEST = 32
+_NO_COMMA_BYTES = 64 * 1024 * 1024
+_WRITE_NUMBERS = 1 << 18
+
+# What stands for them in what is handed on: text with a character that a file would have to mean.
+_NOT_FINITE = {"\x00NaN": math.nan, "\x00Infinity": math.inf, "\x00-Infinity": -math.inf}
+_OUTSIDE = re.compile(rb'"|-?Infinity|NaN')
+# The parser makes one character of any two escapes that begin as a surrogate pair does, and `?` of half a pair, so that
+# two names can become one.
+_PAIR = rb"\\u[dD][89abAB]..\\u[dD][c-fC-F].."
+_INSIDE = re.compile(_PAIR + rb'|(?P<half>\\u[dD][89a-fA-F]..)|\\.|"', re.DOTALL)
 
 Events = Iterator[tuple[str, Any]]
 
 
-def read_json(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
-    """Yield every sample's key of an epoch's file, as often as it comes.
+def read_json(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, list[tuple[str, Entry]]]]:
+    """Yield every sample's key of an epoch's file, as often as it comes, and its parameters.
 
     Args:
         advance: told of the bytes that were read.
@@ -42,115 +53,81 @@ def read_json(path: Path, advance: Callable[[int], None]) -> Iterator[Visit]:
         open(path, "rb") as file,
         tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool,
     ):
-        yield from _Reader(path, file, spool, advance).visits()
+        reader = _Reader(path, file, spool, advance)
+        try:
+            yield from reader.samples()
+        except (ijson.JSONError, UnicodeError) as error:
+            what = str(error).partition("\n")[0]
+            raise reader.wrong(
+                f"it is no JSON, or broken off, within its first {reader.bytes_read:,} bytes ({what})"
+            ) from None
 
 
 class _Reader:
+    """What is read of one file, and where in it that is.
+
+    Args:
+        spool: where the gradients of one sample wait.
+    """
+
     def __init__(self, path: Path, file: BinaryIO, spool: Any, advance: Callable[[int], None]) -> None:
         self._path = path
-        self._tokens = Tokens(file, str(path))
         self._spool = spool
         self._advance = advance
-        self._told = 0
         self._where = ""
+        self._tokens = _Tokens(file, self.wrong)
+        self._told = 0
 
-    def visits(self) -> Iterator[Visit]:
-        try:
-            yield from self._visits()
-        except (ijson.JSONError, UnicodeError) as error:
-            what = str(error).partition("\n")[0]
-            raise self._wrong(
-                f"it is no JSON, or broken off, within its first {self._tokens.bytes_read:,} bytes ({what})"
-            ) from None
+    @property
+    def bytes_read(self) -> int:
+        return self._tokens.bytes_read
 
-    def _visits(self) -> Iterator[Visit]:
+    def wrong(self, what: str) -> FormatError:
+        return FormatError(f"{self._path}{self._where}: {what}", path=str(self._path))
+
+    def samples(self) -> Iterator[tuple[str, list[tuple[str, Entry]]]]:
         events: Events = ijson.basic_parse(self._tokens, use_float=True, buf_size=_READ_BYTES)
         self._expect(events, "start_map", "an object")
-        found = False
+        is_layout = False
         for key in self._keys(events):
             if key != GRADIENTS:
                 self._skip(events)
                 continue
-            found = True
+            is_layout = True
             self._expect(events, "start_map", f"an object under {GRADIENTS}")
             for sample in self._keys(events):
-                self._where = f"sample {sample!r:.80}"
+                self._where = f", sample {sample!r:.80}"
                 self._expect(events, "start_map", "an object of parameters")
                 self._spool.seek(0)
                 self._spool.truncate()
-                yield self._visit(events, sample)
-                self._tell()
+                yield sample, list(self._parameters(events, self._where))
             self._where = ""
-        if not found:
-            raise self._wrong(f"it has no {GRADIENTS}: it is of another layout")
+        if not is_layout:
+            raise self.wrong(f"it has no {GRADIENTS}: it is of another layout")
         for event, _ in events:
-            raise self._wrong(f"{event} behind its end")
+            raise self.wrong(f"{event} behind its end")
 
-    def _visit(self, events: Events, sample: str) -> Visit:
-        places: list[tuple[int, tuple[int, ...], np.dtype]] = []
-
-        def load(number: int) -> np.ndarray:
-            start, shape, dtype = places[number]
-            self._spool.seek(start)
-            data = bytearray(self._spool.read(math.prod(shape) * dtype.itemsize))
-            return np.frombuffer(data, dtype).reshape(shape)
-
-        visit = Visit(sample, load)
+    def _parameters(self, events: Events, sample: str) -> Iterator[tuple[str, Entry]]:
         for name in self._keys(events):
-            self._where = f"sample {sample!r:.80}, parameter {name!r:.80}"
+            self._where = f"{sample}, parameter {name!r:.80}"
             event, value = next(events)
             if event == "start_array":
-                gradient = narrowed(self._array(events))
-                places.append((self._spool.tell(), gradient.shape, gradient.dtype))
-                visit.names.append(name)
+                gradient = nested(chain([(event, value)], events), _NOT_FINITE, self.wrong)
+                load = partial(self._load, self._spool.tell(), gradient.shape, gradient.dtype)
                 self._spool.write(gradient.tobytes())
-            elif event == "number":
-                visit.scalars.setdefault(name, []).append(value)
-            elif event == "string" and value in NOT_FINITE:
-                visit.scalars.setdefault(name, []).append(NOT_FINITE[value])
+                yield name, load
+            elif event == "number" and is_scalar(value):
+                yield name, value
+            elif event == "string" and value in _NOT_FINITE:
+                yield name, _NOT_FINITE[value]
             else:
-                raise self._wrong(f"a gradient is numbers in lists, not {_said(event, value)}")
-            self._tell()
-        return visit
+                raise self.wrong(f"a gradient is numbers in lists, not {said(event, value)}")
+            self._advance(self.bytes_read - self._told)
+            self._told = self.bytes_read
 
-    def _array(self, events: Events) -> np.ndarray:
-        """Return the numbers of nested lists, from the first bracket on, as float64."""
-        values = array("d")
-        # Numbers of the list at hand: a list's own append is what the interpreter does fastest.
-        row: list[float] = []
-        children, lengths, deepest = [0], [-1], 0
-        for event, value in events:
-            if event == "number":
-                row.append(value)
-            elif event == "start_array":
-                if row:
-                    raise self._ragged()
-                if len(children) == _DEEPEST:
-                    raise self._wrong(f"lists are nested more than {_DEEPEST} deep")
-                children[-1] += 1
-                children.append(0)
-                if len(lengths) < len(children):
-                    lengths.append(-1)
-            elif event == "end_array":
-                lists, level = children.pop(), len(children)
-                length = lists or len(row)
-                deepest = deepest or level + 1  # the first that ends holds no lists
-                # Lists hold lists, or numbers, and either is what all of that depth hold.
-                if (lists and row) or bool(lists) == (level + 1 == deepest) or lengths[level] not in (-1, length):
-                    raise self._ragged()
-                lengths[level] = length
-                try:
-                    values.fromlist(row)
-                except OverflowError:
-                    raise self._wrong("an integer is beyond any float") from None
-                row.clear()
-                if not children:
-                    break
-            elif event == "string" and value in NOT_FINITE:
-                row.append(NOT_FINITE[value])
-            else:
-                raise self._wrong(f"a gradient is numbers in lists, not {_said(event, value)}")
-        return np.frombuffer(values, np.float64).reshape(lengths)
+    def _load(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        self._spool.seek(start)
+        return np.frombuffer(bytearray(self._spool.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
 
     def _keys(self, events: Events) -> Iterator[str]:
         for event, value in events:
@@ -163,29 +140,93 @@ class _Reader:
         for event, _ in events:
             depth += event.startswith("start_")
             depth -= event.startswith("end_")
-            if depth > _DEEPEST:
-                raise self._wrong(f"it is nested more than {_DEEPEST} deep")
+            if depth > DEEPEST:
+                raise self.wrong(f"it is nested more than {DEEPEST} deep")
             if depth == 0:
                 return
 
     def _expect(self, events: Events, wanted: str, what: str) -> None:
         event, value = next(events)
         if event != wanted:
-            raise self._wrong(f"expected {what}, not {_said(event, value)}")
-
-    def _tell(self) -> None:
-        self._advance(self._tokens.bytes_read - self._told)
-        self._told = self._tokens.bytes_read
-
-    def _ragged(self) -> FormatError:
-        return self._wrong("its lists are ragged: each axis needs one length")
-
-    def _wrong(self, what: str) -> FormatError:
-        where = f", {self._where}" if self._where else ""
-        return FormatError(f"{self._path}{where}: {what}", path=str(self._path))
+            raise self.wrong(f"expected {what}, not {said(event, value)}")
 
 
-def _said(event: str, value: Any) -> str:
-    if event in ("start_map", "map_key", "end_map"):
-        return "an object"
-    return "a list" if event == "start_array" else json.dumps(value, default=str)[:80]
+class _Tokens:
+    """A file of JSON, read with NaN and Infinity as text. Memory: of what is asked for.
+
+    Attributes:
+        bytes_read: of the file.
+    """
+
+    def __init__(self, file: BinaryIO, wrong: Callable[[str], FormatError]) -> None:
+        self._file = file
+        self._wrong = wrong
+        self._rest = b""
+        self._in_text = False
+        self.bytes_read = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return about so many bytes, or more; none at the end."""
+        if size == 0:
+            return b""
+        while more := self._file.read(size):
+            self.bytes_read += len(more)
+            data = self._rest + more
+            # No token goes on beyond a comma.
+            end = data.rfind(b",") + 1
+            self._rest = data[end:]
+            if end:
+                return self._replaced(data[:end])
+            if len(data) > _NO_COMMA_BYTES:
+                raise self._wrong(f"{len(data):,} bytes without a comma are no gradients")
+        data, self._rest = self._rest, b""
+        return self._replaced(data)
+
+    def _replaced(self, data: bytes) -> bytes:
+        # One character is looked for much faster than several, and numbers have none of these.
+        if (
+            (b"N" not in data or b"NaN" not in data)
+            and (b"I" not in data or b"Infinity" not in data)
+            and b"\\" not in data
+        ):
+            self._in_text ^= bool(data.count(b'"') % 2)
+            return data
+        pieces: list[bytes] = []
+        place = 0
+        while match := (_INSIDE if self._in_text else _OUTSIDE).search(data, place):
+            token, in_text = match[0], self._in_text
+            if in_text and match["half"]:
+                raise self._wrong(
+                    f"{token.decode('latin-1')} is half of a surrogate pair, which is no character: write what is "
+                    "meant, in UTF-8 or as a pair"
+                )
+            pieces.append(data[place : match.start()])
+            pieces.append(token if in_text or token == b'"' else b'"\\u0000' + token + b'"')
+            self._in_text = in_text != (token == b'"')
+            place = match.end()
+        return b"".join([*pieces, data[place:]])
+
+
+def json_pieces(samples: Samples) -> Iterator[bytes]:
+    """Yield an epoch's file: every number in the digits of a float64, as `tolist()` gives it."""
+    yield b'{"%s": {' % GRADIENTS.encode()
+    for place, (key, step, gradients) in enumerate(samples):
+        yield (b", " if place else b"") + json.dumps(str(key)).encode() + b": {"
+        for number, (name, gradient) in enumerate(gradients):
+            yield (b", " if number else b"") + json.dumps(name).encode() + b": "
+            yield from _lists(gradient)
+            if step is not None:
+                yield b", " + json.dumps(name + MARKER).encode() + b": %d" % step
+        yield b"}"
+    yield b"}}"
+
+
+def _lists(numbers: np.ndarray) -> Iterator[bytes]:
+    if numbers.ndim < 2 or numbers.size <= _WRITE_NUMBERS:
+        yield json.dumps(numbers.tolist()).encode()
+        return
+    yield b"["
+    for place, row in enumerate(numbers):
+        yield b", " if place else b""
+        yield from _lists(row)
+    yield b"]"

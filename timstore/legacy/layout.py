@@ -1,26 +1,42 @@
-"""The older layout: a directory with `global_info.json` and one file per epoch, `epoch_N.json` or `epoch_N.pkl`."""
+"""The older layout: a directory with `global_info.json` and one file per epoch, `epoch_N.json` or `epoch_N.pkl`.
+
+Here are its names, what is in a directory, and what a file of an epoch says whatever its format: which values are
+gradients, which are the steps of those beside them, and when numbers in lists are an array.
+"""
 
 import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timstore.database.arguments import number, whole_number
+import numpy as np
+
+from timstore.arguments import number, whole_number
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
 from timstore.os_errors import reporting
 
 INFO = "global_info.json"
 GRADIENTS = "sample_gradients"
+MARKER = "_step"  # behind a parameter's name: the key beside it that holds its step
 # What files may be, and how their names end.
 FORMATS = {"json": (".json",), "pickle": (".pkl", ".pickle")}
 
 _EPOCH = re.compile(r"epoch_(\d+)(\.json|\.pkl|\.pickle)")
 _DECIMAL = re.compile(r"0|-?[1-9]\d{0,18}")
+DEEPEST = 32  # no gradient has as many axes
+_RAGGED = "its lists are ragged: each axis needs one length"
+
+Entry = int | float | Callable[[], np.ndarray]
+"""What a parameter's key holds: a single number, or what loads an array. Read before the next sample is asked for."""
+
+Samples = Iterable[tuple[int | str, int | None, Iterable[tuple[str, np.ndarray]]]]
+"""What an epoch's file is written of: each sample's key, its step (None where it is not known) and its gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,113 @@ def sample_of(key: Any, where: str) -> tuple[int, str | None]:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1, text
 
 
+def finite(value: Any, what: str) -> float:
+    """Return a float.
+
+    Raises:
+        InvalidInputError: it is no number, or not finite.
+    """
+    checked = math.nan if isinstance(value, bool) else number(value, what)
+    if not math.isfinite(checked):
+        raise InvalidInputError(f"{what} must be a finite number, not {value!r:.80}")
+    return checked
+
+
+def is_scalar(value: Any) -> bool:
+    """Say whether a value is a step, or a gradient without axes."""
+    return type(value) is float or (type(value) is int and value.bit_length() < 64)
+
+
+def gradients(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, np.ndarray, int | None]]:
+    """Yield the parameter, the gradient and the step, None where it is not known, of all that a sample's key holds.
+
+    A key is a step marker only if it ends in `_step`, its value is an integer, and the rest of it is a key beside. Both
+    may come several times; where there are more of one than of the other, or a step is below zero, it is not known.
+    """
+    by_name: dict[str, list[Entry]] = {}
+    for name, entry in entries:
+        by_name.setdefault(name, []).append(entry)
+
+    def steps_of(name: str) -> list[int]:
+        marked = by_name.get(name + MARKER, [])
+        steps = [step for step in marked if type(step) is int]
+        return steps if len(steps) == len(marked) else []
+
+    for name, values in by_name.items():
+        stem = name.removesuffix(MARKER)
+        if stem != name and stem in by_name and steps_of(stem):
+            continue
+        steps = steps_of(name)
+        for place, entry in enumerate(values):
+            gradient = entry() if callable(entry) else narrowed(np.array(float(entry)))
+            is_known = len(steps) == len(values) and steps[place] >= 0
+            yield name, gradient, steps[place] if is_known else None
+
+
+def nested(
+    events: Iterable[tuple[str, Any]], words: Mapping[str, float], wrong: Callable[[str], Exception]
+) -> np.ndarray:
+    """Return nested lists as an array, float32 where that holds their numbers, else float64.
+
+    Args:
+        events: of a parser of JSON, from the first bracket on; of those behind the last one none is taken.
+        words: that stand for numbers.
+        wrong: makes the error of lists that differ in length within a depth, lie too deep, or hold no numbers.
+    """
+    values = array("d")
+    row: list[float] = []  # the list at hand: a list's own append is what the interpreter does fastest
+    counts: list[int] = []  # of the lists within each list that is open
+    lengths: list[int] = []  # of the lists of each depth, -1 before one has ended
+    deepest = 0
+    for event, value in events:
+        if event == "number":
+            row.append(value)
+        elif event == "start_array":
+            if row:
+                raise wrong(_RAGGED)
+            if len(counts) == DEEPEST:
+                raise wrong(f"lists are nested more than {DEEPEST} deep")
+            if counts:
+                counts[-1] += 1
+            counts.append(0)
+            lengths.extend([-1] * (len(counts) - len(lengths)))
+        elif event == "end_array":
+            lists, depth = counts.pop(), len(counts)
+            length = lists or len(row)
+            deepest = deepest or depth + 1  # the first that ends holds no lists
+            # Lists hold lists, or numbers, and either is what all of that depth hold.
+            if (lists and row) or bool(lists) == (depth + 1 == deepest) or lengths[depth] not in (-1, length):
+                raise wrong(_RAGGED)
+            lengths[depth] = length
+            try:
+                values.fromlist(row)
+            except OverflowError:
+                raise wrong("an integer is beyond any float") from None
+            row.clear()
+            if not counts:
+                break
+        elif event == "string" and value in words:
+            row.append(words[value])
+        else:
+            raise wrong(f"a gradient is numbers in lists, not {said(event, value)}")
+    return narrowed(np.frombuffer(values, np.float64).reshape(lengths))
+
+
+def said(event: str, value: Any) -> str:
+    """Return what a parser's event is of, for a message."""
+    if event in ("start_map", "map_key", "end_map"):
+        return "an object"
+    return "a list" if event == "start_array" else json.dumps(value, default=str)[:80]
+
+
+def narrowed(numbers: np.ndarray) -> np.ndarray:
+    """Return float64 numbers as float32, if they are the very same."""
+    with np.errstate(over="ignore"):
+        single = numbers.astype(np.float32)
+    same = (single == numbers) | np.isnan(numbers)
+    return single if bool(same.all()) else np.array(numbers)
+
+
 def _info(path: Path) -> dict[str, Any]:
     try:
         with reporting("read", path):
@@ -127,18 +250,6 @@ def _announced(files: dict[int, Path], count: Any, folder: Path) -> dict[int, Pa
             f"{folder / INFO} announces {count} epochs: {', '.join(beyond)} left out", TimstoreWarning, stacklevel=4
         )
     return {epoch: files[epoch] for epoch in range(count)}
-
-
-def finite(value: Any, what: str) -> float:
-    """Return a float.
-
-    Raises:
-        InvalidInputError: it is no number, or not finite.
-    """
-    found = math.nan if isinstance(value, bool) else number(value, what)
-    if not math.isfinite(found):
-        raise InvalidInputError(f"{what} must be a finite number, not {value!r:.80}")
-    return found
 
 
 def _number(info: Mapping[str, Any], name: str, folder: Path) -> float | None:

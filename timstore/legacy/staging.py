@@ -2,11 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from timstore.errors import InvalidInputError
+from timstore.errors import InvalidInputError, StateError
 from timstore.format.holding import held
 from timstore.os_errors import reporting, user_path
 
@@ -17,10 +17,10 @@ def place_of(path: str | os.PathLike[str]) -> Path:
     Raises:
         InvalidInputError: nothing can take the place of what is there.
     """
-    found = Path(os.path.realpath(user_path(path)))
-    if os.path.ismount(found):
-        raise InvalidInputError(f"{found} is a mount point: choose a folder in it", path=str(found))
-    return found
+    place = Path(os.path.realpath(user_path(path)))
+    if os.path.ismount(place):
+        raise InvalidInputError(f"{place} is a mount point: choose a folder in it", path=str(place))
+    return place
 
 
 def beside(path: Path, doing: str) -> Path:
@@ -29,32 +29,39 @@ def beside(path: Path, doing: str) -> Path:
 
 
 @contextmanager
-def staged(path: Path, doing: str) -> Iterator[Path]:
-    """Hold the directory beside a path while the block runs; what an interrupted one left is in it.
+def staged(path: Path, doing: str, goes_on: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield a directory beside a path, which takes its place, where an empty one may be, when the block is through.
+
+    Args:
+        goes_on: whether the block can go on with what an interrupted one left in there. Without it nothing is left when
+            the block fails; with it nothing after a `StateError` or `ValueError`, which would come again.
 
     Raises:
         StateError: another process holds it.
     """
-    found = beside(path, doing)
-    with reporting("make", found):
-        found.mkdir(parents=True, exist_ok=True)
-    with held(found, f"another process is {doing} {path}"):
-        yield found
+    folder = beside(path, doing)
+    with reporting("make", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, f"another process is {doing} {path}"):
+        if goes_on is None or not goes_on(folder):
+            _empty(folder)
+        try:
+            yield folder
+            with reporting("write", path):
+                if path.exists():
+                    path.rmdir()
+                folder.rename(path)
+        except BaseException as error:
+            if goes_on is None or isinstance(error, StateError | ValueError):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def emptied(folder: Path) -> None:
-    """Remove everything in a folder, and not the folder: somebody may hold it."""
+def _empty(folder: Path) -> None:
+    """Remove everything in a folder, and not the folder, which is held."""
     with reporting("empty", folder):
-        for one in folder.iterdir():
-            if one.is_dir() and not one.is_symlink():
-                shutil.rmtree(one)
+        for item in folder.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
             else:
-                one.unlink()
-
-
-def publish(folder: Path, path: Path) -> None:
-    """Move a directory to its place, where an empty one may be."""
-    with reporting("write", path):
-        if path.exists():
-            path.rmdir()
-        folder.rename(path)
+                item.unlink()

@@ -11,10 +11,8 @@ import numpy as np
 
 from timstore.database.lifetime import open_stores, unattended
 from timstore.database.store import Store
-from timstore.errors import InvalidInputError, StorageError
-from timstore.format.layout import SETTINGS
-from timstore.legacy.layout import INFO, finite, sample_of
-from timstore.legacy.visits import narrowed
+from timstore.errors import InvalidInputError
+from timstore.legacy.layout import INFO, finite, narrowed, sample_of
 from timstore.os_errors import reporting
 
 STORE = "trajectories.tim"
@@ -54,12 +52,6 @@ class _Directory:
             beside.replace(self._path / INFO)
         self.info = text
 
-    def name(self, sample: int, name: str) -> None:
-        """Keep what a sample was called."""
-        if name not in self.names:
-            self.store.samples.update([{"sample": sample, "name": name}])
-            self.names.add(name)
-
 
 # By process as well: a forked child opens its own.
 _directories: dict[tuple[int, str], _Directory] = {}
@@ -97,43 +89,34 @@ def save_gradient_trajectory(
         raise InvalidInputError(f"param_name is text, not {param_name!r}")
     is_one = hasattr(sample_idx, "item") and getattr(sample_idx, "ndim", None) == 0
     sample, name = sample_of(sample_idx.item() if is_one else sample_idx, "sample_idx")
-    info = None if global_info is None else _text(global_info)
-    rate = None if global_info is None else global_info.get("learning_rate")
+    try:
+        info = dict(global_info or {})
+        text = json.dumps(info, default=str, indent=1)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(
+            f"global_info is a mapping that JSON can hold, not {global_info!r:.80} ({error})"
+        ) from None
+    rate = info.get("learning_rate")
     rate = None if rate is None else finite(rate, "global_info: learning_rate")
-    if isinstance(gradient, list | tuple):
-        gradient = _array(gradient)
+    if isinstance(gradient, list | tuple):  # which a store would take for several parts
+        try:
+            gradient = narrowed(np.array(gradient, np.float64))
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"gradient is an array, a tensor, or numbers in lists of one length: {error}"
+            ) from None
     directory = _directory(output_dir)
     directory.store.append(epoch, step, sample, {param_name: gradient}, lr=rate, allow_zero=True)
-    if info is not None:
-        directory.keep(info)
-    if name is not None:
-        directory.name(sample, name)
-
-
-def _text(info: Any) -> str:
-    try:
-        return json.dumps(dict(info), default=str, indent=1)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"global_info is a mapping that JSON can hold, not {info!r:.80} ({error})") from None
-
-
-def _array(numbers: Any) -> np.ndarray:
-    """Return nested lists as an array; given to the store as they are, they would be several parts of a gradient."""
-    try:
-        return narrowed(np.array(numbers, np.float64))
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"gradient is an array, a tensor, or numbers in lists of one length: {error}") from None
+    if global_info is not None:
+        directory.keep(text)
+    if name is not None and name not in directory.names:
+        directory.store.samples.update([{"sample": sample, "name": name}])
+        directory.names.add(name)
 
 
 def _directory(output_dir: str | os.PathLike[str]) -> _Directory:
     key = os.getpid(), os.path.abspath(output_dir)
-    found = _directories.get(key)
-    if found is None or found.store not in open_stores():
-        found = _directories[key] = _Directory(Path(output_dir))
-    elif not (found.store.path / SETTINGS).exists():
-        raise StorageError(
-            f"{found.store.path} was removed while gradients were written into it, and those that were not on disk are "
-            "lost: go on in another directory",
-            path=str(found.store.path),
-        )
-    return found
+    directory = _directories.get(key)
+    if directory is None or directory.store not in open_stores():
+        directory = _directories[key] = _Directory(Path(output_dir))
+    return directory

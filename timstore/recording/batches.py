@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from timstore.database.arguments import plain_name
-from timstore.database.arguments import sample_id as checked_id
+from timstore.arguments import plain_name
+from timstore.arguments import sample_id as checked_id
 from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError, shown
 from timstore.recording.batch_axis import Layout, Owners, owners_of

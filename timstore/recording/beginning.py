@@ -55,12 +55,12 @@ class Beginning:
         if frontier is None:
             self._store.claim_scope(self._scope, ranks=self._ranks, digest_before=self._digest)
             return 0, 0
-        found = self._history.identity(self._digests)
-        place = None if found is None else found.place
-        if found is None or place is None or set(found.names) != self._digests.keys():
+        identity = self._history.identity(self._digests)
+        place = None if identity is None else identity.place
+        if identity is None or place is None or set(identity.names) != self._digests.keys():
             raise self._unknown(frontier, None)
         moment = place[1], place[2] + 1
-        if place == (self._store.attempt, *frontier) and not found.is_rolled_back:
+        if place == (self._store.attempt, *frontier) and not identity.is_rolled_back:
             self._store.claim_scope(self._scope, ranks=self._ranks)
             return moment
         was_given = self._history.was_given(self._digest)
@@ -79,17 +79,17 @@ class Beginning:
         return self._begin(moment)
 
     def _begin(self, moment: Moment) -> Moment:
-        held = {
+        removed = {
             sample
             for removal in map(self._history.removal, self._history.rollbacks(self._digest))
             if not removal.states
             for sample in removal.samples
         }
-        if held and any(map(_has_momentum, self._optimizers)):
+        if removed and any(map(_has_momentum, self._optimizers)):
             warnings.warn(
-                f"the optimizer still holds momentum of the {len(held)} samples (the first is {min(held)}) that were "
-                "rolled back from this model: part of them will come back into it. Roll back with optimizer=, which "
-                "corrects it too, or go on with a new optimizer",
+                f"the optimizer still holds momentum of the {len(removed)} samples (the first is {min(removed)}) that "
+                "were rolled back from this model: part of them will come back into it. Roll back with optimizer=, "
+                "which corrects it too, or go on with a new optimizer",
                 TimstoreWarning,
                 stacklevel=2,
             )
@@ -104,13 +104,13 @@ class Beginning:
         )
         live = {(row["attempt"], row["epoch"], row["step"]) for row in rows.to_pylist()}
         unseen = {
-            place: [one for one in live if one[0] > place[0] or (one[0] == place[0] and one[1:] > place[1:])]
+            place: [step for step in live if step[0] > place[0] or (step[0] == place[0] and step[1:] > place[1:])]
             for place in places
         }
         seen = [place for place in unseen if not unseen[place]]
         if not seen:
             place = max(unseen)
-            epoch, step = min(one[1:] for one in unseen[place])
+            epoch, step = min(step[1:] for step in unseen[place])
             raise StateError(
                 f"this model is the one after epoch {place[1]}, step {place[2]} of attempt {place[0]}, which has not "
                 f"seen the step of epoch {epoch}, step {step} that the store holds: pass resume_from=({place[1]}, "

@@ -5,8 +5,8 @@ A hook is a tensor's or a module's and holds neither the output nor, once its gr
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
 from timstore.model.eval_guard import RandomState
+from timstore.options import Capture as CaptureMode
 from timstore.recording.attention import Projections
 from timstore.recording.batch_axis import CANDIDATES, Axis, Folded, Layout, Whole
 from timstore.recording.batches import MicroBatch
@@ -24,6 +25,7 @@ from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each
 from timstore.recording.checks import something_else
 from timstore.recording.kinds import hooked_modules
 from timstore.recording.modules import EmbeddingKind, Kind
+from timstore.recording.pending import OwnPass, Running
 from timstore.recording.proof import Evidence, Places, Proof, Prover
 from timstore.recording.recomputed_modules import BatchNormKind
 
@@ -35,8 +37,8 @@ class Capture:
 
     Args:
         parameters: the ones to capture, by name.
-        current: returns the micro-batch of the forward pass that runs; None when there is none.
-        recomputed: the same of the backward pass that runs, for what a checkpoint computes again in it.
+        running: which micro-batch runs.
+        own: passes of our own, of which hooks take nothing; but for a proof's, which the proof itself is told of.
         mode: what no module's hook can see is refused (`modules`), or left to a backward pass of each sample: with a
             warning of the price (`auto`) or without (`per-sample`).
         scale: of the gradients that arrive in those that the optimizer consumes: 1 / ranks.
@@ -44,35 +46,32 @@ class Capture:
     Attributes:
         places: where modules, and the model's outputs, have the samples.
         used_directly: parameters, by identity, that something else than their modules uses.
-        since_proof: says what of the records may be wrong when a proof denies what an earlier one said.
     """
 
     def __init__(
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        current: Callable[[], MicroBatch | None],
-        recomputed: Callable[[int], MicroBatch | None],
+        running: Running,
+        own: OwnPass,
         *,
-        mode: str = "auto",
+        mode: CaptureMode = "auto",
         scale: float = 1.0,
     ) -> None:
         self._model = model
         self._parameters = parameters
         self._trained = {id(parameter) for parameter in parameters.values()}
-        self._current = current
-        self._recomputed = recomputed
+        self._running = running
+        self._own = own
         self.mode = mode
         self._scale = scale
         self.buffers = Buffers()
         self.places = Places()
         self.used_directly: set[int] = set()
-        self.since_proof: Callable[[], str] = lambda: ""
-        self._prover = Prover(parameters, self.buffers, scale)
+        self._prover = Prover(parameters, self.buffers, scale, own)
         self._partners: dict[str, str] = {}
         self._agreed: set[str] = set()
         self._trusted: set[str] = set()
-        self._replays = 0
         self._warned: set[str] = set()
         self._kinds: list[Kind] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -100,16 +99,11 @@ class Capture:
     @property
     def is_replaying(self) -> bool:
         """Whether a module is being computed again, or differentiated once more, by ourselves."""
-        return self._replays > 0 or self._prover.running
+        return self._own.runs()
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Let no hook of ours do anything."""
-        self._replays += 1
-        try:
-            yield
-        finally:
-            self._replays -= 1
+        return self._own.running()
 
     def _hook(self, kind: Kind) -> None:
         self._kinds.append(kind)
@@ -121,7 +115,7 @@ class Capture:
                 self._seen(kind, given, output, (args, kwargs), _drawn(kind, random.pop()) if random else None)
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            batch = self._current()
+            batch = self._running.current
             idle = self.is_replaying or (batch is not None and batch.empty)
             random.clear()
             if not idle and torch.is_grad_enabled():
@@ -146,9 +140,9 @@ class Capture:
         return id(parameter) in self._trained and parameter.requires_grad
 
     def _batch(self, module: nn.Module) -> MicroBatch | None:
-        batch = self._current()
+        batch = self._running.current
         if batch is None and _in_backward():
-            batch = self._recomputed(id(module))
+            batch = self._running.recomputed(module)
         return batch
 
     def _seen(
@@ -340,7 +334,7 @@ class Capture:
             if denied:
                 raise CoverageError(
                     f"module {kind.name} has the samples on another axis than was proved before: keep the batch on one "
-                    f"axis, axis 0 at best; or {WAY_OUT}{self.since_proof()}",
+                    f"axis, axis 0 at best; or {WAY_OUT}{self._running.since_proof()}",
                     kind="order-check",
                     module=kind.name,
                 )
@@ -355,7 +349,7 @@ class Capture:
                 continue
             # What agreed before may have been used directly ever since, unseen.
             if self.mode == "modules" or (self.mode == "auto" and name in self._agreed):
-                raise something_else(name, off, more=self.since_proof())
+                raise something_else(name, off, more=self._running.since_proof())
             self.used_directly.add(id(self._parameters[name]))
         self._agreed |= proof.agreeing
         batch.whole |= self.used_directly
@@ -438,7 +432,7 @@ class Capture:
 
     def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
-            if not self._handles or self._replays:
+            if not self._handles or (self.is_replaying and not self._prover.running):
                 return
             batch = owner()
             if batch is None or call.released:

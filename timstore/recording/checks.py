@@ -13,8 +13,12 @@ from timstore.records import BFLOAT16, Factors, Gradient, Rows
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-2
 _TF32_TOLERANCE = 1e-3
-# Attention's key bias has a gradient of nothing but rounding noise: less than this part of the whole is no evidence.
-_NOISE = 1e-2
+# Some gradients are zero but for rounding, attention's key bias for one: less than this part of the whole is no evidence.
+_NOISE = 1e-3
+# A sum is rounded by u of its summands' norms, u = 1e-7 in float32. Those of a dense part are not known where it was
+# added up, over tokens or in a backward pass of its sample, before it came here. Sum_t d_t of a bias may cancel
+# altogether; but Sum_t |d_t| |a_t|, of its module's weight, tells how large the d_t were. u is this part of a tolerance.
+_ROUNDING = 1e-2
 
 
 def check_sum(
@@ -67,24 +71,30 @@ def unlike(
     ratio: float,
 ) -> dict[str, float]:
     """Return the parameters whose parts do not add up to the gradient, and by how much; arguments as `check_sum`."""
-    norms = {name: _norm(one) for name, one in gradients.items()}
+    norms = {name: _norm(gradient) for name, gradient in gradients.items()}
     noise = _NOISE * sum(norm * norm for norm in norms.values()) ** 0.5
     # What comes through a half-precision layer (autocast) is no better than that anywhere before it.
-    captured = _dtypes([part for held in parts.values() for part in held])
+    captured = _dtypes([part for of_one in parts.values() for part in of_one])
     tolerance = max((_tolerance(dtype) for dtype in captured), default=0.0)
-    found = {}
+    off, bounds = {}, {}
     for name, gradient in gradients.items():
-        parameter = parameters[name]
-        mine = parts.get(id(parameter), ())
-        total, bound = _total(mine, gradient)
-        off = _norm(total.mul_(ratio).sub_(gradient))
-        missing = not mine and bool(gradient.any())
-        allowed = max(tolerance, _tolerance(parameter.dtype))
+        total, bound = _total(parts.get(id(parameters[name]), ()), gradient)
+        off[name] = _norm(total.mul_(ratio).sub_(gradient))
+        bounds[name] = bound * abs(ratio)
+    largest: dict[str, float] = {}
+    for name, bound in bounds.items():
+        module = name.rpartition(".")[0]
+        largest[module] = max(bound, largest.get(module, 0.0))
+    unequal = {}
+    for name, gradient in gradients.items():
+        missing = not parts.get(id(parameters[name])) and bool(gradient.any())
+        allowed = max(tolerance, _tolerance(parameters[name].dtype))
         # Its products may be of TF32 there, of which convolutions are unless that is turned off.
         allowed = allowed if gradient.device.type == "cpu" else max(allowed, _TF32_TOLERANCE)
-        if missing or off > allowed * max(bound * abs(ratio), norms[name], noise, 1e-30):
-            found[name] = off
-    return found
+        rounding = _ROUNDING * largest[name.rpartition(".")[0]]
+        if missing or off[name] > allowed * max(bounds[name], norms[name], noise, rounding, 1e-30):
+            unequal[name] = off[name]
+    return unequal
 
 
 def check_captured(

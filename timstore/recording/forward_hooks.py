@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.database.store import Store
 from timstore.errors import InvalidInputError
 from timstore.model.sample_ids import content_rows, row_hash, sample_of
 from timstore.recording.batches import Ids, MicroBatch, check_length, have_tokens, sample_ids, sizes_of, token_counts
 from timstore.recording.capture import Capture
-from timstore.recording.chosen import Chosen
 from timstore.recording.packing import contents_of, ids_of_tokens, pieces_of
-from timstore.recording.pending import Pending
+from timstore.recording.pending import Running
 from timstore.recording.per_sample_backward import Passes
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
@@ -28,82 +26,52 @@ class Forwards:
         keys: the user's own names of samples, None where they have none.
         by_content: a batch without ids is known by what its rows consist of.
         reservoir: takes rows that are kept for rollbacks; None where none are.
-
-    Attributes:
-        held: a block names the batch of several forward passes.
+        keep_hashes: is given what samples consist of, as hashes.
+        stills: told when a forward pass begins.
     """
 
     def __init__(
         self,
-        store: Store,
         model: nn.Module,
+        running: Running,
+        capture: Capture,
+        passes: Passes,
         *,
         samples: frozenset[int] | None,
         axis: int,
         keys: Mapping[str, int] | None,
         by_content: bool,
         reservoir: Reservoir | None,
+        keep_hashes: Callable[[Mapping[int, str]], None],
+        stills: Sequence[Standstill],
     ) -> None:
-        self._store = store
+        self._running = running
+        self._capture = capture
+        self._passes = passes
         self._model = model
         self._samples = samples
         self._axis = axis
         self._keys = keys
         self._by_content = by_content
         self._reservoir = reservoir
+        self._hashes_to = keep_hashes
+        self._stills = stills
         self._masked = "MaskedLM" in type(model).__name__
-        self.held = False
-        self._current: MicroBatch | None = None
         self._is_proof = True
         self._hashed: set[int] = set()
-
-    def attach(
-        self,
-        capture: Capture,
-        awaiting: Sequence[Pending],
-        passes: Passes,
-        stills: Sequence[Standstill],
-        keep: Callable[[Any], Any],
-    ) -> None:
-        """Put hooks on the model; `keep` is given each of their handles.
-
-        Args:
-            awaiting: what each of the optimizers has pending.
-            stills: told when a forward pass begins.
-        """
-        capture.since_proof = self._since_proof
-        self._capture, self._awaiting, self._passes, self._stills = capture, awaiting, passes, stills
-        keep(self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-        keep(self._model.register_forward_hook(self._after, always_call=True))
-
-    @property
-    def pending(self) -> list[MicroBatch]:
-        """The micro-batches that some optimizer has yet to consume."""
-        return list(dict.fromkeys(batch for one in self._awaiting for batch in one.batches))
-
-    @property
-    def current(self) -> MicroBatch | None:
-        """The micro-batch of the forward pass that runs."""
-        batch = self._current
-        if batch is not None and self.held and torch.is_grad_enabled() and not self._awaits(batch):
-            # The block goes on after a step: what it runs from here on is for the next one.
-            self._begin(Ids(batch.ids, batch.rows_given, batch.layout))
-        return self._current
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
 
     def begin(self, ids: Any) -> None:
         """Name the samples of the next forward pass."""
-        self._begin(sample_ids(ids, self._keys))
+        self._running.begin(sample_ids(ids, self._keys))
 
-    def hold(self) -> None:
-        """Keep these samples for every forward pass until `end`."""
-        self.held = True
-        if self._current is not None:
-            self._current.block = True
-
-    def end(self) -> None:
-        """Name no samples any more."""
-        self.held = False
-        self._current = None
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        for handle in self._handles:
+            handle.remove()
 
     def look_again(self) -> None:
         """Prove again, with the next batch, where modules have the samples."""
@@ -114,11 +82,6 @@ class Forwards:
     def wait(self) -> None:
         """Return when all that was captured is on the host."""
         self._capture.buffers.wait()
-
-    def discard(self) -> None:
-        """Drop all micro-batches."""
-        for one in self._awaiting:
-            one.discard()
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,9 +95,10 @@ class Forwards:
             still.look()
         if ids is not None:
             self.begin(ids)
-        elif self.current is None and self._by_content:
-            self._begin(self._content_ids(args, kwargs))
-        if self._current is None:
+        elif self._running.current is None and self._by_content:
+            self._running.begin(self._content_ids(args, kwargs))
+        current = self._running.current
+        if current is None:
             if module.training:
                 raise InvalidInputError(
                     "a training forward without sample ids: pass sample_ids=... (one integer per row) to the model, or "
@@ -142,11 +106,11 @@ class Forwards:
                     kind="no-ids",
                 )
             return args, kwargs
-        batch = self._of_pieces(self._current, kwargs)
+        batch = self._of_pieces(current, kwargs)
         try:
             check_length(batch.rows_given, self._axis, args, kwargs)
         except InvalidInputError:
-            self._drop(batch)
+            self._running.drop(batch)
             raise
         batch.tokens = token_counts(module, kwargs, batch.rows_given, batch.layout)
         if batch.layout is None:
@@ -166,43 +130,20 @@ class Forwards:
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.is_looking or not torch.is_grad_enabled():
             return
-        batch = self._current
+        batch = self._running.current
         if batch is not None and output is not None:
             self._passes.watch(output, batch)
             if self._reservoir is not None:
                 labelled = batch.tokens is not None
                 self._reservoir.loss.watch(output, labelled=labelled, aside=lambda: self._capture.is_replaying)
-        if self.held:
-            return
-        if output is None and batch is not None:
-            self._drop(batch)  # the forward pass failed
-        self._current = None
-
-    def _since_proof(self) -> str:
-        return min(self._awaiting, key=lambda one: one.proven or (-1, -1)).since_proof()
+        if output is None and batch is not None and not self._running.held:
+            self._running.drop(batch)  # the forward pass failed
+        self._running.over()
 
     @property
     def is_looking(self) -> bool:
         """Whether the model runs to be looked at."""
         return self._capture.is_replaying
-
-    def _begin(self, given: Ids) -> None:
-        # In a step that proves that the parts add up, all of them are needed.
-        proved = all(one.proved for one in self._awaiting)
-        chosen = Chosen(given.samples, self._samples if proved else None)
-        self._current = MicroBatch(given.samples, chosen, given.rows, given.layout)
-        self._current.block = self.held
-        for one in self._awaiting:
-            one.begin(self._current)
-
-    def _awaits(self, batch: MicroBatch) -> bool:
-        """Say whether every optimizer has yet to consume a micro-batch."""
-        return all(batch in one.batches for one in self._awaiting)
-
-    def _drop(self, batch: MicroBatch) -> None:
-        for one in self._awaiting:
-            one.drop(batch)
-        self._current = None
 
     def _content_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
         pieces = pieces_of(kwargs)
@@ -224,10 +165,8 @@ class Forwards:
         pieces = pieces_of(kwargs) if batch.layout is None else None
         if pieces is None or len(batch.ids) == len(pieces) or len(batch.ids) != int(pieces.max()) + 1:
             return batch
-        self._drop(batch)
-        self._begin(Ids.of_tokens(ids_of_tokens(batch.ids, pieces)))
-        assert self._current is not None
-        return self._current
+        self._running.drop(batch)
+        return self._running.begin(Ids.of_tokens(ids_of_tokens(batch.ids, pieces)))
 
     def _keep_hashes(self, ids: list[int], contents: list[torch.Tensor] | None) -> None:
         """Keep what the recorded samples consist of, as a hash: a probe that holds one of them can be told."""
@@ -239,4 +178,4 @@ class Forwards:
                 hashes.setdefault(sample, set()).add(row_hash(content))
         self._hashed.update(hashes)
         # A sample of several rows, as a preference pair is, has no one content.
-        self._store.append_hashes({sample: found.pop() for sample, found in hashes.items() if len(found) == 1})
+        self._hashes_to({sample: found.pop() for sample, found in hashes.items() if len(found) == 1})

@@ -6,16 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from timstore.database.arguments import choice
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError
 from timstore.model.optimizer_names import SGD_FAMILY, class_name
+from timstore.options import OptimizerHistory
 from timstore.recording.optimizer import amp_scales
-
-KINDS = ("final", "gradients")
-# Curvature changes most early in a run, and nobody knows yet how long it will be: waypoints are where the number of
-# steps taken is a power of two, from this on.
-_FIRST_WAYPOINT = 8
 
 
 class History:
@@ -23,7 +18,7 @@ class History:
 
     Args:
         rank: of this process; the others hold the same optimizers, and the first one keeps it for all.
-        kind: `final` keeps the second moment when recording ends and at checkpoints; `gradients` also every step's
+        kind: `final` keeps the second moment when recording ends and at save points; `gradients` also every step's
             consumed gradient, and the parameters and the optimizer's state that the first one met.
         parameters: name to parameter, of all that are trained.
         waypoints: whether the parameters are kept at some moments on the way, which a rollback asks for the curvature
@@ -35,12 +30,12 @@ class History:
         store: Store,
         optimizers: Sequence[torch.optim.Optimizer],
         parameters: Mapping[str, nn.Parameter],
-        kind: str,
+        kind: OptimizerHistory,
         rank: int,
         *,
         waypoints: bool,
     ) -> None:
-        self.needs_products = choice(kind, KINDS, "optimizer_history") == "gradients"
+        self.needs_products = kind == "gradients"
         self.keeps_gradients = self.needs_products and rank == 0
         self._keeps_moments = rank == 0
         self._keeps_waypoints = waypoints and rank == 0
@@ -89,10 +84,10 @@ class History:
         """
         if gradients:
             self._store.append_states(epoch, step, "gradient", gradients)
-        if self._keeps_waypoints and is_waypoint(step + 1):
+        if self._keeps_waypoints and step + 1 in waypoints_until(step + 1):
             self._store.append_states(epoch, step, "theta", self._theta())
 
-    def checkpoint(self, epoch: int, step: int) -> None:
+    def save_point(self, epoch: int, step: int) -> None:
         """Keep the second moment as it is now."""
         moments = second_moments(self._optimizers, self._names) if self._keeps_moments else None
         if moments:
@@ -112,14 +107,10 @@ class History:
         return bool(self._store.snapshot().catalog.sql(query).fetchall()[0][0])
 
 
-def is_waypoint(taken: int) -> bool:
-    """Say whether the parameters are kept after so many steps of a run."""
-    return taken >= _FIRST_WAYPOINT and taken & (taken - 1) == 0
-
-
-def waypoints_of(steps: int) -> int:
-    """Return how many waypoints a run of so many steps has."""
-    return max(0, steps.bit_length() - _FIRST_WAYPOINT.bit_length() + 1)
+def waypoints_until(steps: int) -> list[int]:
+    """Return after how many steps each the parameters are kept in a run of so many."""
+    # Curvature changes most early in a run, and nobody knows yet how long it will be: powers of two, from 8 on.
+    return [1 << power for power in range(3, steps.bit_length())]
 
 
 def second_moments(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, torch.Tensor]:

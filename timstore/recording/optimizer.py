@@ -1,8 +1,9 @@
-"""What an optimizer's step really used: its groups' scalars."""
+"""What optimizers train, and what a step of theirs really used: its groups' scalars."""
 
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,52 +14,65 @@ from timstore.model.optimizer_names import class_name
 from timstore.records import StepGroup
 
 
-def trained_parameters(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> list[dict[str, tuple[nn.Parameter, int]]]:
-    """Return, of each optimizer, name to (parameter, group number) of the model's parameters that it trains.
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """One recorded optimizer.
 
-    Groups are numbered over all optimizers.
+    Attributes:
+        parameters: those of the model that it trains, by name.
+        groups: name to the number of its group, counted over all optimizers.
+        first_group: the number of its first group.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]
+    groups: Mapping[str, int]
+    first_group: int
+
+
+def trained_by(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Trained]:
+    """Return what each optimizer trains of a model.
 
     Raises:
-        InvalidInputError: one trains none, two train the same one, or they cannot be recorded.
+        InvalidInputError: one trains nothing, two train the same parameter, or they cannot be recorded.
     """
-    found: list[dict[str, tuple[nn.Parameter, int]]] = []
+    trained: list[Trained] = []
     owners: dict[str, int] = {}
     first = 0
-    for optimizer in optimizers:
+    for number, optimizer in enumerate(optimizers):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InvalidInputError(
                 "LBFGS evaluates several times in one step, so no step has one gradient; use another"
             )
-        groups = {
-            id(parameter): number
-            for number, group in enumerate(optimizer.param_groups, first)
+        group_of = {
+            id(parameter): group_id
+            for group_id, group in enumerate(optimizer.param_groups, first)
             for parameter in group["params"]
         }
-        mine = {
-            name: (parameter, groups[id(parameter)])
+        parameters = {
+            name: parameter
             for name, parameter in model.named_parameters()
             # One with an empty axis has no gradient to record.
-            if parameter.requires_grad and id(parameter) in groups and parameter.numel()
+            if parameter.requires_grad and id(parameter) in group_of and parameter.numel()
         }
-        if not mine:
-            what = "the optimizer" if len(optimizers) == 1 else f"optimizer {len(found)} of the list"
+        if not parameters:
+            what = "the optimizer" if len(optimizers) == 1 else f"optimizer {number} of the list"
             raise InvalidInputError(f"{what} holds none of the model's parameters: build it from model.parameters()")
-        wrong = next((name for name, (parameter, _) in mine.items() if parameter.is_complex()), None)
+        wrong = next((name for name, parameter in parameters.items() if parameter.is_complex()), None)
         if wrong:
             raise InvalidInputError(f"parameter {wrong} is complex; gradients are real numbers here", parameter=wrong)
-        twice = next((name for name in mine if name in owners), None)
+        twice = next((name for name in parameters if name in owners), None)
         if twice:
             raise InvalidInputError(
-                f"parameter {twice} is trained by two of the optimizers (numbers {owners[twice]} and {len(found)} of "
-                "the list), and each would undo what is known of the other's steps: give it to one of them",
+                f"parameter {twice} is trained by two of the optimizers (numbers {owners[twice]} and {number} of the "
+                "list), and each would undo what is known of the other's steps: give it to one of them",
                 parameter=twice,
             )
-        owners.update(dict.fromkeys(mine, len(found)))
-        found.append(mine)
+        owners.update(dict.fromkeys(parameters, number))
+        groups = {name: group_of[id(parameter)] for name, parameter in parameters.items()}
+        trained.append(Trained(optimizer, parameters, groups, first))
         first += len(optimizer.param_groups)
-    return found
+    return trained
 
 
 def step_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str], first: int = 0) -> list[StepGroup]:

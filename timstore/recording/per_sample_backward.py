@@ -6,7 +6,7 @@ for all others. Which they are, modules say in the forward pass, and proofs show
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -19,6 +19,7 @@ from timstore.recording.batch_axis import CANDIDATES, Axis, Layout, Whole, only
 from timstore.recording.batches import Entry, MicroBatch
 from timstore.recording.capture import Capture
 from timstore.recording.outputs import outputs_of
+from timstore.recording.pending import Running
 from timstore.recording.proof import is_reentrant, sent_back
 from timstore.records import Gradient
 
@@ -32,27 +33,25 @@ class Passes:
     Args:
         axis: of the batch in the model's output.
         scale: as for `Capture`.
-        arriving: called, each of them, when a gradient enters the model.
+        running: told when a gradient enters the model.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         capture: Capture,
+        running: Running,
         *,
         axis: int,
         scale: float,
-        arriving: Sequence[Callable[[], None]],
     ) -> None:
         self._parameters = parameters
         self._capture = capture
         self._axis = axis
         self._scale = scale
-        self._arriving = arriving
+        self._running = running
         self._named: set[int] = set()
         self._blocked = False
-        self._latest: tuple[int, ref[MicroBatch]] | None = None
-        self._several = False
 
     def watch(self, output: Any, batch: MicroBatch) -> None:
         """Put hooks on what the model returned for a batch.
@@ -94,25 +93,6 @@ class Passes:
             layout = self._capture.places.known(_output(path), tensor.shape, rows, batch.sizes)
         return layout if layout is not None and layout.fits(tensor.shape, rows) else None
 
-    def running(self, module: int, pending: Iterable[MicroBatch]) -> MicroBatch | None:
-        """Return the batch whose backward pass runs, where it had this module's forward pass without gradients.
-
-        Raises:
-            CoverageError: it could be another batch's.
-        """
-        batch = self._latest[1]() if self._latest is not None else None
-        # Where layers are called one by one, no output of the model says whose backward pass runs.
-        in_blocks = any(one.block and module in one.unseen for one in pending)
-        if not in_blocks and (batch is None or module not in batch.unseen):
-            return None
-        if self._several or in_blocks:
-            raise CoverageError(
-                "two batches run backward at once under a checkpoint with use_reentrant=True, or one whose layers were "
-                "called one by one in a block of recorder.batch, so that what is computed again cannot be told apart; "
-                "use use_reentrant=False, or a backward pass for each batch of the whole model"
-            )
-        return batch
-
     def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], torch.Tensor | None]:
         def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
             batch = owner()
@@ -121,12 +101,7 @@ class Passes:
             if self._capture.is_replaying:
                 blocked = self._blocked and entry >= 0 and batch.entries and batch.entries[entry].layout is not None
                 return torch.zeros_like(gradient) if blocked else None
-            for arriving in self._arriving:
-                arriving()
-            task = torch._C._current_graph_task_id()
-            if self._latest is None or self._latest[1]() is not batch:
-                self._several = self._latest is not None and self._latest[0] == task
-                self._latest = task, ref(batch)
+            self._running.arrived(batch)
             if entry >= 0 and batch.entries:
                 batch.enter()
                 self._enter(batch.entries[entry], gradient, batch)

@@ -24,6 +24,7 @@ from timstore.recording.calls import Call, Input
 from timstore.recording.checks import unlike
 from timstore.recording.chosen import Chosen
 from timstore.recording.modules import Captured, Kind
+from timstore.recording.pending import OwnPass
 
 # Of a gradient's square, what rounding may put beside the rows that it was sent back for: in half precision, and else.
 _ROUNDING_HALF, _ROUNDING = 1e-4, 1e-7
@@ -168,13 +169,15 @@ class Prover:
         parameters: the trained ones, by name.
         buffers: where what is captured is copied to.
         scale: of the gradients that arrive in those that the optimizer consumes.
+        own: passes of our own, of which these are some.
 
     Attributes:
         running: a proof's own backward pass runs.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Buffers, scale: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Buffers, scale: float, own: OwnPass) -> None:
         self._parameters = parameters
+        self._own = own
         self._buffers = buffers
         self._scale = scale
         self._draw = random.Random(0)
@@ -223,7 +226,8 @@ class Prover:
             self._chosen = Chosen(every, None if coupled else frozenset(rows))
             try:
                 arriving = only(whole, layout, len(batch.ids), rows)
-                gradients = sent_back(edge, list(trained.values()), arriving.reshape(gradient.shape))
+                with self._own.running():
+                    gradients = sent_back(edge, list(trained.values()), arriving.reshape(gradient.shape))
             except RuntimeError as error:
                 if not is_reentrant(error):
                     raise

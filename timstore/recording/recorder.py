@@ -1,156 +1,109 @@
 """The recorder: batch to hooks to records to store, around a training loop that does not know of it."""
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import nn
 
-from timstore.database.arguments import (
-    choice,
-    counting_number,
-    listed,
-    moment,
-    plain_name,
-    rank_number,
-    sample_id,
-    whole_number,
-)
-from timstore.database.kept_rows import KEPT, asks_kept
+from timstore.arguments import listed, sample_id, whole_number
+from timstore.database.kept_rows import asks_kept
 from timstore.database.samples import names_of_samples
 from timstore.database.store import Store
-from timstore.errors import InvalidInputError, StateError, shown
+from timstore.errors import InvalidInputError, StateError
 from timstore.format.commits import Scope
 from timstore.model.distributed import Ranks
 from timstore.model.fingerprints import digests
 from timstore.model.unwrap import inner_model, inner_optimizers
+from timstore.options import RecordOptions
 from timstore.recording.batches import on_host
 from timstore.recording.beginning import Beginning
-from timstore.recording.capture import Capture
-from timstore.recording.drawn import Drawn
-from timstore.recording.forecast import Budget
-from timstore.recording.forward_hooks import Forwards
 from timstore.recording.history import History
-from timstore.recording.misuse import Unentered, note_compiled, refuse_compiled
-from timstore.recording.optimizer import trained_parameters
-from timstore.recording.pending import Pending
-from timstore.recording.per_sample_backward import Passes
+from timstore.recording.misuse import Drawn, Unentered, note_compiled, refuse_compiled
+from timstore.recording.model_hooks import ModelHooks
+from timstore.recording.optimizer import trained_by
+from timstore.recording.optimizer_hooks import OptimizerHooks
+from timstore.recording.pending import Clock, Running
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
-from timstore.recording.stepping import Stepping, Trained
 from timstore.records import Parameter
 
-CAPTURES = ("auto", "modules", "per-sample")
-
 _recorded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to record; see `timstore.Store.record`."""
-
-    samples: Iterable[int] | None = None
-    resume_from: tuple[int, int] | None = None
-    probe: Any = KEPT
-    optimizer_history: str = "final"
-    waypoints: bool = True
-    scaler: Any = None
-    mean_over: str | None = None
-    budget: Budget | None = None
-    rank: int | None = None
-    allow_zero: bool = False
-    capture: str = "auto"
-    batch_axis: int = 0
-    id_column: str | None = None
-    by_content: bool = False
-    process_group: Any = None
 
 
 class Recorder:
     """Records a training loop while its `with` block runs; made by `Store.record`."""
 
-    def __init__(self, store: Store, model: nn.Module, optimizers: Any, options: Options) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, model: nn.Module, optimizers: Any, samples: Iterable[int] | None, options: RecordOptions
+    ) -> None:
+        self._store, self._options = store, options
+        self._samples = _chosen(samples)
         self._model, group = inner_model(model)
         self._optimizers, scaler = inner_optimizers(optimizers)
+        self._scaler = options.scaler if options.scaler is not None else scaler
         self._ranks = Ranks(options.process_group if options.process_group is not None else group)
-        self._samples = _chosen(options.samples)
-        choice(options.capture, CAPTURES, "capture")
-        self._resume_from = None if options.resume_from is None else _moment(options.resume_from)
-        self._probe = _probe(options.probe)
+        self._rank = self._ranks.rank if options.rank is None else options.rank
+        self._probe = [on_host(batch) for batch in options.probe] if isinstance(options.probe, list) else options.probe
+        self._keys = None if options.id_column is None else _keys(store, options.id_column)
+        self._clock = Clock()
         # Rows on another axis could not be joined again.
-        self._axis = counting_number(options.batch_axis, "batch_axis")
-        keeps_rows = self._probe == KEPT and self._axis == 0
-        self._reservoir = Reservoir(self._model, self._samples, lambda: (self.epoch, self.step)) if keeps_rows else None
-        rank = self._ranks.rank if options.rank is None else rank_number(options.rank)
-        self._trained = trained_parameters(self._model, self._optimizers)
-        self._parameters = {name: one for mine in self._trained for name, (one, _) in mine.items()}
+        keeps_rows = asks_kept(self._probe) and options.batch_axis == 0
+        self._reservoir = Reservoir(self._model, self._samples, self._clock) if keeps_rows else None
+        self._trained = trained_by(self._model, self._optimizers)
+        self._parameters = {name: parameter for one in self._trained for name, parameter in one.parameters.items()}
         self._history = History(
             store,
             self._optimizers,
             self._parameters,
             options.optimizer_history,
-            rank,
+            self._rank,
             waypoints=options.waypoints,
         )
+        self._hooks: ModelHooks | None = None
         self._stills: list[Standstill] = []
-        self._forwards = Forwards(
-            store,
-            self._model,
-            samples=self._samples,
-            axis=self._axis,
-            keys=None if options.id_column is None else _keys(store, plain_name(options.id_column, "id_column")),
-            by_content=options.by_content,
-            reservoir=self._reservoir,
-        )
-        self._options = options
-        self._scaler = options.scaler if options.scaler is not None else scaler
-        if self._scaler is not None and not callable(getattr(self._scaler, "get_scale", None)):
-            raise InvalidInputError(f"scaler is the GradScaler around the optimizer, not {shown(self._scaler)}")
-        self._rank = rank
-        self._epoch, self._step = 0, 0
-        self._kept_at: tuple[int, int] | None = None
-        self._handles: list[Any] = []
-        self._stepping: Stepping | None = None
+        self._drawn: Drawn | None = None
+        self._entered = ExitStack()  # what leaving the block takes off
+        self._is_on = False
+        self._saved_at: tuple[int, int] | None = None
         self._unentered = Unentered(self._model, self._optimizers, _recorded)
 
     @property
     def epoch(self) -> int:
         """The epoch that steps are recorded under; set it as training goes on."""
-        return self._epoch
+        return self._clock.epoch
 
     @epoch.setter
     def epoch(self, number: int) -> None:
         number = whole_number(number, "epoch")
-        if number < self._epoch:
+        before = self._clock.epoch
+        if number < before:
             raise InvalidInputError(
-                f"epoch {number} is before epoch {self._epoch}; a resumed run passes resume_from", kind="earlier-epoch"
+                f"epoch {number} is before epoch {before}; a resumed run passes resume_from", kind="earlier-epoch"
             )
-        before, self._epoch = self._epoch, number
-        if self._stepping is not None:
-            self._stepping.epoch = number
-            # What the other processes have drawn is known to all at the end alone.
-            if number > before and self._ranks.alone:
-                self._drawn.epoch_over(before)
+        self._clock.epoch = number
+        # What the other processes have drawn is known to all at the end alone.
+        if self._is_on and self._drawn is not None and number > before and self._ranks.alone:
+            self._drawn.epoch_over(before)
 
     @property
     def step(self) -> int:
         """The number of the next optimizer step, counted over the whole run."""
-        return self._step if self._stepping is None else self._stepping.step
+        return self._clock.step
 
     @property
     def is_looking(self) -> bool:
         """Whether the model runs to be looked at, beside training."""
-        return self._forwards.is_looking
+        return self._hooks is not None and self._hooks.forwards.is_looking
 
     def batch(self, ids: Any) -> "_Batch":
         """Name the samples of the next forward pass, or of every one in a `with` block, for models called otherwise."""
         self._unentered.check()
-        self._forwards.begin(ids)
-        return _Batch(self._forwards)
+        assert self._hooks is not None
+        self._hooks.forwards.begin(ids)
+        return _Batch(self._hooks.running)
 
     def __enter__(self) -> Self:
         if self._model in _recorded:
@@ -167,6 +120,7 @@ class Recorder:
         except BaseException:
             self._release()
             raise
+        self._is_on = True
         return self
 
     def __exit__(
@@ -196,10 +150,10 @@ class Recorder:
 
     def _warn(self) -> None:
         """Say what never came; of several processes the first one knows, once all have committed."""
-        if self._ranks.rank == 0:
+        if self._ranks.rank == 0 and self._drawn is not None:
             self._drawn.end(refresh=not self._ranks.alone)
 
-    def checkpoint(self) -> None:
+    def save_point(self) -> None:
         """Commit, and keep what a rollback of the model as it is now needs; call it beside saving a checkpoint.
 
         The end of the block does so by itself. Of several processes each calls it: what one of them acknowledges, all
@@ -209,7 +163,7 @@ class Recorder:
             StorageError, ReadOnlyError, StateError: as `Store.commit`.
         """
         self._unentered.check()
-        self._keep(self._stepping.last if self._stepping is not None else None)
+        self._keep(self._clock.last if self._is_on else None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError(
@@ -227,45 +181,34 @@ class Recorder:
 
     def _keep(self, last: tuple[int, int] | None) -> None:
         self._commit()
-        if last is None or last == self._kept_at:
+        if last is None or last == self._saved_at:
             return
         for still in self._stills:
             still.check(f"after epoch {last[0]}, step {last[1]},")
         self._ranks.wait()
         if self._ranks.rank == 0:
             self._store.append_fingerprints(*last, digests(self._model))
-            self._history.checkpoint(*last)
+            self._history.save_point(*last)
             self._store.commit()
-        self._kept_at = last
+        self._saved_at = last
 
     def _hook(self) -> None:
-        forwards, keep, options = self._forwards, self._handles.append, self._options
-        by_sample, scale = options.capture == "per-sample", 1 / self._ranks.count
-
-        capture = Capture(
+        """Put all hooks on."""
+        options, entered = self._options, self._entered
+        self._stills = [] if self._history.is_replayed else [Standstill(one.parameters) for one in self._trained]
+        self._hooks = ModelHooks(
             self._model,
-            self._parameters,
-            lambda: forwards.current,
-            lambda module: passes.running(module, forwards.pending),
-            mode=options.capture,
-            scale=scale,
+            [one.parameters for one in self._trained],
+            self._samples,
+            options,
+            processes=self._ranks.count,
+            whole=self._history.keeps_gradients,
+            keys=self._keys,
+            reservoir=self._reservoir,
+            keep_hashes=self._store.append_hashes,
+            stills=self._stills,
         )
-        keep(capture)
-        trained = [
-            self._watched(optimizer, mine, capture)
-            for optimizer, mine in zip(self._optimizers, self._trained, strict=True)
-        ]
-        for one in trained:
-            keep(one.pending.accumulation)
-        passes = Passes(
-            self._parameters,
-            capture,
-            axis=self._axis,
-            scale=scale,
-            arriving=[one.pending.accumulation.settle_later for one in trained],
-        )
-        self._stills = [one.still for one in trained if one.still is not None]
-        forwards.attach(capture, [one.pending for one in trained], passes, self._stills, keep)
+        entered.callback(self._hooks.remove)
         self._drawn = Drawn(
             self._store,
             self._model,
@@ -274,50 +217,28 @@ class Recorder:
             self._samples,
             by_content=options.by_content,
         )
-        keep(self._drawn)
-        keep(self._model.register_forward_pre_hook(refuse_compiled, prepend=True))
-        self._stepping = Stepping(
+        entered.callback(self._drawn.remove)
+        entered.callback(self._model.register_forward_pre_hook(refuse_compiled, prepend=True).remove)
+        stepping = OptimizerHooks(
             self._store,
             self._model,
-            trained,
-            {name: one for name, one in self._model.named_parameters() if name not in self._parameters and one.numel()},
-            forwards=forwards,
+            self._trained,
+            self._hooks,
+            self._stills,
+            self._samples,
+            options,
             history=self._history,
             ranks=self._ranks,
             drawn=self._drawn,
-            samples=self._samples,
             scaler=self._scaler,
-            mean_over=options.mean_over,
-            budget=options.budget,
             rank=self._rank,
-            allow_zero=options.allow_zero,
-            by_sample=by_sample,
+            clock=self._clock,
         )
-        keep(self._stepping)
-
-    def _watched(
-        self, optimizer: torch.optim.Optimizer, mine: Mapping[str, tuple[nn.Parameter, int]], capture: Capture
-    ) -> Trained:
-        """Return an optimizer with hooks on its parameters."""
-        parameters = {name: one for name, (one, _) in mine.items()}
-        number = self._optimizers.index(optimizer)
-        return Trained(
-            optimizer,
-            parameters,
-            sum(len(one.param_groups) for one in self._optimizers[:number]),
-            Pending(
-                parameters,
-                whole=self._history.keeps_gradients,
-                averaged=not self._ranks.alone,
-                paused=lambda: capture.is_replaying,
-            ),
-            None if self._history.is_replayed else Standstill(parameters),
-        )
+        entered.callback(stepping.remove)
 
     def _begin_attempt(self) -> None:
-        assert self._stepping is not None
-        number, self._epoch, self._stepping.step = self._ranks.lead(self._claim)
-        self._stepping.epoch = self._epoch
+        number, self._clock.epoch, self._clock.step = self._ranks.lead(self._claim)
+        self._clock.last = None
         self._store.join_attempt(number)
         if self._reservoir is not None:
             self._reservoir.go_on(self._store.snapshot().kept_rows())
@@ -326,12 +247,13 @@ class Recorder:
         """Begin the attempt, or go on with it; returns its number and where it goes on."""
         scope: Scope = "all" if self._samples is None else tuple(sorted(self._samples))
         beginning = Beginning(self._store, self._model, self._optimizers, scope, self._ranks.count)
-        moment = beginning.go_on() if self._resume_from is None else beginning.resume(self._resume_from)
+        resume_from = self._options.resume_from
+        moment = beginning.go_on() if resume_from is None else beginning.resume(resume_from)
         self._store.declare(
             [
-                Parameter(name, tuple(one.shape), str(one.dtype).removeprefix("torch."), group)
-                for mine in self._trained
-                for name, (one, group) in mine.items()
+                Parameter(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), one.groups[name])
+                for one in self._trained
+                for name, parameter in one.parameters.items()
             ]
         )
         if isinstance(self._probe, list):
@@ -342,30 +264,24 @@ class Recorder:
 
     def _release(self) -> tuple[int, int] | None:
         """Take all hooks off; returns the latest step."""
-        stepping = self._stepping
-        if stepping is not None:
-            self._forwards.discard()
-            self._forwards.end()
-            self._epoch, self._step = stepping.epoch, stepping.step
-            self._stepping = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        last = self._clock.last if self._is_on else None
+        self._is_on = False
+        self._entered.close()
         _recorded.discard(self._model)
-        return None if stepping is None else stepping.last
+        return last
 
 
 class _Batch:
     """What `Recorder.batch` returns: nothing to keep, or a `with` block over several forward passes."""
 
-    def __init__(self, forwards: Forwards) -> None:
-        self._forwards = forwards
+    def __init__(self, running: Running) -> None:
+        self._running = running
 
     def __enter__(self) -> None:
-        self._forwards.hold()
+        self._running.hold()
 
     def __exit__(self, *_: object) -> None:
-        self._forwards.end()
+        self._running.end()
 
 
 def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
@@ -375,13 +291,6 @@ def _chosen(samples: Iterable[int] | None) -> frozenset[int] | None:
     if not chosen:
         raise InvalidInputError("samples is empty: name the ids to record, or leave it out to record all")
     return chosen
-
-
-def _probe(given: Any) -> list[Any] | str | None:
-    """Return the batches that are given, or what stands for rows of the training; None for nothing to be kept."""
-    if given is None or given is False or asks_kept(given):
-        return given or None
-    return [on_host(batch) for batch in listed(given, f"probe, unless it is {KEPT!r} or False,")]
 
 
 def _keys(store: Store, column: str) -> dict[str, int]:
@@ -398,10 +307,3 @@ def _keys(store: Store, column: str) -> dict[str, int]:
             f"store.samples.update([{{'sample': 0, {column!r}: 'first'}}, ...]) before recording"
         )
     return keys
-
-
-def _moment(given: Any) -> tuple[int, int]:
-    pair = listed(given, "resume_from", "a pair (epoch, step)")
-    if len(pair) != 2:
-        raise InvalidInputError(f"resume_from is a pair (epoch, step), not {shown(given)}")
-    return moment(*pair)

@@ -1,7 +1,7 @@
 """Rows of the training stream, taken while it passes, for rollbacks to ask the model about: of samples at random."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from timstore.database.store import Store
 from timstore.model.sample_ids import row_hash
 from timstore.recording.batches import MicroBatch
 from timstore.recording.losses import LossKind
+from timstore.recording.pending import Clock
 
 _NO_END = 2**64 - 1
 # What transformers and TRL tell a model of how it makes its loss: no part of a row, and outputs are none of it.
@@ -28,19 +29,17 @@ class Reservoir:
 
     Args:
         recorded: the samples to record, None for all.
-        moment: returns (epoch, step) of the next step.
+        clock: when the next step is.
 
     Attributes:
         loss: what kind it is.
     """
 
-    def __init__(
-        self, model: nn.Module, recorded: frozenset[int] | None, moment: Callable[[], tuple[int, int]]
-    ) -> None:
+    def __init__(self, model: nn.Module, recorded: frozenset[int] | None, clock: Clock) -> None:
         self.loss = LossKind()
         self._names = _names_of_places(model)
         self._recorded = recorded
-        self._moment = moment
+        self._clock = clock
         # Whether a sample came that is not recorded.
         self._others = False
         self._rows: dict[int, KeptRow] = {}
@@ -81,7 +80,7 @@ class Reservoir:
             values = self._values(batch, number, args, kwargs)
             if values is not None:
                 content = None if contents is None else row_hash(contents[number])
-                self._take(KeptRow(sample, *self._moment(), content, batch.rows_given, *values))
+                self._take(KeptRow(sample, self._clock.epoch, self._clock.step, content, batch.rows_given, *values))
 
     def keep(self, store: Store) -> None:
         """Keep in the store what is not yet in it; all rows again when more is known of the loss."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from timstore.errors import StateError
-from timstore.recording.elements import Elements, Values, is_kept_together, kept_together, on_host
+from timstore.recording.elements import Elements
 
 # Sums are taken over blocks this long, so many elements at once, with weights so that an exchange of two shows.
 _BLOCK, _PIECE = 1024, 1 << 22
@@ -38,19 +38,25 @@ class Standstill:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._held = {name: _Held(one) for name, one in parameters.items() if one.numel()}
+        self._parameters = parameters
+        self._often: set[str] = set()
         self.hold(whole=True)
 
     def hold(self, *, whole: bool) -> None:
         """Keep what the parameters are now; with `whole`, sums over all of their elements too."""
-        together = self._together()
-        for name, held in self._held.items():
-            held.hold(together.get(name), whole)
+        self._elements = Elements(self._parameters)
+        summed = self._parameters if whole else self._often
+        self._sums = {name: _sums(self._parameters[name]) for name in summed}
+        self._versions = {name: _version(one) for name, one in self._parameters.items()}
+        # How large numbers were on the way: what rounding leaves of a perturbation is relative to that.
+        self._largest: dict[str, float] = {}
 
     def look(self) -> None:
         """A forward pass begins: see how large the numbers are by now where a parameter was changed in place."""
-        for held in self._held.values():
-            held.look()
+        for name, parameter in self._parameters.items():
+            if _version(parameter) != self._versions[name]:
+                now = float(parameter.detach().abs().max())
+                self._largest[name] = max(now, self._largest.get(name, 0.0))
 
     def check(self, where: str) -> None:
         """Refuse parameters that are not what they were; what was changed and changed back is.
@@ -61,17 +67,37 @@ class Standstill:
         Raises:
             StateError: naming the first such parameter.
         """
-        now = self._together()
-        then = {name: self._held[name].values for name in now}
-        if now and np.array_equal(on_host([*now.values()]), on_host([*then.values()])):
-            now = then  # one comparison that the host waits for, instead of one per parameter
-        for name, held in self._held.items():
-            if held.changed(now.get(name)):
+        self._often.update(name for name, one in self._parameters.items() if _version(one) != self._versions[name])
+        now = Elements(self._parameters, like=self._elements)
+        moved = self._elements.names if not np.array_equal(now.numbers, self._elements.numbers) else ()
+        for name in dict.fromkeys((*moved, *self._sums)):
+            if self._is_changed(name, now):
                 raise _error(name, where)
 
-    def _together(self) -> dict[str, Values]:
-        found = {name: one.parameter.detach() for name, one in self._held.items() if is_kept_together(one.parameter)}
-        return kept_together(found)
+    def _is_changed(self, name: str, now: Elements) -> bool:
+        then = self._elements.of(name)
+        apart = float(np.abs(now.of(name) - then).max())
+        sums_apart = 0.0
+        if name in self._sums:
+            sums = _sums(self._parameters[name])
+            same = torch.equal(sums, self._sums[name])
+            sums_apart = 0.0 if same else float((sums - self._sums[name]).abs().max())
+        largest = max(self._largest.get(name, 0.0), float(np.abs(then).max()))
+        ulps, sum_ulps = _ULPS.get(self._parameters[name].dtype, (0.0, 0.0))
+        return apart > ulps * largest or sums_apart > sum_ulps * largest
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    # A tensor assigned to `.data` brings memory of its own.
+    return parameter._version, parameter.data_ptr()
+
+
+def _sums(parameter: nn.Parameter) -> torch.Tensor:
+    """Return the weighted sum of each block, (blocks,) float64."""
+    weights = _WEIGHTS.to(parameter.device)
+    pieces = torch.split(parameter.detach().reshape(-1), _PIECE)
+    padded = (nn.functional.pad(one, (0, -len(one) % _BLOCK)).view(-1, _BLOCK) for one in pieces)
+    return torch.cat([one.double() @ weights for one in padded])
 
 
 def _error(name: str, where: str) -> StateError:
@@ -85,65 +111,3 @@ def _error(name: str, where: str) -> StateError:
         kind="changed-outside",
         parameter=name,
     )
-
-
-class _Held:
-    """One parameter, as it was."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-        self._elements = None if is_kept_together(parameter) else Elements(parameter)
-        self._often = False
-
-    def hold(self, values: Values | None, whole: bool) -> None:
-        numbers = self.parameter.detach()
-        if values is None:
-            assert self._elements is not None
-            values = self._elements.chosen(numbers, extremes=True)
-        self.values = values
-        self._sums = _sums(numbers) if whole or self._often else None
-        self._seen = 0.0
-        self._held_version = self._version()
-
-    def look(self) -> None:
-        if self._version() != self._held_version:
-            self._seen = max(self._seen, float(self.parameter.detach().abs().max()))
-
-    def changed(self, values: Values | None) -> bool:
-        """Say whether it is not what it was, given its elements as they are now where they are looked up together."""
-        if values is None:
-            assert self._elements is not None
-            values = self._elements.of(self.parameter)
-        self._often = self._often or self._version() != self._held_version
-        apart = _apart(values, self.values)
-        sums_apart = 0.0 if self._sums is None else _apart(_sums(self.parameter.detach()), self._sums)
-        if not apart and not sums_apart:
-            return False
-        largest = max(self._seen, _largest(self.values))
-        ulps, sum_ulps = _ULPS.get(self.parameter.dtype, (0.0, 0.0))
-        return apart > ulps * largest or sums_apart > sum_ulps * largest
-
-    def _version(self) -> tuple[int, int]:
-        # A tensor assigned to `.data` brings memory of its own.
-        return self.parameter._version, self.parameter.data_ptr()
-
-
-def _sums(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of each block, (blocks,) float64."""
-    weights = _WEIGHTS.to(numbers.device)
-    pieces = torch.split(numbers.reshape(-1), _PIECE)
-    padded = (nn.functional.pad(one, (0, -len(one) % _BLOCK)).view(-1, _BLOCK) for one in pieces)
-    return torch.cat([one.double() @ weights for one in padded])
-
-
-def _apart(now: Values, then: Values) -> float:
-    """Return the largest difference."""
-    if now is then:
-        return 0.0
-    if isinstance(now, np.ndarray):
-        return 0.0 if np.array_equal(now, then) else float(np.abs(now - then).max())
-    return 0.0 if torch.equal(now, then) else float((now.double() - then.double()).abs().max())  # type: ignore[arg-type, union-attr]
-
-
-def _largest(values: Values) -> float:
-    return float(np.abs(values).max()) if isinstance(values, np.ndarray) else float(values.abs().max())

@@ -10,8 +10,8 @@ import torch
 from timstore.errors import StateError
 from timstore.model.fingerprints import digest_of_blocks
 from timstore.rollbacks.places import Place
+from timstore.rollbacks.streaming_sum import crew
 from timstore.rollbacks.vectors import Vector, Workspace
-from timstore.rollbacks.workers import side_by_side
 
 # So many numbers, and the copies in float64 that are made of them, stay in a core's cache.
 _CACHED_NUMEL = 1 << 16
@@ -43,6 +43,7 @@ def moved_blocks(
     start = 0
     for old in place.blocks(block_numel if place.device.type != "cpu" else min(block_numel, _CACHED_NUMEL)):
         change = delta.read(name, start, start + len(old)).to(old.device)
+        # Added in the wider of both precisions and rounded once.
         wider = torch.promote_types(old.dtype, change.dtype)
         yield old, change, (old.to(wider) + change).to(old.dtype)
         start += len(old)
@@ -50,39 +51,29 @@ def moved_blocks(
 
 def foresee(places: Mapping[str, Place], delta: Vector, workspace: Workspace, workers: int = 1) -> Change:
     """Return what adding a delta will do. Cost: one pass over the delta, memory of a block for each worker."""
-    found: dict[str, _Foreseen] = {}
 
-    def look(name: str, place: Place) -> Iterator[int]:
-        found[name] = _Foreseen()
-        blocks = found[name].seen(moved_blocks(place, delta, name, workspace.block_numel))
-        found[name].digest = digest_of_blocks(place.dtype, place.shape, blocks)
-        yield 0
+    def look(name: str) -> tuple[torch.Tensor, bool, str]:
+        place, squares, finite = places[name], torch.zeros(3, dtype=torch.float64, device="cpu"), True
 
-    _side_by_side([partial(look, *one) for one in places.items()], workers)
-    ordered = [found[name] for name in places]
-    norm, before_norm, lost_norm = torch.stack([one.squares for one in ordered]).sum(0).sqrt().tolist()
-    finite = all(one.finite for one in ordered)
-    return Change(norm, before_norm, lost_norm, finite, {name: found[name].digest for name in places})
+        def new_values() -> Iterator[torch.Tensor]:
+            nonlocal finite
+            for block, change, new in moved_blocks(place, delta, name, workspace.block_numel):
+                old, wanted = block.double(), change.double()
+                # What the parameter's own precision did not take up: (new - old) - wanted.
+                lost = (new.double() - old).sub_(wanted)
+                of_block = torch.stack([numbers.dot(numbers) for numbers in (wanted, old, lost)]).cpu()
+                squares.add_(of_block)
+                # A new value that is not finite is a loss that is not; large losses may overflow as well.
+                finite = finite and (bool(of_block[2].isfinite()) or bool(new.isfinite().all()))
+                yield new
 
+        digest = digest_of_blocks(place.dtype, place.shape, new_values())
+        return squares, finite, digest
 
-class _Foreseen:
-    """One parameter's share in a `Change`."""
-
-    def __init__(self) -> None:
-        self.squares = torch.zeros(3, dtype=torch.float64, device="cpu")
-        self.finite = True
-        self.digest = ""
-
-    def seen(self, blocks: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Iterator[torch.Tensor]:
-        """Yield the new values, block by block, and take what is to be known of each."""
-        for block, change, new in blocks:
-            old, wanted = block.double(), change.double()
-            lost = (new.double() - old).sub_(wanted)
-            squares = torch.stack([one.dot(one) for one in (wanted, old, lost)]).cpu()
-            self.squares += squares
-            # A new value that is not finite is a loss that is not; large losses may overflow as well.
-            self.finite = self.finite and (bool(squares[2].isfinite()) or bool(new.isfinite().all()))
-            yield new
+    with crew(max(1, min(workers, len(places)))) as pool:
+        squares, finite, digests = zip(*pool.map(look, places), strict=True)
+    norm, before_norm, lost_norm = torch.stack(squares).sum(0).sqrt().tolist()
+    return Change(norm, before_norm, lost_norm, all(finite), dict(zip(places, digests, strict=True)))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -116,21 +107,18 @@ class Writes:
         Raises:
             StorageError: they fit neither into the workspace's limit nor on the disk.
         """
-        kept = []
-        for one in self.each:
-            place = one.place
-            old = self.workspace.keep(place.blocks(self.workspace.block_numel), math.prod(place.shape), place.dtype)
-            kept.append(Write(place, old.blocks))
-        return Writes(kept, self.workspace, self.workers)
+        writes = []
+        for place in (write.place for write in self.each):
+            blocks = place.blocks(self.workspace.block_numel)
+            old = self.workspace.keep(blocks, math.prod(place.shape), place.dtype, place.device)
+            writes.append(Write(place, old.blocks))
+        return Writes(writes, self.workspace, self.workers)
 
     def make(self) -> None:
         """Write, several places at a time. Where it fails, some are written; no thread is at it any more."""
-
-        def write(one: Write) -> Iterator[int]:
-            one.place.write(one.blocks())
-            yield 0
-
-        _side_by_side([partial(write, one) for one in self.each], self.workers)
+        with crew(max(1, min(self.workers, len(self.each)))) as pool:
+            for _ in pool.map(lambda write: write.place.write(write.blocks()), self.each):
+                pass
 
     def make_or_restore(self, old: "Writes") -> None:
         """Write all; where it fails, write the old values back.
@@ -155,8 +143,3 @@ class Writes:
 
 def _moved(place: Place, delta: Vector, name: str) -> Iterator[torch.Tensor]:
     return (new for _, _, new in moved_blocks(place, delta, name, delta.workspace.block_numel))
-
-
-def _side_by_side(runs: Sequence[Callable[[], Iterator[int]]], workers: int) -> None:
-    """Run several things at a time."""
-    side_by_side(enumerate(runs), max(1, min(workers, len(runs))), lambda _: None)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from timstore.errors import InvalidInputError
-from timstore.rollbacks.probe import Probe, tensors_of
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.probe import Probe, Room, tensors_of
 from timstore.rollbacks.vectors import Vector
 
 
@@ -22,8 +21,9 @@ class _Graph:
     pulled: tuple[torch.Tensor, ...]
 
 
-def _graph_bytes(roots: Iterable[torch.Tensor], held: Set[int]) -> int:
-    """Return the bytes of the storages that an autograd graph saves, but for those held anyway (by address)."""
+def _graph_bytes(roots: Iterable[torch.Tensor], ours: Set[int]) -> int:
+    """Return the bytes of the storages that an autograd graph saves, but for ours (by address)."""
+    # Tensors that share a storage take its bytes once.
     storages: dict[int, int] = {}
     waiting: list[Any] = [root.grad_fn for root in roots]
     seen: set[Any] = set()
@@ -35,9 +35,9 @@ def _graph_bytes(roots: Iterable[torch.Tensor], held: Set[int]) -> int:
         waiting += [following for following, _ in node.next_functions]
         for name in dir(node):
             saved = getattr(node, name) if name.startswith("_saved_") or name == "saved_tensors" else None
-            for one in saved if isinstance(saved, tuple | list) else (saved,):
-                if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in held:
-                    storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            for tensor in saved if isinstance(saved, tuple | list) else (saved,):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in ours:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 
@@ -70,9 +70,9 @@ class GaussNewton:
         self._names = list(names)
         self._instead = instead
         self._room = room or Room()
-        self._kept: list[_Graph] = []
+        self._graphs_kept: list[_Graph] = []
         # What the kept graphs are of; others are made for each product.
-        self._kept_tensors: dict[str, torch.Tensor] | None = None
+        self._graph_tensors: dict[str, torch.Tensor] | None = None
         self.positions = 0
         with torch.no_grad():
             for number, answer in enumerate(probe.answers(self._tensors())):
@@ -85,19 +85,20 @@ class GaussNewton:
 
     def product(self, vector: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return H v; parameter name to a flat tensor, in and out."""
-        tensors = self._tensors() if self._kept_tensors is None else self._kept_tensors
+        tensors = self._tensors() if self._graph_tensors is None else self._graph_tensors
         leaves = {name: tensors[name] for name in self._names}
         wanted = list(leaves.values())
         direction = [vector[name].to(leaf.dtype).view(leaf.shape) for name, leaf in leaves.items()]
         total = {name: torch.zeros_like(leaf).view(-1) for name, leaf in leaves.items()}
         for graph in self._graphs(tensors):
+            # J v, then H_out J v / N, then J' of it: one batch's part of H v.
             (pushed,) = torch.autograd.grad(graph.pulled, graph.dummy, direction, retain_graph=True)
             bent = self._second_derivative(graph.outputs.detach(), pushed) / self.positions
             grads = torch.autograd.grad(graph.outputs, wanted, bent, retain_graph=True, materialize_grads=True)
             for name, grad in zip(leaves, grads, strict=True):
                 total[name] += grad.reshape(-1)
-        if self._kept:
-            self._kept_tensors = tensors
+        if self._graphs_kept:
+            self._graph_tensors = tensors
         return total
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -111,28 +112,32 @@ class GaussNewton:
 
     def _graphs(self, tensors: Mapping[str, torch.Tensor]) -> Iterator["_Graph"]:
         """Yield every batch's graph; in the first product keep as many as fit for the others."""
-        yield from self._kept
-        keeping = self._kept_tensors is None and self._room.is_left
+        yield from self._graphs_kept
+        keeping = self._graph_tensors is None and self._room.is_left
         leaves = [tensors[name] for name in self._names]
         own = chain(self._model.parameters(), self._model.buffers())
-        held = {tensor.untyped_storage().data_ptr() for tensor in own}
-        for answer in self._probe.answers(tensors, first=len(self._kept)):
+        ours = {tensor.untyped_storage().data_ptr() for tensor in own}
+        for answer in self._probe.answers(tensors, first=len(self._graphs_kept)):
             if not answer.outputs.requires_grad:
                 raise InvalidInputError(
                     "the model's outputs on the probe cannot be differentiated by its parameters: outputs= must return "
                     "logits that the model computed with gradients on, not labels or detached numbers",
                     kind="not-differentiable",
                 )
-            # J v: J' u is linear in u, so its derivative by u, along v, is J v.
+            # Reverse mode gives J' u. That is linear in u, so that its derivative by u, along v, is J v: two reverse
+            # passes in place of a forward mode, which not every operation has.
             dummy = torch.zeros_like(answer.outputs, requires_grad=True)
             pulled = torch.autograd.grad(answer.outputs, leaves, dummy, create_graph=True, materialize_grads=True)
             graph = _Graph(answer.outputs, dummy, pulled)
-            keeping = keeping and self._room.take(_graph_bytes((answer.outputs, *pulled), held))
+            keeping = keeping and self._room.take(_graph_bytes((answer.outputs, *pulled), ours))
             if keeping:
-                self._kept.append(graph)
+                self._graphs_kept.append(graph)
             yield graph
 
     def _second_derivative(self, outputs: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
+        """Return H_out v at each position."""
+        # mse is the mean over values of (o - y)^2: 2 / values on the diagonal. Cross entropy is log sum exp(o) - o_y,
+        # with the gradient p - e_y, whose derivative diag(p) - p p' turns v into p (v - <p, v>).
         if self._probe.loss == "mse":
             return pushed * (2 / outputs.shape[-1])
         chances = outputs.softmax(-1)

@@ -23,11 +23,11 @@ def explained(store: Store, model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     except ModelMismatchError as error:
-        held, snapshot = dict(model.named_parameters()), store.snapshot()
+        parameters, snapshot = dict(model.named_parameters()), store.snapshot()
         recorded = recorded_digests(snapshot)
-        why = other_adapter(recorded.keys() | snapshot.parameters().keys(), held)
+        why = other_adapter(recorded.keys() | snapshot.parameters().keys(), parameters)
         if why is None and error.kind == "unknown-model":
-            why = _merged(model) or _other_dtype(snapshot, recorded, held)
+            why = _merged(model) or _other_dtype(snapshot, recorded, parameters)
         if why is None:
             raise
         raise ModelMismatchError(f"{error}. {why}", kind=error.kind, **error.fields) from error
@@ -35,15 +35,15 @@ def explained(store: Store, model: torch.nn.Module) -> Iterator[None]:
 
 def recorded_digests(snapshot: Snapshot) -> dict[str, set[str]]:
     """Return every digest that each parameter had when digests were kept."""
-    found: dict[str, set[str]] = {}
+    digests: dict[str, set[str]] = {}
     for row in snapshot.catalog.rows("SELECT DISTINCT parameter, digest FROM fingerprints").to_pylist():
-        found.setdefault(row["parameter"], set()).add(row["digest"])
-    return found
+        digests.setdefault(row["parameter"], set()).add(row["digest"])
+    return digests
 
 
-def other_adapter(recorded: Iterable[str], held: Iterable[str]) -> str | None:
+def other_adapter(recorded: Iterable[str], parameters: Iterable[str]) -> str | None:
     """Return what to do where a LoRA adapter was recorded that a model with these parameters lacks."""
-    wanted, there = _adapters(recorded), _adapters(held)
+    wanted, there = _adapters(recorded), _adapters(parameters)
     missing = sorted(wanted.keys() - there.keys())
     if not missing:
         return None
@@ -59,12 +59,12 @@ def other_adapter(recorded: Iterable[str], held: Iterable[str]) -> str | None:
 
 def _adapters(names: Iterable[str]) -> dict[str, str]:
     """Return the first parameter of each LoRA adapter, by the adapter's name, which is empty where it has none."""
-    found: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     for name in sorted(names):
         match = _LORA.search(name)
         if match is not None:
-            found.setdefault(match[1] or "", name)
-    return found
+            adapters.setdefault(match[1] or "", name)
+    return adapters
 
 
 def _merged(model: torch.nn.Module) -> str | None:
@@ -73,30 +73,35 @@ def _merged(model: torch.nn.Module) -> str | None:
     return None
 
 
-def _other_dtype(snapshot: Snapshot, recorded: Mapping[str, set[str]], held: Mapping[str, torch.Tensor]) -> str | None:
+def _other_dtype(
+    snapshot: Snapshot, recorded: Mapping[str, set[str]], parameters: Mapping[str, torch.Tensor]
+) -> str | None:
     """Return what to do about parameters of another dtype than they were recorded in."""
     trained = snapshot.parameters()
-    shared = sorted(recorded.keys() & held.keys())
-    other = [(name, trained[name].dtype) for name in shared if name in trained]
-    other = [(name, dtype) for name, dtype in other if _name_of(held[name].dtype) != dtype]
+    shared = sorted(recorded.keys() & parameters.keys())
+    known = [(name, trained[name].dtype) for name in shared if name in trained]
+    other = [(name, dtype) for name, dtype in known if _name_of(parameters[name].dtype) != dtype]
     if not other:
         # Of a frozen parameter the digest alone is kept: its dtype is the one in which it has that.
-        frozen = (name for name in shared if name not in trained and digest(held[name]) not in recorded[name])
+        frozen = (name for name in shared if name not in trained and digest(parameters[name]) not in recorded[name])
         for name in islice(frozen, 1):
-            other = [(name, dtype) for dtype in _DTYPES if _is_recorded(name, dtype, recorded, held)]
+            other = [(name, dtype) for dtype in _DTYPES if _is_recorded(name, dtype, recorded, parameters)]
     if not other:
         return None
     name, dtype = other[0]
-    same = ", of the same numbers" if _is_recorded(name, dtype, recorded, held) else ""
+    same = ", of the same numbers" if _is_recorded(name, dtype, recorded, parameters) else ""
+    now = _name_of(parameters[name].dtype)
     return (
-        f"Parameter {name} is {_name_of(held[name].dtype)}, and {dtype} was recorded{same}: load the model in the "
+        f"Parameter {name} is {now}, and {dtype} was recorded{same}: load the model in the "
         f"precision of the training, such as by torch_dtype={dtype}, roll back, and convert it afterwards"
     )
 
 
-def _is_recorded(name: str, dtype: str, recorded: Mapping[str, set[str]], held: Mapping[str, torch.Tensor]) -> bool:
+def _is_recorded(
+    name: str, dtype: str, recorded: Mapping[str, set[str]], parameters: Mapping[str, torch.Tensor]
+) -> bool:
     """Say whether a parameter, converted, is one that was recorded."""
-    return digest(held[name].to(getattr(torch, dtype))) in recorded[name]
+    return digest(parameters[name].to(getattr(torch, dtype))) in recorded[name]
 
 
 def _name_of(dtype: torch.dtype) -> str:

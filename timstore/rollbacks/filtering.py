@@ -3,53 +3,38 @@
     d = s x(1),      x' = -(A(t) + c) x + y(t),      x(0) = 0
 
 over the run's length t from 0 to 1, where s is the square root of that length (one number per parameter), A = s H s
-with the Gauss-Newton matrix H of the probe's mean loss, and y what the samples pushed: in each time bin their
-first-order change over s, evenly over the bin's share of the length. It is training's linear response: steep
-directions, where later training has undone most of a sample's push already, are damped, flat ones pass. A is taken to
-be constant in each stretch of the run, as it was at a waypoint there, and at the end as it is at the model. So over a
-length f in which neither A nor y changes
-
-    x  becomes  exp(-(A + c) f) x + phi((A + c) f) f y,      phi(z) = (1 - exp(-z)) / z
-
-A is known in a small space, and from half of the probe. It misses what other rows have, what the run's curvature had in
-other directions, and what it becomes far from the model. All of this is seen at once where the change is tried on the
-other half: the mean divergence D of its answers before and after should be x' A(1) x / 2. With x_0 the change without
-damping and M the mean of A over the run, nearly the one that knows the rest as well has the least
-
-    D(x) - x' A(1) x / 2  +  (x - x_0)' phi(M)^-1 (x - x_0) / 2
-
-and the damping is the c, the same for all directions, whose x has less of it than any other. (It is not the curvature
-that is missing along x: where few directions hold most of that, it is large, and would take the change back in all the
-others.)
-
-For Adam s differs from element to element: the step length times what Adam multiplied a gradient by, so that
-the filter works in the coordinates in which Adam's steps are plain ones.
+with the Gauss-Newton matrix H of the probe's mean loss, and y what the samples pushed. It is training's linear
+response: steep directions, where later training has undone most of a sample's push already, are damped, flat ones pass.
 
 Source: docs/design/curvature.md.
 """
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
+from timstore.database.snapshot import Snapshot
+from timstore.database.states import State
+from timstore.format.cache import ByteCache
 from timstore.rollbacks.curvature import GaussNewton
-from timstore.rollbacks.krylov import Apply, Space, eigen, krylov, random_signs
-from timstore.rollbacks.outcome import Outcome
-from timstore.rollbacks.probe import Probe
-from timstore.rollbacks.room import Room
+from timstore.rollbacks.krylov import Space, eigen, krylov, random_signs
+from timstore.rollbacks.plan import Plan, longest
+from timstore.rollbacks.probe import Outcome, Probe, Room
+from timstore.rollbacks.timeline import Moment, Timeline, moment_key, up_to
 from timstore.rollbacks.vectors import Vector, Workspace
 
+# At how many waypoints a probe is asked: eight are no better (docs/design/curvature.md).
+_WAYPOINTS = 3
 # Positions that tell enough of a stretch's curvature: sharing out rows of text costs nothing, of digits it does
 # (docs/design/curvature.md).
 _ENOUGH = 150
-# Parameter to s: one number for all its elements, or one each.
-Scale = Callable[[str], Any]
 # Where c is looked for, and by which factors nearer.
 _DAMPINGS, _NEARER = (0.0, *(4.0**power for power in range(-5, 7))), (2.0, 2**0.5, 2**0.25)
 
@@ -65,6 +50,64 @@ class Stretch:
 
     share: float
     parameters: Vector | None = None
+
+
+def read_path(
+    snapshot: Snapshot,
+    cache: ByteCache,
+    moment: Moment | None,
+    plan: Plan,
+    timelines: dict[int, Timeline],
+    workspace: Workspace,
+) -> list[Stretch]:
+    """Return the stretches of a run up to a moment, each with the parameters of one of the waypoints that are kept.
+
+    The vectors are the caller's. Without a waypoint the whole run is one stretch, for which the model speaks.
+    """
+    moments = snapshot.catalog.sql(
+        f"SELECT DISTINCT epoch, step FROM states WHERE role = 'theta' AND rollback_id IS NULL AND {up_to(moment)}"
+    ).fetchall()
+    timeline = longest(timelines)
+    covered = np.concatenate([[0.0], np.cumsum(timeline.lengths(""))])
+    keys = [moment_key(*one) for one in moments]
+    # After which share of the run's length each waypoint is.
+    places = (covered[np.searchsorted(timeline.keys, keys, side="right")] / (covered[-1] or 1.0)).tolist()
+    by_place = dict(zip(places, moments, strict=True))
+    speaking: list[tuple[float, Vector | None]] = []
+    for place in _best_spread(by_place):
+        state = State.find(snapshot, cache, "theta", moment=by_place[place])
+        if workspace.sizes.keys() <= state.places.keys():
+            speaking.append((place, _vector(state, plan, workspace)))
+    speaking.append((1.0, None))
+    edges = pairwise(_edges([place for place, _ in speaking]))
+    return [Stretch(end - begin, vector) for (_, vector), (begin, end) in zip(speaking, edges, strict=True)]
+
+
+def _best_spread(places: Iterable[float]) -> tuple[float, ...]:
+    """Return those, in order, that are nearest to the run's moments together with its end, by mean square."""
+
+    # A place speaks for the moments from begin to end around it: the integral of (t - place)^2 over them is a third of
+    # the sum of the cubes.
+    def away(chosen: tuple[float, ...]) -> float:
+        spoken = zip((*chosen, 1.0), pairwise(_edges((*chosen, 1.0))), strict=True)
+        return sum((end - place) ** 3 + (place - begin) ** 3 for place, (begin, end) in spoken)
+
+    inside = sorted(place for place in places if 0 < place < 1)
+    return min(combinations(inside, min(len(inside), _WAYPOINTS)), key=away)
+
+
+def _edges(places: Sequence[float]) -> list[float]:
+    """Return where the stretches of a run begin and end whose moments are nearest to each of some places."""
+    return [0.0, *((place + following) / 2 for place, following in pairwise(places)), 1.0]
+
+
+def _vector(state: State, plan: Plan, workspace: Workspace) -> Vector:
+    vector = workspace.new()
+    for block in workspace.blocks():
+        width = plan.parameters[block.parameter].matrix_shape[1]
+        numbers = torch.from_numpy(state.read(block.parameter, width, block.start, block.stop))
+        vector.write(block.parameter, block.start, numbers.to(workspace.device, workspace.dtype))
+    return vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +155,7 @@ def probe_filter(
     *,
     depth: int,
     path: Sequence[Stretch] = (Stretch(1.0),),
-    coordinates: Vector | None = None,
+    preconditioner: Vector | None = None,
     decays: Mapping[str, float] | None = None,
     judge: Probe | None = None,
     keep_bytes: int = 0,
@@ -129,93 +172,119 @@ def probe_filter(
         lengths: of each bin, parameter to its step length tau; a parameter that has none passes. The bins' shares of
             the whole are taken to be the same for all parameters.
         path: the run's stretches, in order of time; the last one's parameters are the model's.
+        preconditioner: what multiplies tau element by element (Adam); 1 when None.
         decays: parameter to a weight decay that is not in the increments, and bends as curvature does.
-        coordinates: what multiplies tau element by element (Adam); 1 when None.
         judge: rows to hold the change against, like the training's, instead of the other half: then all of the probe is
             one half.
         keep_bytes: for graphs of the probe's batches that are kept between products, which halves their time, and then
             for answers before the change.
         advance: called after every product.
     """
-    pushes = _Pushes.of(increments, lengths, coordinates, workspace)
+    # Training moves the parameters by -H (theta - optimum) over a length tau. A change d that the samples' leaving
+    # makes is answered like any other: d' = -tau H d + push. With d = s x and s = sqrt(tau) that is x' = -s H s x +
+    # push / s, whose matrix is symmetric. For Adam s differs from element to element: the step length times what Adam
+    # multiplied a gradient by, so that the filter works in the coordinates in which Adam's steps are plain ones.
+    pushes = _Pushes(increments, lengths, preconditioner, workspace)
+    first, second = probe.parts(2) if judge is None else (probe, judge)
+    one_way = judge is not None or first is second
+    halves = [(first, second)] if one_way else [(first, second), (second, first)]
+    deltas, ways = [], []
     with probe.undisturbed():
-        halves = _halves(probe) if judge is None else [(probe, judge)]
-        found = [_one_way(model, *half, pushes, path, decays or {}, depth, keep_bytes, advance) for half in halves]
-    deltas, ways = zip(*found, strict=True)
+        for own, others in halves:
+            space, positions = _space_of(
+                model, own, pushes, path, decays or {}, depth=depth, room=Room(keep_bytes), advance=advance
+            )
+            changes = _Changes(pushes, path, space)
+            delta, way = changes.least(Outcome(model, others, room=Room(keep_bytes)), positions)
+            space.free()
+            deltas.append(delta)
+            ways.append(way)
     delta, apart = _mean(deltas)
-    moved, norm = pushes.apart_from(delta), delta.norm()
-    pushes.free()
-    return Filtered(delta, moved / norm if norm else 0.0, apart / norm if norm else 0.0, ways)
+    pushes.first_order.add(delta, -1.0)
+    moved, norm = pushes.first_order.norm(), delta.norm()
+    for vector in (*increments, pushes.first_order):
+        vector.free()
+    return Filtered(delta, moved / norm if norm else 0.0, apart / norm if norm else 0.0, tuple(ways))
 
 
-def _halves(probe: Probe) -> list[tuple[Probe, Probe]]:
-    first, second = probe.parts(2)
-    return [(first, second)] if first is second else [(first, second), (second, first)]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
 class _Pushes:
     """What is to be answered.
 
     Attributes:
-        each: of each bin, its first-order change over s.
+        each: of each bin, its first-order change over s; 0 where an element, or its parameter, has no length.
         first_order: the sum of the changes.
-        shares: (bins,) of the run's length.
+        shares: of each bin, of the run's length.
         passing: parameters without a length: nothing answers their change.
     """
 
-    each: Sequence[Vector]
-    first_order: Vector
-    shares: torch.Tensor
-    scale: Scale
-    passing: frozenset[str]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         increments: Sequence[Vector],
         lengths: Sequence[Mapping[str, float]],
-        coordinates: Vector | None,
+        preconditioner: Vector | None,
         workspace: Workspace,
-    ) -> "_Pushes":
-        whole = {name: sum(taus[name] for taus in lengths) for name in workspace.sizes}
-        scale, first_order = _scale(whole, coordinates), workspace.new()
+    ) -> None:
+        self.each, self.first_order, self._preconditioner = increments, workspace.new(), preconditioner
+        # In each time bin y is the bin's first-order change over s, evenly over the bin's share of the length.
+        self._taus = {name: sum(taus[name] for taus in lengths) for name in workspace.sizes}
+        self.passing = frozenset(name for name, tau in self._taus.items() if tau <= 0)
+        sums = torch.tensor([sum(taus.values()) for taus in lengths], dtype=torch.float64, device="cpu")
+        shares = sums / sums.sum() if sums.sum() else torch.full_like(sums, 1 / len(sums))
+        self.shares: list[float] = shares.tolist()
         for increment in increments:
-            first_order.add(increment)
-            _push(increment, scale)
-        passing = frozenset(name for name, tau in whole.items() if tau <= 0)
-        return cls(increments, first_order, _shares(lengths), scale, passing)
+            self.first_order.add(increment)
+            for name in workspace.sizes:
+                size, numbers = self.scale(name), increment.read(name)
+                size = size if isinstance(size, torch.Tensor) else torch.full_like(numbers, size)
+                increment.write(name, 0, torch.where(size > 0, numbers / size, 0.0))
 
-    def copies(self) -> list[Vector]:
-        made = [self.first_order.workspace.new() for _ in self.each]
-        for copy, push in zip(made, self.each, strict=True):
-            copy.add(push)
-        return made
+    def scale(self, name: str) -> Any:
+        """Return s of a parameter: one number for all its elements, or one each."""
+        if self._preconditioner is None:
+            return self._taus[name] ** 0.5
+        return (self._preconditioner.read(name) * self._taus[name]).sqrt()
 
-    def bent(
-        self, curvatures: Sequence[GaussNewton], decays: Mapping[str, float], advance: Callable[[], None]
-    ) -> Apply:
-        """Return products with s H s of each stretch, and the decays that bend as curvature does."""
 
-        def products(vector: Vector) -> Iterator[dict[str, torch.Tensor]]:
-            scaled = {name: vector.read(name) * self.scale(name) for name in vector.workspace.sizes}
-            for curvature in curvatures:
-                bent = curvature.product(scaled)
-                for name, decay in decays.items():
-                    bent[name] = bent[name] + decay * scaled[name]
-                yield {name: one * self.scale(name) for name, one in bent.items()}
-            advance()
+def _space_of(
+    model: torch.nn.Module,
+    own: Probe,
+    pushes: _Pushes,
+    path: Sequence[Stretch],
+    decays: Mapping[str, float],
+    *,
+    depth: int,
+    room: Room,
+    advance: Callable[[], None],
+) -> tuple[Space, float]:
+    """Return (the space of the pushes and a random vector, positions per row) by the curvature of `own`."""
+    workspace = pushes.first_order.workspace
 
-        return products
+    def curvatures_of(parts: Sequence[Probe]) -> list[GaussNewton]:
+        asked = zip(parts, path, strict=True)
+        return [GaussNewton(model, [*workspace.sizes], part, instead=one.parameters, room=room) for part, one in asked]
 
-    def apart_from(self, delta: Vector) -> float:
-        """Return |first order - delta|; the first order is used up."""
-        self.first_order.add(delta, -1.0)
-        return self.first_order.norm()
+    parts = own.parts(len(path))
+    curvatures = curvatures_of(parts)
+    if len(path) > 1 and sum(curvature.positions for curvature in curvatures) < _ENOUGH * len(path):
+        parts = [own] * len(path)
+        curvatures = curvatures_of(parts)
+    positions = sum(curvature.positions for curvature in curvatures) / sum(part.sequences for part in parts)
 
-    def free(self) -> None:
-        for vector in (*self.each, self.first_order):
-            vector.free()
+    def products(vector: Vector) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield s H s of each stretch, with the decays that bend as curvature does."""
+        scaled = {name: vector.read(name) * pushes.scale(name) for name in workspace.sizes}
+        for curvature in curvatures:
+            bent = curvature.product(scaled)
+            for name, decay in decays.items():
+                bent[name] = bent[name] + decay * scaled[name]
+            yield {name: numbers * pushes.scale(name) for name, numbers in bent.items()}
+        advance()
+
+    starts = [workspace.new() for _ in pushes.each]
+    for start, push in zip(starts, pushes.each, strict=True):
+        start.add(push)
+    shares = [stretch.share for stretch in path]
+    return krylov([*starts, random_signs(workspace)], products, shares, workspace, depth), positions
 
 
 class _Changes:
@@ -223,28 +292,55 @@ class _Changes:
 
     def __init__(self, pushes: _Pushes, path: Sequence[Stretch], space: Space) -> None:
         self._pushes, self._space = pushes, space
-        self._legs = _legs(pushes.shares.tolist(), [one.share for one in path])
+        self._legs = list(_legs(pushes.shares, [stretch.share for stretch in path]))
         self._curvatures = [eigen(matrix) for matrix in space.matrices]
         self._values, self._vectors = eigen(space.mean)
         *self._starts, self._signs = space.starts.T
 
-    def spectrum(self) -> list[tuple[float, float]]:
-        """Return (value, weight) pairs: the trace of f(M) is about the sum of weight f(value)."""
-        return list(zip(self._values.tolist(), (self._vectors.T @ self._signs).square().tolist(), strict=True))
+    def least(self, outcome: Outcome, positions: float) -> tuple[Vector, Way]:
+        """Return the change that has the least of what the right one has the least of, and how it was found."""
+        # A is known in a small space, and from half of the probe. It misses what other rows have, what the run's
+        # curvature had in other directions, and what it becomes far from the model. All of this is seen at once where
+        # the change is tried on the other half: the mean divergence D of its answers before and after should be
+        # x' A(1) x / 2. With x_0 the change without damping and M the mean of A over the run, nearly the one that knows
+        # the rest as well has the least
+        #     D(x) - x' A(1) x / 2  +  (x - x_0)' phi(M)^-1 (x - x_0) / 2
+        # since phi(M) is what turned the pushes into x_0. The damping is the c, the same for all directions, whose x
+        # has less of it than any other. (It is not the curvature that is missing along x: where few directions hold
+        # most of that, it is large, and would take the change back in all the others.)
+        delta = self._pushes.first_order.workspace.new()
 
-    def loss(self, damping: float, seen: float) -> float:
-        """Return what the right change has the least of; infinite for NaN."""
-        taken_back = (self._vectors.T @ (self._left(damping) - self._left(0.0))).square() / phi(self._values)
-        loss = seen - self.expected(damping) + float(taken_back.sum()) / 2
-        return loss if math.isfinite(loss) else math.inf
+        @cache
+        def seen(damping: float) -> float:
+            self._write(damping, delta)
+            return outcome.divergence(delta)
 
-    def expected(self, damping: float) -> float:
+        @cache
+        def loss(damping: float) -> float:
+            taken_back = self._vectors.T @ (self._left(damping) - self._left(0.0))
+            answered = float((taken_back.square() / phi(self._values)).sum()) / 2
+            total = seen(damping) - self._expected(damping) + answered
+            return total if math.isfinite(total) else math.inf
+
+        # There may be more than one valley: first a wide look, then nearer to the best.
+        looked = list(_DAMPINGS)
+        for factor in _NEARER:
+            best = min(looked, key=loss)
+            looked += [best / factor, best * factor]
+        damping = min(looked, key=loss)
+        self._write(damping, delta)
+        # Signs z have z' f(M) z as the trace of f(M), in the mean.
+        weights = (self._vectors.T @ self._signs).square().tolist()
+        spectrum = list(zip(self._values.tolist(), weights, strict=True))
+        products = len(self._space.basis)
+        return delta, Way(products, damping, self._expected(damping), seen(damping), spectrum, positions)
+
+    def _expected(self, damping: float) -> float:
         """Return x' A(1) x / 2."""
         left = self._left(damping)
         return float(left @ self._space.matrices[-1] @ left) / 2
 
-    def write(self, damping: float, result: Vector) -> None:
-        """Write the change."""
+    def _write(self, damping: float, result: Vector) -> None:
         weights = self._left(damping).tolist()
         for name in result.workspace.sizes:
             if name in self._pushes.passing:
@@ -258,81 +354,31 @@ class _Changes:
     def _left(self, damping: float) -> torch.Tensor:
         """Return x in the space's basis, (k,)."""
         left = torch.zeros_like(self._signs)
-        for leg in self._legs:
-            values, vectors = self._curvatures[leg.stretch]
-            bent = (values + damping) * leg.length
-            pushed = vectors.T @ self._starts[leg.number] * leg.part
+        # A is taken to be constant in each stretch of the run, as it was at a waypoint there, and at the end as it is
+        # at the model; y is constant in each bin. Over a length f in which neither changes, x' = -(A + c) x + y is
+        # solved by
+        #     x  becomes  exp(-(A + c) f) x + phi((A + c) f) f y,      phi(z) = (1 - exp(-z)) / z
+        # and f y is the part of the bin's push. A function of a symmetric matrix is that of its eigenvalues.
+        for number, stretch, length, part in self._legs:
+            values, vectors = self._curvatures[stretch]
+            bent = (values + damping) * length
+            pushed = vectors.T @ self._starts[number] * part
             left = vectors @ (torch.exp(-bent) * (vectors.T @ left) + phi(bent) * pushed)
         return left
 
 
-@dataclass(frozen=True, slots=True)
-class _Leg:
-    """A length of the run in one bin and one stretch.
+def _legs(bins: Sequence[float], stretches: Sequence[float]) -> Iterator[tuple[int, int, float, float]]:
+    """Yield a run's legs in order of time, each in one bin and one stretch, from the shares of both.
 
-    Attributes:
-        number: of the bin.
-        stretch: its number.
-        length: as a share of the run's.
-        part: of the bin's.
+    A leg is (number of the bin, number of the stretch, its share of the run, its share of the bin).
     """
-
-    number: int
-    stretch: int
-    length: float
-    part: float
-
-
-def _legs(bins: Sequence[float], stretches: Sequence[float]) -> list[_Leg]:
-    """Return a run's legs in order of time, from the shares of its bins and of its stretches."""
-    ends = list(accumulate(stretches))
-    legs, begin = [], 0.0
+    ends, begin = list(accumulate(stretches)), 0.0
     for number, share in enumerate(bins):
         edges = [begin, *(end for end in ends[:-1] if begin < end < begin + share), begin + share]
         for first, last in pairwise(edges):
             stretch = min(bisect(ends, (first + last) / 2), len(ends) - 1)
-            legs.append(_Leg(number, stretch, last - first, (last - first) / share if share else 1.0))
+            yield number, stretch, last - first, (last - first) / share if share else 1.0
         begin += share
-    return legs
-
-
-def _one_way(
-    model: torch.nn.Module,
-    own: Probe,
-    others: Probe,
-    pushes: _Pushes,
-    path: Sequence[Stretch],
-    decays: Mapping[str, float],
-    depth: int,
-    keep_bytes: int,
-    advance: Callable[[], None],
-) -> tuple[Vector, Way]:
-    """Return the change by the curvature of `own`, damped by what it makes of the answers of `others`."""
-    workspace = pushes.first_order.workspace
-    delta, names = workspace.new(), list(workspace.sizes)
-    positions = GaussNewton(model, names, own).positions
-    shared = own.parts(len(path)) if positions >= _ENOUGH * len(path) else [own] * len(path)
-    room = Room(keep_bytes)
-    curvatures = [
-        GaussNewton(model, names, part, instead=one.parameters, room=room)
-        for part, one in zip(shared, path, strict=True)
-    ]
-    bent, shares = pushes.bent(curvatures, decays, advance), [one.share for one in path]
-    space = krylov([*pushes.copies(), random_signs(workspace)], bent, shares, workspace, depth)
-    del curvatures, bent  # and the graphs that they kept
-    changes, outcome = _Changes(pushes, path, space), Outcome(model, others, room=Room(keep_bytes))
-
-    @cache
-    def seen(damping: float) -> float:
-        changes.write(damping, delta)
-        return outcome.divergence(delta)
-
-    damping = _least(lambda damping: changes.loss(damping, seen(damping)))
-    changes.write(damping, delta)
-    expected, spectrum = changes.expected(damping), changes.spectrum()
-    way = Way(len(space.basis), damping, expected, seen(damping), spectrum, positions / own.sequences)
-    space.free()
-    return delta, way
 
 
 def _mean(vectors: Sequence[Vector]) -> tuple[Vector, float]:
@@ -347,38 +393,8 @@ def _mean(vectors: Sequence[Vector]) -> tuple[Vector, float]:
     return mean, apart
 
 
-def _least(loss: Callable[[float], float]) -> float:
-    """Return the c of the least loss, which may have more than one valley."""
-    found = {damping: loss(damping) for damping in _DAMPINGS}
-    for factor in _NEARER:
-        best = min(found, key=found.__getitem__)
-        for damping in (best / factor, best * factor):
-            if damping not in found:
-                found[damping] = loss(damping)
-    return min(found, key=found.__getitem__)
-
-
-def _shares(lengths: Sequence[Mapping[str, float]]) -> torch.Tensor:
-    """Return each bin's share of the run's length, (bins,)."""
-    sums = torch.tensor([sum(taus.values()) for taus in lengths], dtype=torch.float64, device="cpu")
-    return sums / sums.sum() if sums.sum() else torch.full_like(sums, 1 / len(sums))
-
-
-def _scale(taus: Mapping[str, float], coordinates: Vector | None) -> Scale:
-    if coordinates is None:
-        return lambda name: taus[name] ** 0.5
-    return lambda name: (coordinates.read(name) * taus[name]).sqrt()
-
-
-def _push(change: Vector, scale: Scale) -> None:
-    """Divide a change by s; 0 where an element has no length, and where its parameter has none."""
-    for name in change.workspace.sizes:
-        size, numbers = scale(name), change.read(name)
-        size = size if isinstance(size, torch.Tensor) else torch.full_like(numbers, size)
-        change.write(name, 0, torch.where(size > 0, numbers / size, 0.0))
-
-
 def phi(values: torch.Tensor) -> torch.Tensor:
     """Return (1 - exp(-x)) / x of every element, x >= 0."""
+    # exp(-x) is 1 - x + x^2 / 2 - ..., so that this is 1 - x / 2 near 0, where the fraction is 0 / 0.
     small = values < 1e-8
     return torch.where(small, 1 - values / 2, -torch.expm1(-values) / torch.where(small, 1.0, values))

@@ -52,30 +52,35 @@ def krylov(starts: Sequence[Vector], apply: Apply, weights: Sequence[float], wor
     Args:
         weights: of the matrices in their mean.
     """
+    # In the span of b, A b, A^2 b, ... a function f(A) b is nearly f of the small matrix, for what few steep directions
+    # hold is in there first. Each level multiplies the vectors that the one before it added.
     basis: list[Vector] = []
-    given = [_added(one, basis) for one in starts]
+    coefficients = [_added(start, basis) for start in starts]
     products: list[list[list[float]]] = [[] for _ in weights]
     first, last = 0, len(basis)
     for level in range(depth):
         for number in range(first, last):
             image, part = workspace.new(), workspace.new()
-            for found, weight, result in zip(products, weights, apply(basis[number]), strict=True):
+            for columns, weight, result in zip(products, weights, apply(basis[number]), strict=True):
                 for name, numbers in result.items():
                     part.write(name, 0, numbers)
                 # The matrices are symmetric: what later vectors have of it is seen when their turn comes.
-                found.append([part.dot(other) for other in basis[: number + 1]])
+                columns.append([part.dot(other) for other in basis[: number + 1]])
                 image.add(part, weight)
             part.free()
             _added(image, basis, keep=level + 1 < depth)
         first, last = last, len(basis)
-    upper = torch.stack([_columns(found, len(basis)) for found in products])
+    # Of a symmetric matrix the upper triangle tells all.
+    upper = torch.stack([_columns(columns, len(basis)) for columns in products])
     matrices = upper + upper.mT.tril(-1)
+    # Products were taken with each of them, and the mean's follow.
     mean = torch.tensor(weights, dtype=torch.float64, device="cpu") @ matrices.flatten(1)
-    return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(given, len(basis)))
+    return Space(basis, matrices, mean.view(matrices.shape[1:]), _columns(coefficients, len(basis)))
 
 
 def random_signs(workspace: Workspace) -> Vector:
     """Return a vector of signs: the mean of its products with f(A) is the trace of f(A)."""
+    # z' f(A) z is the sum over i and j of f(A)_ij z_i z_j, and independent signs leave i = j alone in the mean.
     draw, result = torch.Generator().manual_seed(0), workspace.new()
     for name, size in workspace.sizes.items():
         # Bytes: a parameter's worth of the default integers would be twice the vector.
@@ -87,24 +92,25 @@ def random_signs(workspace: Workspace) -> Vector:
 def _added(vector: Vector, basis: list[Vector], *, keep: bool = True) -> list[float]:
     """Take a vector into an orthonormal basis, unless it lies in it or is not kept; return its coefficients."""
     length = vector.norm()
-    found = [0.0] * len(basis)
-    for _ in range(2):  # once leaves what rounding put back
+    coefficients = [0.0] * len(basis)
+    # Gram-Schmidt, twice: once leaves what rounding put back. What is left over is a new direction, or rounding itself.
+    for _ in range(2):
         for number, other in enumerate(basis):
             share = vector.dot(other)
             vector.add(other, -share)
-            found[number] += share
+            coefficients[number] += share
     rest = vector.norm()
     if not keep or rest <= _ROUNDING * length:
         vector.free()
-        return found
+        return coefficients
     vector.scale(1 / rest)
     basis.append(vector)
-    return [*found, rest]
+    return [*coefficients, rest]
 
 
-def _columns(found: Sequence[Sequence[float]], size: int) -> torch.Tensor:
+def _columns(columns: Sequence[Sequence[float]], size: int) -> torch.Tensor:
     """Return (size, columns): the columns, each with zeros below."""
-    made = torch.zeros(size, len(found), dtype=torch.float64, device="cpu")
-    for column, numbers in enumerate(found):
+    made = torch.zeros(size, len(columns), dtype=torch.float64, device="cpu")
+    for column, numbers in enumerate(columns):
         made[: len(numbers), column] = torch.tensor(numbers, dtype=torch.float64)
     return made

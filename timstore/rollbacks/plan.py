@@ -1,6 +1,6 @@
 """From selected gradients to rows and weights: what a rollback by weighted sums reads, and how much of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,10 @@ import pyarrow.compute
 
 from timstore.errors import CoverageError
 from timstore.records import Parameter
-from timstore.rollbacks.consumed import Change
-from timstore.rollbacks.loading import ENCODINGS, ParameterRows, by_parameter, encodings_of, rows_of
+from timstore.rollbacks.clip_factors import StepChange
+from timstore.rollbacks.gradient_blocks import ENCODINGS, GradientRows, by_parameter, encodings_of
 from timstore.rollbacks.selection import Selection
+from timstore.rollbacks.step_changes import Sources
 from timstore.rollbacks.timeline import Division, Timeline, moment_of
 
 
@@ -28,34 +29,18 @@ class Plan:
     """
 
     parameters: dict[str, Parameter]
-    rows: dict[str, ParameterRows]
+    rows: dict[str, GradientRows]
     lengths: list[dict[str, float]]
     divisions: dict[str, Division]
     error_bounds: dict[str, float]
     dense_bytes: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Sources:
-    """What the changed steps' whole gradients are made of.
-
-    Attributes:
-        kept: rows of whole gradients that were kept.
-        rest: rows of the gradients that stay, in steps of which every sample was recorded.
-        kept_keys, rest_keys: the steps that each of them is for.
-    """
-
-    kept: pa.Table | None
-    rest: pa.Table | None
-    kept_keys: np.ndarray
-    rest_keys: np.ndarray
-
-
 def make_plan(
     selection: Selection,
     names: list[str],
     timelines: dict[int, Timeline],
-    changes: dict[int, Change],
+    changes: dict[int, StepChange],
     sources: Sources | None,
     bins: int,
     strength: float,
@@ -69,112 +54,89 @@ def make_plan(
         sources: of whole gradients; None where the change is no sum, and no row is weighed.
         of: `parameter`, or `buffer`: the change of the optimizer's momentum instead.
     """
+    # A step consumed c g, and would have consumed c g - (a h - b g) without the samples that leave (`clip_factors`).
+    # The final parameters hold -w times whatever a step consumed (`unrolled_weights`), so that they change by
+    #     sum over steps of  w (a h - b g)
+    # h is a sum over the records that leave. Where b is not 0, g is the step's whole gradient if that was kept; else
+    # the sum over all records, if every sample of the step was recorded.
     known, edges = selection.known, bin_edges(timelines, bins)
-    chosen = {}
+    plan = Plan({name: known[name] for name in names}, {}, [{} for _ in range(bins)], {}, {}, 0)
+    tables, dense_bytes = {}, 0
     if sources is not None:
-        weigher = _Weigher(selection, timelines, changes, sources, edges, strength, of)
-        chosen = {name: weigher.rows_of(known[name]) for name in names}
-    divided = {
-        name: timelines[known[name].group_id].division(name) for name in names if known[name].group_id in timelines
-    }
-    return Plan(
-        parameters={name: known[name] for name in names},
-        rows={name: rows for name, (rows, _, _) in chosen.items()},
-        lengths=[_lengths(known, names, timelines, edges, number) for number in range(bins)],
-        divisions={name: division for name, division in divided.items() if division is not None},
-        error_bounds={name: bound for name, (_, bound, _) in chosen.items()},
-        dense_bytes=sum(size for _, _, size in chosen.values()),
-    )
+        given = {"removed": selection.rows, "rest": sources.rest, "whole": sources.whole}
+        tables = {kind: by_parameter(rows) for kind, rows in given.items() if rows is not None}
+    shared: dict[Any, tuple[list[float], Division | None, np.ndarray]] = {}
+    for name, parameter in plan.parameters.items():
+        timeline, change = timelines[parameter.group_id], changes[parameter.group_id]
+        # Parameters of one group that were idle in the same steps have all this in common.
+        pattern = parameter.group_id, timeline.pattern(name)
+        if pattern not in shared:
+            number, own = np.searchsorted(edges, timeline.keys, side="left"), timeline.lengths(name)
+            lengths = [float(own[number == one].sum()) for one in range(bins)]
+            weights = np.zeros(0) if sources is None else timeline.weights(name, of) * strength
+            shared[pattern] = lengths, timeline.division(name), weights
+        lengths, division, weights = shared[pattern]
+        for taus, length in zip(plan.lengths, lengths, strict=True):
+            taus[name] = length
+        if division is not None:
+            plan.divisions[name] = division
+        if sources is not None:
+            chosen = {kind: rows[name] for kind, rows in tables.items() if name in rows}
+            dense_bytes += sum(int(np.sum(rows["dense_bytes"].to_numpy())) for rows in chosen.values())
+            plan.rows[name], plan.error_bounds[name] = _weighed(
+                chosen, timeline, change, weights, sources.whole_keys, edges
+            )
+    return replace(plan, dense_bytes=dense_bytes)
 
 
-class _Weigher:
-    """Weights and time bins of a parameter's steps, worked out once per group and pattern."""
+def _weighed(
+    tables: dict[str, pa.Table],
+    timeline: Timeline,
+    change: StepChange,
+    weights: np.ndarray,
+    whole_keys: np.ndarray,
+    edges: np.ndarray,
+) -> tuple[GradientRows, float]:
+    """Return (a parameter's rows, no less than the error of their sum).
 
-    def __init__(
-        self,
-        selection: Selection,
-        timelines: dict[int, Timeline],
-        changes: dict[int, Change],
-        sources: Sources,
-        edges: np.ndarray,
-        strength: float,
-        of: str,
-    ) -> None:
-        self._timelines = timelines
-        self._changes = changes
-        self._sources = sources
-        tables = {"removed": selection.rows, "rest": sources.rest, "kept": sources.kept}
-        self._tables = {kind: by_parameter(one) for kind, one in tables.items() if one is not None}
-        self._edges = edges
-        self._strength = strength
-        self._of = of
-        self._weights: dict[Any, np.ndarray] = {}
-
-    def rows_of(self, parameter: Parameter) -> tuple[ParameterRows, float, int]:
-        """Return (rows, bound of their error, bytes if they were dense) of one parameter."""
-        found, bound, size = [], 0.0, 0
-        for kind, tables in self._tables.items():
-            mine = tables.get(parameter.name)
-            if mine is None:
-                continue
-            keys = mine["key"].to_numpy()
-            weight = self._weights_at(parameter, keys) * self._factors(parameter, keys, kind)
-            size += int(np.sum(mine["dense_bytes"].to_numpy()))
-            if kind == "kept":
-                encoding = np.full(len(keys), ENCODINGS.index("whole"), np.int8)
-                norms = self._consumed_norms(parameter, keys)
-            else:
-                encoding = encodings_of(mine)
-                norms = mine["norm"].to_numpy()
-            bound += float(np.sum(np.abs(weight) * norms * mine["rel_error"].to_numpy()))
-            number = np.searchsorted(self._edges, keys, side="left")
-            found.append((mine["commit"].to_numpy(), mine["owner"].to_numpy(), encoding, weight, number))
-        columns = [np.concatenate(one) for one in zip(*found, strict=True)]
-        rows = ParameterRows(*columns)
-        return rows.take(np.lexsort((rows.owner, rows.commit))), bound, size
-
-    def _weights_at(self, parameter: Parameter, keys: np.ndarray) -> np.ndarray:
-        """Return what each step's consumed gradient weighs."""
-        timeline = self._timelines[parameter.group_id]
-        pattern = (parameter.group_id, timeline.pattern(parameter.name))
-        if pattern not in self._weights:
-            self._weights[pattern] = timeline.weights(parameter.name, self._of) * self._strength
-        return self._weights[pattern][np.searchsorted(timeline.keys, keys)]
-
-    def _consumed_norms(self, parameter: Parameter, keys: np.ndarray) -> np.ndarray:
-        """Return no less than the norm of each step's consumed gradient."""
-        timeline = self._timelines[parameter.group_id]
-        at = np.searchsorted(timeline.keys, keys)
-        norms: np.ndarray = np.nan_to_num(timeline.grad_norm[at] * timeline.ratio[at])
-        return norms
-
-    def _factors(self, parameter: Parameter, keys: np.ndarray, kind: str) -> np.ndarray:
-        """Return what turns a gradient into its part of `a h - b g`, the change of what was consumed."""
-        timeline, change = self._timelines[parameter.group_id], self._changes[parameter.group_id]
-        at = np.searchsorted(timeline.keys, keys)
-        ratio, on_removed, on_whole = timeline.ratio[at], change.on_removed[at], change.on_whole[at]
-        if kind == "kept":
-            return -on_whole / np.where(ratio == 0, 1.0, ratio)
-        if kind == "rest":
-            return -on_whole
-        # Where g is the sum of all records, b's part of it falls on h as well: a - b = c.
-        return np.where(np.isin(keys, self._sources.kept_keys), on_removed, ratio)
+    Args:
+        weights: w of each step.
+        whole_keys: steps whose whole gradient is read.
+    """
+    columns, bound = [], 0.0
+    for kind, rows in tables.items():
+        keys = rows["key"].to_numpy()
+        step = np.searchsorted(timeline.keys, keys)
+        ratio, on_removed, on_whole = timeline.ratio[step], change.on_removed[step], change.on_whole[step]
+        if kind == "whole":
+            # What lies there is what was consumed, c g, so that b g is b / c of it.
+            factors = -on_whole / np.where(ratio == 0, 1.0, ratio)
+            encoding = np.full(len(keys), ENCODINGS.index("whole"), np.int8)
+            norms = np.nan_to_num(timeline.grad_norm[step] * ratio)
+        else:
+            # Where g is the sum of all records, -b falls on those that leave as well: a - b = c.
+            leaving = np.where(np.isin(keys, whole_keys), on_removed, ratio)
+            factors = -on_whole if kind == "rest" else leaving
+            encoding, norms = encodings_of(rows), rows["norm"].to_numpy()
+        weight = weights[step] * factors
+        # |sum of w (stored - exact)| <= sum of |w| |exact| times the relative error that was measured on storing.
+        bound += float(np.sum(np.abs(weight) * norms * rows["rel_error"].to_numpy()))
+        number = np.searchsorted(edges, keys, side="left")
+        columns.append((rows["commit"].to_numpy(), rows["owner"].to_numpy(), encoding, weight, number))
+    joined = GradientRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    return joined.take(np.lexsort((joined.owner, joined.commit))), bound
 
 
 def check_steps(selection: Selection, timelines: dict[int, Timeline]) -> None:
-    """Refuse gradients of steps whose scalars were never recorded.
-
-    Raises:
-        CoverageError: naming the step and the parameter.
-    """
+    """Refuse gradients of steps whose scalars were never recorded."""
     rows = selection.rows
     names = rows["parameter"].unique().to_pylist()
     groups = pa.array([selection.known[name].group_id for name in names], pa.int64())
     of_row = groups.take(pa.compute.index_in(rows["parameter"], pa.array(names))).to_numpy(zero_copy_only=False)
     keys = rows["key"].to_numpy()
     for group in np.unique(of_row).tolist():
-        held = timelines[group].keys if group in timelines else np.zeros(0, np.int64)
-        absent = np.flatnonzero((of_row == group) & ~np.isin(keys, held))
+        recorded = timelines[group].keys if group in timelines else np.zeros(0, np.int64)
+        absent = np.flatnonzero((of_row == group) & ~np.isin(keys, recorded))
         if len(absent):
             epoch, step = moment_of(keys[absent[0]])
             raise CoverageError(
@@ -184,35 +146,21 @@ def check_steps(selection: Selection, timelines: dict[int, Timeline]) -> None:
             )
 
 
-def step_rows(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, ParameterRows]:
+def step_rows(selection: Selection, timelines: dict[int, Timeline]) -> dict[str, GradientRows]:
     """Return the leaving gradients of each parameter, weight 1, with the position of their step as bin."""
-    found = {}
-    for name, mine in by_parameter(selection.rows).items():
-        keys = timelines[selection.known[name].group_id].keys
-        found[name] = rows_of(mine, np.searchsorted(keys, mine["key"].to_numpy()))
-    return found
-
-
-def _lengths(
-    known: dict[str, Parameter], names: list[str], timelines: dict[int, Timeline], edges: np.ndarray, number: int
-) -> dict[str, float]:
-    """Return tau of each parameter in time bin `number`."""
-    result: dict[str, float] = {}
-    cache: dict[Any, float] = {}
-    for name in names:
-        timeline = timelines[known[name].group_id]
-        key = known[name].group_id, timeline.pattern(name)
-        if key not in cache:
-            inside = np.searchsorted(edges, timeline.keys, side="left") == number
-            cache[key] = float(timeline.lengths(name)[inside].sum())
-        result[name] = cache[key]
-    return result
+    return {
+        name: GradientRows.of(
+            rows, np.searchsorted(timelines[selection.known[name].group_id].keys, rows["key"].to_numpy())
+        )
+        for name, rows in by_parameter(selection.rows).items()
+    }
 
 
 def bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
     """Return the last moment of each bin but the last, so that every bin covers the same step length."""
     if not timelines or bins == 1:
         return np.zeros(0, np.int64)
+    # The pushes of a bin are taken to come evenly over its length, so that bins of equal length err alike.
     timeline = longest(timelines)
     covered = np.cumsum(timeline.lengths(""))
     shares = covered[-1] * np.arange(1, bins) / bins
@@ -222,4 +170,4 @@ def bin_edges(timelines: dict[int, Timeline], bins: int) -> np.ndarray:
 
 def longest(timelines: dict[int, Timeline]) -> Timeline:
     """Return the timeline that went farthest, which speaks for all where they have to be one."""
-    return max(timelines.values(), key=lambda one: float(one.lengths("").sum()))
+    return max(timelines.values(), key=lambda timeline: float(timeline.lengths("").sum()))

@@ -1,7 +1,15 @@
-"""What a rollback did, for people and for files."""
+"""What a rollback says: of its progress, and of what it did, for people and for files."""
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from timstore.progress import Shown, shown, span
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +104,16 @@ class ExpectedKL:
 
         On forgotten data, where a wrong claim costs most, already where the upper estimate is.
         """
-        told = []
-        if self.forgotten.high > self.noise_forgotten.value:
-            told.append(_doubt("forgotten", self.forgotten, self.noise_forgotten))
-        if self.staying.value > self.noise_staying.value:
-            told.append(_doubt("other", self.staying, self.noise_staying))
-        return told
-
-
-def _doubt(data: str, own: Estimate, noise: Estimate) -> str:
-    return (
-        f"on {data} data the model may be farther from a retrained one, by KL {own}, than retraining in another order "
-        f"of the batches is, {noise}: where that matters, retrain without these samples"
-    )
+        compared = [
+            ("forgotten", self.forgotten, self.forgotten.high, self.noise_forgotten),
+            ("other", self.staying, self.staying.value, self.noise_staying),
+        ]
+        return [
+            f"on {data} data the model may be farther from a retrained one, by KL {own}, than retraining in another "
+            f"order of the batches is, {noise}: where that matters, retrain without these samples"
+            for data, own, bound, noise in compared
+            if bound > noise.value
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +211,49 @@ class RollbackReport:
             lines.append(f"skipped       {len(self.skipped)} samples without records")
         lines += [f"warning       {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+class Bar:
+    """Two lines of progress: gradients added, products taken.
+
+    Args:
+        products: how many there will be, at most.
+    """
+
+    def __init__(self, progress: Shown, gradients: int, products: int) -> None:
+        self._progress = progress
+        self._products = products
+        self._began: float | None = None
+        self._added = progress.add_task("adding gradients", total=gradients)
+        self._taken = progress.add_task("curvature", total=products, visible=products > 0)
+
+    def added(self, gradients: int) -> None:
+        """Say that some more gradients were added."""
+        self._progress.advance(self._added, gradients)
+
+    def curved(self, sequences: int) -> None:
+        """Say that products with the probe's curvature begin."""
+        self._began = time.perf_counter()
+        self._say(
+            f"curvature: up to {self._products} products over one or the other half of the probe's {sequences} "
+            "sequences, each about two of their gradients"
+        )
+
+    def taken(self) -> None:
+        """Say that one more product was taken."""
+        if self._began is not None:
+            seconds, self._began = time.perf_counter() - self._began, None
+            whole = span(seconds * self._products)
+            self._say(f"curvature: the first product took {span(seconds)}; all of them take about {whole}")
+        self._progress.advance(self._taken, 1)
+
+    def _say(self, text: str) -> None:
+        self._progress.say(text)
+        _log.info(text)
+
+
+@contextmanager
+def rollback_shown(wanted: bool | None, gradients: int, products: int = 0) -> Iterator[Bar]:
+    """Show how far a rollback is, as `timstore.progress.shown` does."""
+    with shown(wanted) as progress:
+        yield Bar(progress, gradients, products)

@@ -1,6 +1,6 @@
 """The optimizer's history as the store holds it: one timeline per parameter group, checked for gaps."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,13 +10,14 @@ import numpy as np
 from timstore.database.snapshot import Snapshot
 from timstore.errors import CoverageError, StateError
 from timstore.model.optimizer_names import ADAM_FAMILY, SGD_FAMILY
-from timstore.rollbacks.coefficients import Schedule, adam_weights, own_counts, step_lengths, weights
-from timstore.rollbacks.rounds import clipped_together
+from timstore.rollbacks.unrolled_weights import Schedule, adam_weights, own_counts, step_lengths, weights
 
 Moment = tuple[int, int]
 
 # (epoch, step) as one integer that sorts the same way.
 _EPOCH = 2**40
+# Clip factors of one round differ by rounding alone.
+_ALIKE = 1e-3
 
 
 def moment_key(epoch: Any, step: Any) -> Any:
@@ -58,7 +59,7 @@ class Timeline:
         keys: `moment_key` of each step.
         rounds: that of the first step that was clipped together with it, by one norm; its own if there was no other.
         optimizer: the class that took the steps.
-        kept: the share of the step's batch that is not removed.
+        staying: the share of the step's batch that is not removed.
         ratio: consumed over accumulated gradient.
         idle, fresh: per step, names of parameters; fresh is None where unknown.
         grad_norm: of the accumulated gradient, all of the round's, NaN where unknown.
@@ -76,7 +77,7 @@ class Timeline:
     optimizer: str
     schedule: Schedule
     ratio: np.ndarray
-    kept: np.ndarray
+    staying: np.ndarray
     idle: list[frozenset[str]]
     fresh: list[frozenset[str] | None]
     grad_norm: np.ndarray
@@ -101,14 +102,14 @@ class Timeline:
         """
         active = self.active(parameter)
         weigh = adam_weights if self.optimizer in ADAM_FAMILY else weights
-        result: np.ndarray = weigh(self.schedule, active, self.fresh_steps(parameter, active), of=of)
-        return result
+        return weigh(self.schedule, active, self.fresh_steps(parameter, active), of)
 
     def division(self, parameter: str) -> Division | None:
         """Return what Adam divided by at the end; None for other optimizers, and where it never took a step."""
         active = self.active(parameter)
         if self.optimizer not in ADAM_FAMILY or not active.any():
             return None
+        # vhat = v / (1 - beta2^count): the moments began at zero, and hold that much less.
         last = int(np.flatnonzero(active)[-1])
         count = own_counts(self.schedule, active, self.fresh_steps(parameter, active))[last]
         schedule = self.schedule
@@ -117,7 +118,9 @@ class Timeline:
 
     def lengths(self, parameter: str) -> np.ndarray:
         """Return the step lengths that the kept samples' curvature acted over, shape (T,)."""
-        lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.kept
+        # A step answers a change d by -lr c H' d, where c is what clipping left of its gradient and H' the curvature of
+        # its batch without the samples that leave: their share of the mean answers nothing.
+        lengths: np.ndarray = step_lengths(self.schedule, self.active(parameter)) * self.ratio * self.staying
         return lengths
 
     def pattern(self, parameter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,12 +138,9 @@ class Timeline:
 
 
 def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[int]) -> dict[int, Timeline]:
-    """Return the timeline of every group up to a moment (all when None).
-
-    Raises:
-        StateError: for several optimizers in one group.
-        CoverageError: if steps that matter are missing.
-    """
+    """Return the timeline of every group up to a moment (all when None)."""
+    # A step has a row for each process and group: scalars are the same in all processes, what was drawn adds up. The
+    # batch's ids are hashed there, so that they need not be held for every step.
     table = snapshot.catalog.rows(
         "WITH removed AS (SELECT unnest(?::BIGINT[]) AS sample), "
         "drawn AS (SELECT epoch, step, rank, group_id, count(r.sample) AS hits FROM (SELECT epoch, step, rank, "
@@ -158,10 +158,48 @@ def read_timelines(snapshot: Snapshot, moment: Moment | None, removed: Iterable[
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_group.setdefault(row["group_id"], []).append({**row["scalars"], **{name: row[name] for name in summed}})
-    rounds = clipped_together(by_group)
+    rounds = _clipped_together(by_group)
     timelines = {group: _timeline(group, rows, rounds) for group, rows in by_group.items()}
     _check_no_gap(timelines)
     return timelines
+
+
+def _clipped_together(by_group: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[Moment, tuple[Moment, float]]:
+    """Return, for each step of a round, (the round's first step, the norm over all of the round's gradients).
+
+    A round is steps of several optimizers that consumed one backward pass, clipped by one norm over all of them.
+
+    Args:
+        by_group: rows of the `steps` table in order of time, with `batch`, a hash of the step's samples.
+    """
+    rows: dict[Moment, Mapping[str, Any]] = {}
+    groups: dict[Moment, set[int]] = {}
+    for group, steps in by_group.items():
+        for row in steps:
+            moment = row["epoch"], row["step"]
+            rows.setdefault(moment, row)
+            groups.setdefault(moment, set()).add(group)
+    rounds: list[list[Moment]] = []
+    for moment in sorted(rows):
+        batch, latest = rows[moment]["batch"], rounds[-1] if rounds else []
+        same = bool(latest) and batch is not None and batch == rows[latest[0]]["batch"]
+        if same and all(groups[moment].isdisjoint(groups[other]) for other in latest):
+            latest.append(moment)
+        else:
+            rounds.append([moment])
+    several = [moments for moments in rounds if len(moments) > 1]
+    # Nobody wrote down over which parameters a norm was taken. By one norm over all of them every step of a round gets
+    # the same factor; where that is not so in some round, each optimizer is taken to have been clipped alone.
+    factors = [
+        [float(rows[moment]["consumed_ratio"] * (rows[moment]["amp_scale"] or 1.0)) for moment in moments]
+        for moments in several
+    ]
+    one_norm = all(max(of_round) - min(of_round) <= _ALIKE * max(of_round) for of_round in factors)
+    if not one_norm or not any(min(of_round) < 1 - 1e-6 for of_round in factors):
+        return {}
+    # |g| over all parameters is the root of the sum of the optimizers' own squares.
+    norms = [sum((rows[moment]["grad_norm"] or 0.0) ** 2 for moment in moments) ** 0.5 for moments in several]
+    return {moment: (moments[0], norm) for moments, norm in zip(several, norms, strict=True) for moment in moments}
 
 
 def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tuple[Moment, float]]) -> Timeline:
@@ -181,14 +219,13 @@ def _timeline(group: int, rows: list[dict[str, Any]], rounds: Mapping[Moment, tu
     moments = [(row["epoch"], row["step"]) for row in rows]
     together = [rounds.get(moment, (moment, np.nan)) for moment in moments]
     norms = np.array([norm for _, norm in together], np.float64)
-    columns = {name: np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__}
     return Timeline(
         keys=np.array([moment_key(*moment) for moment in moments], np.int64),
         rounds=np.array([moment_key(*first) for first, _ in together], np.int64),
         optimizer=rows[0]["optimizer"],
-        schedule=Schedule.from_columns(columns),
+        schedule=Schedule(*(np.array([row[name] or 0 for row in rows]) for name in Schedule.__dataclass_fields__)),
         ratio=np.array([row["consumed_ratio"] for row in rows]),
-        kept=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
+        staying=np.array([1 - row["hits"] / row["samples"] if row["samples"] else 1.0 for row in rows]),
         idle=[frozenset(row["idle"] or ()) for row in rows],
         fresh=[None if row["fresh"] is None else frozenset(row["fresh"]) for row in rows],
         grad_norm=np.where(np.isnan(norms), _numbers(rows, "grad_norm"), norms),
@@ -219,6 +256,7 @@ def _check_no_gap(timelines: Mapping[int, Timeline]) -> None:
         counting = [group for group in members if _counts_every_step(timelines[group])]
         if not counting:
             continue
+        # Steps of others that this optimizer never took part in may lie between its own.
         moments = sorted(taken.union(*(others for others in groups if others.isdisjoint(taken))))
         begins, first, last = moment_of(moments[0])[1], min(taken), max(taken)
         for before, after in pairwise(moment_of(one) for one in moments if first <= one <= last):

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from timstore.database.arguments import plain_name
+from timstore.arguments import plain_name
 from timstore.database.identity import combined_digest, recognise
 from timstore.database.states import State
 from timstore.database.store import Store
@@ -38,8 +38,8 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
         raise NotFoundError(
             f"{store.path} has no rollback {rollback_id}; SELECT digest_after FROM rollbacks lists them"
         )
-    kept = State.find(snapshot, ByteCache(_CACHE_BYTES), "theta", rollback_id=rollback_id)
-    if not kept.places:
+    old = State.find(snapshot, ByteCache(_CACHE_BYTES), "theta", rollback_id=rollback_id)
+    if not old.places:
         raise CoverageError(
             f"rollback {rollback_id} kept nothing to go back to: pass keep_delta=True to rollback, or load the "
             "checkpoint that it began from",
@@ -53,27 +53,29 @@ def undo(store: Store, model: torch.nn.Module, rollback_id: str, section: Critic
             "first, in turn",
             kind="not-the-rolled-back",
         )
-    held = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+
+    def before_it(name: str) -> torch.Tensor:
+        like = parameters[name]
+        width = Parameter(name, tuple(like.shape), "").matrix_shape[1]
+        return torch.from_numpy(old.read(name, width, 0, like.numel())).to(like.dtype).view(like.shape)
+
     # Twice through the store, a parameter at a time: everything is right before anything is changed.
-    before = {**after, **{name: digest(_parameter(kept, name, held[name])) for name in kept.places}}
+    before = {**after, **{name: digest(before_it(name)) for name in old.places}}
     if combined_digest({name: before[name] for name in identity.names}) != rows[-1]["digest_before"]:
         raise CorruptionError(
             f"what rollback {rollback_id} kept is not what the model was before it; nothing was changed",
             kind="other-digest",
         )
+    # The row of the rollback the other way round; the records that it took out are in the model again.
     row = {**rows[-1], "at": datetime.now(UTC).isoformat(), "method": "undo", "records": 0, "removed": None}
     row["digest_before"], row["digest_after"] = row["digest_after"], row["digest_before"]
-    writes = [Write(InModule(held[name]), partial(_blocks, kept, name, held[name])) for name in kept.places]
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        yield before_it(name).reshape(-1)
+
+    writes = [Write(InModule(parameters[name]), partial(blocks, name)) for name in old.places]
     with Workspace({}, memory_limit_bytes=KEPT_BYTES) as workspace:
         ModelInMemory(model).change(Writes(writes, workspace), lambda: store.append_rollback(row), section)
         _log.info("%s: rollback %s was undone", store.path, rollback_id)
         return section.finish(rollback_id)
-
-
-def _blocks(kept: State, name: str, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield _parameter(kept, name, like).reshape(-1)
-
-
-def _parameter(kept: State, name: str, like: torch.Tensor) -> torch.Tensor:
-    width = Parameter(name, tuple(like.shape), "").matrix_shape[1]
-    return torch.from_numpy(kept.read(name, width, 0, like.numel())).to(like.dtype).view(like.shape)

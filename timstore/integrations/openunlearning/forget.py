@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from timstore.database.arguments import whole_number
+from timstore.arguments import whole_number
 from timstore.database.samples import names_of_samples, sample_named
 from timstore.database.store import Store
 from timstore.errors import CoverageError, InvalidInputError, NotFoundError, TimstoreWarning
