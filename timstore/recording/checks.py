@@ -13,11 +13,12 @@ from timstore.records import BFLOAT16, Factors, Gradient, Rows
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-2
 _TF32_TOLERANCE = 1e-3
-# Some gradients are zero but for rounding, attention's key bias for one: less than this part of the whole is no evidence.
+# Less than this part of the whole gradient is no evidence.
 _NOISE = 1e-3
-# A sum is rounded by u of its summands' norms, u = 1e-7 in float32. Those of a dense part are not known where it was
-# added up, over tokens or in a backward pass of its sample, before it came here. Sum_t d_t of a bias may cancel
-# altogether; but Sum_t |d_t| |a_t|, of its module's weight, tells how large the d_t were. u is this part of a tolerance.
+# A sum of s_t has an error of about u Sum_t |s_t|, u = 1e-7 in float32, a hundredth of the tolerance. A dense part is
+# such a sum itself, over tokens: where that cancels, as attention's key bias, b = Sum_t d_t = 0, does for each sample,
+# the part is nothing but this error and its norm tells nothing of the |d_t|. The weight of the same module does, whose
+# parts are bounded by Sum_t |d_t| |a_t|: its bound stands for Sum_t |d_t|.
 _ROUNDING = 1e-2
 
 
@@ -74,7 +75,7 @@ def unlike(
     norms = {name: _norm(gradient) for name, gradient in gradients.items()}
     noise = _NOISE * sum(norm * norm for norm in norms.values()) ** 0.5
     # What comes through a half-precision layer (autocast) is no better than that anywhere before it.
-    captured = _dtypes([part for of_one in parts.values() for part in of_one])
+    captured = _dtypes([part for of_parameter in parts.values() for part in of_parameter])
     tolerance = max((_tolerance(dtype) for dtype in captured), default=0.0)
     off, bounds = {}, {}
     for name, gradient in gradients.items():
