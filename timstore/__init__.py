@@ -130,7 +130,7 @@ class Store(_Store):
         epochs: int = 1,
         rank: int | None = None,
         allow_zero: bool = False,
-        capture: Capture = "modules",
+        capture: Capture = "auto",
         batch_axis: int = 0,
         id_column: str | None = None,
         by_content: bool = False,
@@ -165,8 +165,10 @@ class Store(_Store):
                 would take more. `forecast` says so before.
             rank: of this process; found when None.
             allow_zero: accept a step in which no sample has any gradient; one sample without any is recorded as zero.
-            capture: `modules`, gradients as modules show them in the ordinary backward pass; `per-sample` also what
-                no module shows (an LSTM, a weight used directly), by one more backward pass for each recorded sample.
+            capture: `auto`, gradients as modules show them in the ordinary backward pass, and those that no module
+                shows (an LSTM, a weight used directly) by one more backward pass for each recorded sample, to these
+                parameters alone, with one warning that names them; `per-sample`, the same without a warning;
+                `modules`, such parameters are refused.
             batch_axis: of the tensors that the model is given and returns.
             id_column: of `samples`, by which ids that are text are looked up.
             by_content: know the rows of a batch without `sample_ids` by their tokens: the id is the first 63 bits of

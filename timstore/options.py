@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 OptimizerHistory = Literal["final", "gradients"]
-Capture = Literal["modules", "per-sample"]
+Capture = Literal["auto", "modules", "per-sample"]
 MeanOver = Literal["samples", "tokens"]
 Method = Literal["auto", "closed form", "exact replay", "final moment"]
 Denominator = Literal["kept", "renormalised"]
@@ -82,9 +82,10 @@ class RecordOptions:
     allow_zero: bool = False
     """Accept a step in which no sample has any gradient; one sample without any is recorded as zero."""
 
-    capture: Capture = "modules"
-    """`modules`, gradients as modules show them in the ordinary backward pass; `per-sample` also what no module shows
-    (an LSTM, a weight used directly), by one more backward pass for each recorded sample."""
+    capture: Capture = "auto"
+    """`auto`, gradients as modules show them in the ordinary backward pass, and those that no module shows (an LSTM, a
+    weight used directly) by one more backward pass for each recorded sample, to these parameters alone, with one
+    warning that names them; `per-sample`, the same without a warning; `modules`, such parameters are refused."""
 
     batch_axis: int = 0
     """Of the tensors that the model is given and returns."""

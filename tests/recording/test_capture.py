@@ -92,7 +92,7 @@ def test_a_recorded_run_is_bit_for_bit_the_run_without_recording(tmp_path: Path,
         assert torch.equal(plain, with_record)
 
 
-def test_the_look_at_the_first_batch_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_a_proof_with_the_first_batch_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -23,6 +23,8 @@ from stepwise import (
     FLOAT32,
     HALF,
     IDS,
+    MODULES,
+    PRICED,
     Model,
     Step,
     lstm,
@@ -136,9 +138,21 @@ def turned(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+LATE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "on axis 1": lambda self, x: turned(self.late, x) if x.shape[1] < 5 else 0,
+    "on axis 0": lambda self, x: self.late(x) if x.shape[1] < 5 else 0,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", LATE)
+def test_a_layer_that_is_not_reached_at_first_is_proved_when_it_is(tmp_path: Path, name: str, options: Any) -> None:
+    forward = lambda self, x: self.always(x).tanh() + LATE[name](self, x.tanh())  # noqa: E731
+    model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
+    record(tmp_path / "s", model, [of(5, 6), of(5, 6), of(4, 6), of(3, 6)], **options)
+
+
 AT_TIMES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
-    "is not reached at first": lambda self, x: turned(self.late, x) if x.shape[1] < 5 else 0,
-    "is not reached at first, on axis 0": lambda self, x: self.late(x) if x.shape[1] < 5 else 0,
     "is first used later, directly too": lambda self, x: self.late(x) @ self.late.weight if x.shape[1] < 5 else 0,
     "has the batch on two axes": lambda self, x: self.late(x) + turned(self.late, x),
 }
@@ -163,7 +177,7 @@ def shuffled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("tokens", [3, 4])
-def test_a_layer_is_looked_at_as_it_runs_in_training(tmp_path: Path, tokens: int, options: Any) -> None:
+def test_a_layer_is_proved_as_it_runs_in_training(tmp_path: Path, tokens: int, options: Any) -> None:
     forward = lambda self, x: self.always(x).tanh() + (turned(self.late, x) if self.training else 0)  # noqa: E731
     model = Model(forward, always=nn.Linear(6, 6), late=nn.Linear(6, 6))
     record(tmp_path / "s", model, [of(tokens, 6)] * 2, **options)
@@ -194,6 +208,7 @@ JOINING: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 
 
 @BOTH
+@PRICED
 @pytest.mark.parametrize("name", JOINING)
 def test_what_joins_in_the_second_step_is_refused_or_right(tmp_path: Path, name: str, options: Any) -> None:
     model = Model(JOINING[name], layer=nn.Linear(6, 6))
@@ -204,16 +219,15 @@ def test_what_joins_in_the_second_step_is_refused_or_right(tmp_path: Path, name:
 
 
 @BOTH
+@PRICED
 def test_rows_that_are_sorted_inside_are_noticed_when_the_order_changes(tmp_path: Path, options: Any) -> None:
     model = Model(by_length, layer=nn.Linear(6, 3))
     steps = [of(5, 6) for _ in range(2)]
     steps[0].batches[0]["lengths"] = torch.tensor([5, 5, 5, 5])
     steps[1].batches[0]["lengths"] = torch.tensor([3, 5, 2, 4])
-    if options:
-        record(tmp_path / "s", model, steps, **options)
-    else:
-        with pytest.raises(CoverageError, match="does not follow the order of the batch's rows"):
-            record(tmp_path / "s", model, steps)
+    record(tmp_path / "s", model, steps, **options)
+    with pytest.raises(CoverageError, match="does not follow the order of the batch's rows"):
+        record(tmp_path / "refused", model, steps, **MODULES)
 
 
 @BOTH

@@ -372,7 +372,7 @@ def test_samples_that_see_each_other_in_a_packed_row_are_warned_of(mixing: str, 
         store.record(model, torch.optim.SGD(model.parameters(), lr=0.1)),
         pytest.warns(timstore.TimstoreWarning, match=r"packed into a row see each other.*use_cache=False"),
     ):
-        model(**batch, sample_ids=[1, 2, 3])
+        model(**batch, sample_ids=[1, 2, 3]).loss.backward()
 
 
 # --- loops of one's own ------------------------------------------------------------------------------------------

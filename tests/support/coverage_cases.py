@@ -22,9 +22,12 @@ from coverage_models import (
     Seen,
     TimeMajor,
     WithLoss,
+    added,
     autocast,
+    bart,
     bert,
     checkpointed_llama,
+    deberta,
     direct,
     evaluated,
     folded,
@@ -34,15 +37,20 @@ from coverage_models import (
     llama,
     lora,
     lstm,
+    mamba,
     mixtral,
     mlp,
     noisy,
+    prompted,
     replaced,
     resnet,
     scaled,
+    swin,
     t5,
     tied_twice,
     vit,
+    wav2vec2,
+    whisper,
 )
 from networks import Net
 from references import (
@@ -58,7 +66,11 @@ from references import (
     packed_ids,
     pairs,
     pairs_found,
+    prompts,
+    sentences,
     seq2seq,
+    sounds,
+    speech,
     squares,
     squares_of_packed,
     squares_on_axis_1,
@@ -67,6 +79,7 @@ from references import (
     words,
 )
 from torch import nn
+from torch.nn.utils import parametrizations
 
 SAMPLES = [11, 5, 8]
 IDS = [[11, 2, 5, 7], [4, 8, 11, 0]]
@@ -81,8 +94,9 @@ class Case:
     Attributes:
         options: of `Store.record`, and of `references.recorded`.
         around: what the forward pass runs in.
-        found: it is recorded by looking where the batch is.
+        found: it is proved where the batch is.
         warns: the record does not tell samples apart, and says so: its sum alone is compared.
+        passes: what modules do not show is recorded by a backward pass of each sample, and a warning says so.
     """
 
     group: str
@@ -95,13 +109,14 @@ class Case:
     limit: float = FLOAT32
     found: bool = False
     warns: str = ""
+    passes: bool = False
 
     @property
     def how(self) -> str:
         """How its gradients are recorded."""
         if self.warns:
             return "warned: sum compared"
-        if self.options.get("capture") == "per-sample":
+        if self.passes or self.options.get("capture") == "per-sample":
             return "one more backward pass for each recorded sample"
         if self.options.keys() & {"batch_axis", "packed"}:
             return "declared"
@@ -214,22 +229,44 @@ MODULES = [
         tokens(60, 12),
         language,
     ),
+    Case("DoRA (peft)", "Llama", lambda: lora(llama(), use_dora=True), tokens(60, 12), language),
     Case("BatchNorm", "in eval mode (ResNet)", lambda: resnet(False), images),
+    Case(
+        "Positions (1, T)",
+        "added to what a Linear makes of each token",
+        lambda: Applied(added, inner=nn.Linear(6, 8), places=nn.Embedding(7, 8), out=nn.Linear(8, 2)),
+        vectors(5, 6),
+    ),
+    Case(
+        "Buffers that change in each forward pass",
+        "spectral norm in front of a Linear",
+        lambda: Net(nn.Linear(6, 6), nn.utils.spectral_norm(nn.Linear(6, 2), n_power_iterations=100)),
+        vectors(5, 6),
+        passes=True,
+    ),
 ]
 
 PER_SAMPLE = [
+    Case("LSTM", "", lstm, vectors(5, 6), passes=True),
+    Case("LSTM", "`capture='per-sample'`: without a warning", lstm, vectors(5, 6), options=BY_SAMPLE),
+    Case("Relative-bias tables", "T5", t5, seq2seq, masked, passes=True),
+    Case("Relative-bias tables", "Swin, layers left out at random", swin, images, passes=True),
+    Case("Mixture of experts", "Mixtral: experts and router", mixtral, tokens(60, 8), language, passes=True),
+    Case("Direct use of a weight", "", lambda: Applied(direct, layer=nn.Linear(6, 6)), vectors(5, 6), passes=True),
     Case(
-        "LSTM",
-        "",
-        lstm,
+        "A weight that is computed",
+        "weight norm, as a parametrization",
+        lambda: Net(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2)),
         vectors(5, 6),
-        options=BY_SAMPLE,
+        passes=True,
     ),
-    Case("Relative-bias tables", "T5", t5, seq2seq, masked, BY_SAMPLE),
-    Case("Mixture of experts", "Mixtral: experts and router", mixtral, tokens(60, 8), language, BY_SAMPLE),
-    Case(
-        "Direct use of a weight", "", lambda: Applied(direct, layer=nn.Linear(6, 6)), vectors(5, 6), options=BY_SAMPLE
-    ),
+    Case("Prompt tuning (peft)", "", prompted, tokens(60, 12), prompts, passes=True),
+    Case("P-tuning (peft)", "", lambda: prompted(encoder_hidden_size=8), tokens(60, 12), prompts, passes=True),
+    Case("BART", "", bart, seq2seq, masked, passes=True),
+    Case("Whisper", "", whisper, speech, masked, passes=True),
+    Case("DeBERTa", "", deberta, sentences, passes=True),
+    Case("Mamba", "", mamba, tokens(60, 8), language, passes=True),
+    Case("wav2vec 2.0", "", wav2vec2, sounds, passes=True),
 ]
 
 LAYOUTS = [

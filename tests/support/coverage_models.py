@@ -77,6 +77,103 @@ def mixtral() -> nn.Module:
     return model
 
 
+_SMALL = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+_SMALL |= dict(decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24)
+
+
+def bart() -> nn.Module:
+    config = whole("BartConfig", **_SMALL, max_position_embeddings=16, decoder_start_token_id=2)
+    model: nn.Module = transformers.BartForConditionalGeneration(config).train()
+    return model
+
+
+def whisper() -> nn.Module:
+    config = whole(
+        "WhisperConfig",
+        **_SMALL,
+        num_mel_bins=6,
+        max_source_positions=8,
+        max_target_positions=16,
+        decoder_start_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model: nn.Module = transformers.WhisperForConditionalGeneration(config).train()
+    return model
+
+
+def deberta() -> nn.Module:
+    config = whole(
+        "DebertaV2Config",
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+        num_labels=3,
+    )
+    model: nn.Module = transformers.DebertaV2ForSequenceClassification(config).train()
+    return model
+
+
+def swin() -> nn.Module:
+    config = whole(
+        "SwinConfig",
+        image_size=8,
+        patch_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[2, 2],
+        window_size=2,
+        drop_path_rate=0.3,
+        num_labels=3,
+    )
+    model: nn.Module = transformers.SwinForImageClassification(config).train()
+    return model
+
+
+def mamba() -> nn.Module:
+    config = whole("MambaConfig", vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model: nn.Module = transformers.MambaForCausalLM(config).train()
+    return model
+
+
+def wav2vec2() -> nn.Module:
+    config = whole(
+        "Wav2Vec2Config",
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=[8, 8],
+        conv_stride=[4, 2],
+        conv_kernel=[4, 3],
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+    )
+    model: nn.Module = transformers.Wav2Vec2ForCTC(config).train()
+    return model
+
+
+def prompted(**options: Any) -> nn.Module:
+    """Prompts that are learned, before those of a Llama that stays as it is."""
+    import peft
+
+    kind = peft.PromptEncoderConfig if options else peft.PromptTuningConfig
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+    model: nn.Module = peft.get_peft_model(llama(), config)
+    return model.train()
+
+
 def vit() -> nn.Module:
     config = whole(
         "ViTConfig",
@@ -195,6 +292,12 @@ class TimeMajor(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.norm(self.layer(x.transpose(0, 1))).transpose(0, 1)
         return out
+
+
+def added(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Learned positions, looked up by one row of ids, beside embeddings."""
+    out: torch.Tensor = self.out((self.inner(x) + self.places(torch.arange(x.shape[1])[None])).tanh())
+    return out
 
 
 def folded(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -327,7 +430,7 @@ def overwritten(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def tabled(self: Any, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = x + self.layer(self.table)
+    out: torch.Tensor = x + self.layer(self.table).sum(0)
     return out
 
 

@@ -117,6 +117,7 @@ def compiled_in_place() -> nn.Module:
     return model
 
 
+MODULES = {"capture": "modules"}
 _HELPS = ".*capture='per-sample'"
 
 REFUSED = [
@@ -131,32 +132,37 @@ REFUSED = [
         )
         for option, value in {"scale_grad_by_freq": True, "sparse": True, "max_norm": 1.0}.items()
     ),
-    Refused("Without `capture='per-sample'`", "LSTM", lstm, vectors(5, 6), r"lstm \(LSTM\)" + _HELPS, FORWARD),
     Refused(
-        "Without `capture='per-sample'`",
+        "With `capture='modules'`", "LSTM", lstm, vectors(5, 6), r"lstm \(LSTM\)" + _HELPS, FORWARD, options=MODULES
+    ),
+    Refused(
+        "With `capture='modules'`",
         "T5: relative-bias tables",
         t5,
         seq2seq,
         r"relative_attention_bias" + _HELPS,
         FORWARD,
         masked,
+        MODULES,
     ),
     Refused(
-        "Without `capture='per-sample'`",
+        "With `capture='modules'`",
         "Mixtral: experts and router",
         mixtral,
         tokens(60, 8),
         r"model\.layers\.0\.\S*(gate|expert)" + _HELPS,
         FORWARD,
         language,
+        MODULES,
     ),
     Refused(
-        "Without `capture='per-sample'`",
+        "With `capture='modules'`",
         "a weight used directly",
         lambda: Applied(direct, layer=nn.Linear(6, 6)),
         vectors(5, 6),
         r"parameter layer\.weight.*add up to something else" + _HELPS,
-        STEP,
+        BACKWARD,
+        options=MODULES,
     ),
     Refused(
         "With `capture='per-sample'`",
@@ -173,8 +179,9 @@ REFUSED = [
         "a table of the model's own, of as many rows as samples",
         lambda: Applied(tabled, layer=nn.Linear(4, 4), table=nn.Parameter(torch.rand(4, 4))),
         vectors(4),
-        r"layer: its input \(4, 4\) does not follow" + _HELPS,
-        FORWARD,
+        r"layer \(Linear\): its input \(4, 4\) does not follow" + _HELPS,
+        BACKWARD,
+        options=MODULES,
     ),
     Refused(
         "An input changed in place",
@@ -183,6 +190,7 @@ REFUSED = [
         vectors(6),
         r"inner \(Own\).*changed in place",
         BACKWARD,
+        options=MODULES,
     ),
     Refused(
         "SyncBatchNorm", "in training mode", lambda: Net(nn.SyncBatchNorm(5)), vectors(5, 6), "SyncBatchNorm", FORWARD
@@ -231,7 +239,7 @@ REFUSED = [
         "`capture='nonsense'`",
         mlp,
         vectors(9),
-        "capture is 'modules' or 'per-sample', not 'nonsense'",
+        "capture is 'auto' or 'modules' or 'per-sample', not 'nonsense'",
         BEGIN,
         options={"capture": "nonsense"},
         error=timstore.InvalidInputError,

@@ -118,6 +118,34 @@ def seq2seq() -> list[Batch]:
     ]
 
 
+def prompts(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+    """The token mean of a language model that puts prompts of its own before the tokens."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, -labels.shape[1] : -1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return (losses * weights[:, None]).sum() / (labels[:, 1:] != -100).sum()
+
+
+def speech() -> list[Batch]:
+    return [
+        {
+            "input_features": torch.randn(4, 6, 16),
+            "decoder_input_ids": torch.randint(2, 60, (4, 7)),
+            "labels": torch.randint(2, 60, (4, 7)),
+        }
+        for _ in range(2)
+    ]
+
+
+def sounds() -> list[Batch]:
+    return [{"input_values": torch.randn(4, 120)} for _ in range(2)]
+
+
+def sentences() -> list[Batch]:
+    return [{"input_ids": torch.randint(2, 60, (4, 9))} for _ in range(2)]
+
+
 def images() -> list[Batch]:
     return [{"pixel_values": torch.randn(4, 3, 8, 8)} for _ in range(2)]
 

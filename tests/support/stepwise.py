@@ -1,5 +1,6 @@
 """Loops of steps that differ from each other, recorded and held to autograd one sample at a time."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from timstore.errors import CoverageError
 
 FLOAT32, HALF = 1e-5, 1e-2
 BY_SAMPLE = {"capture": "per-sample"}
-BOTH = pytest.mark.parametrize("options", [{}, BY_SAMPLE], ids=["modules", "per-sample"])
+MODULES = {"capture": "modules"}
+BOTH = pytest.mark.parametrize("options", [{}, BY_SAMPLE], ids=["auto", "per-sample"])
 IDS = [11, 5, 8, 2]
 
 
@@ -30,6 +32,9 @@ class Model(Applied):
 
 def lstm() -> nn.LSTM:
     return nn.LSTM(6, 6, batch_first=True)
+
+
+PRICED = pytest.mark.filterwarnings("ignore:no module shows")
 
 
 def skip_without_bfloat16_lstm() -> None:
@@ -121,7 +126,10 @@ def check(store: timstore.Store, wanted: list[Gradients], limits: list[float], c
 
 
 def record_or_refuse(path: Path, model: nn.Module, steps: list[Step], what: str) -> None:
-    """Record what is refused, by name, without a pass of each sample, and right with it."""
+    """Record what is refused, by name, without a pass of each sample, and right with it; by default with its price."""
     record(path / "by sample", model, steps, **BY_SAMPLE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no module shows", timstore.TimstoreWarning)
+        record(path / "by default", model, steps)
     with pytest.raises(CoverageError, match=what + ".*capture='per-sample'"):
-        record(path / "by module", model, steps)
+        record(path / "by module", model, steps, capture="modules")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from timstore.recording.batch_axis import Axis, Folded, Layout
 from timstore.recording.calls import Call
-from timstore.recording.layouts import Axis, Folded, Layout
 from timstore.recording.modules import Captured, LinearKind, Wanted, sums
 from timstore.records import Factors, Gradient
 

@@ -1,7 +1,7 @@
 """One forward and backward pass, and how the passes of a step become records."""
 
 import weakref
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,14 @@ from timstore.arguments import plain_name
 from timstore.arguments import sample_id as checked_id
 from timstore.database.samples import sample_named
 from timstore.errors import InvalidInputError, shown
+from timstore.recording.batch_axis import Layout, Owners, owners_of
 from timstore.recording.calls import Call, Input
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Layout, Owners, owners_of
 from timstore.recording.modules import Captured
 from timstore.records import Factors, Gradient, Rows
+
+# Shapes of the model's arguments for one sample.
+Sizes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +31,7 @@ class Entry:
     Attributes:
         path: of it, among what the model returned.
         layout: None where it has the samples nowhere: no gradient of its own may come to it.
+        proven: a proof began here, so that none has to again.
         arrived: its gradient came.
         through: what of its gradient comes through other outputs.
     """
@@ -35,6 +39,7 @@ class Entry:
     path: str
     edge: GradientEdge
     layout: Layout | None
+    proven: bool = False
     arrived: bool = False
     through: torch.Tensor | None = None
 
@@ -47,7 +52,12 @@ class MicroBatch:
         chosen: the samples to capture.
         rows_given: rows of the model's arguments.
         layout: where the samples' tokens are, of packed rows.
-        sizes: shapes of the model's arguments for one sample.
+        sizes: of its arguments.
+        called: the model itself runs it, not its layers one by one.
+        has_tokens: an argument is ids (rows, tokens) or states (rows, tokens, d).
+        proving: where modules have the samples is proved in its backward pass.
+        shared: calls of tables that are given one row of ids, (1, T), for all samples.
+        edges: of calls, by identity, whose layout is to be proved: where their gradients arrive.
         arriving: by backward pass and parameter (identities): what a pass that may only look (`torch.autograd.grad`),
             or break off, has brought of the next two.
         captured: parameters and, per captured sample, a part of the gradient, as modules show it; accumulated.
@@ -71,7 +81,12 @@ class MicroBatch:
         self.whole: set[int] = set()
         self.entries: list[Entry] = []
         self.passed: Captured = []
-        self.sizes: tuple[tuple[int, ...], ...] = ()
+        self.sizes: Sizes = ()
+        self.called = False
+        self.has_tokens = False
+        self.proving = False
+        self.shared: list[Call] = []
+        self.edges: dict[int, GradientEdge] = {}
         self.unseen: set[int] = set()
         self.tokens: torch.Tensor | None = None
         self.captured: Captured = []
@@ -80,6 +95,7 @@ class MicroBatch:
         self.awaited = 0
         self.reached = False
         self._task = -1
+        self._settled: set[tuple[int, int]] = set()
         # Calls and inputs belong to the autograd graph, so that a pass without backward holds no activation.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
@@ -97,15 +113,26 @@ class MicroBatch:
         """
         return self.empty or any(id(one) in parameters for one, _ in (*self.captured, *self.passed))
 
+    def entry_at(self, edge: GradientEdge | None) -> Entry | None:
+        """Return the output of the model that is this very tensor, None where none is."""
+        at = (entry for entry in self.entries if edge is not None and entry.edge[:2] == edge[:2])
+        return next(at, None)
+
     def arrive(self, captured: Captured, *, passed: bool = False) -> None:
         """Take parts that the backward pass that runs has brought; they count once `settle` is told of them."""
         task = torch._C._current_graph_task_id()
         for pair in captured:
-            self.arriving.setdefault((task, id(pair[0])), ([], []))[passed].append(pair)
+            at = task, id(pair[0])
+            if at in self._settled:  # a table's gradient that another module shows may come after it was accumulated
+                (self.passed if passed else self.captured).append(pair)
+            else:
+                self.arriving.setdefault(at, ([], []))[passed].append(pair)
 
     def settle(self, parameter: nn.Parameter) -> None:
         """The backward pass that runs has accumulated its gradient of a parameter."""
-        found = self.arriving.pop((torch._C._current_graph_task_id(), id(parameter)), None)
+        at = torch._C._current_graph_task_id(), id(parameter)
+        self._settled.add(at)
+        found = self.arriving.pop(at, None)
         if found is not None:
             self.captured += found[0]
             self.passed += found[1]
@@ -152,6 +179,9 @@ class MicroBatch:
             call.release()
         self.captured, self.passed, self.entries = [], [], []
         self.arriving.clear()
+        self._settled.clear()
+        self.shared.clear()
+        self.edges.clear()
 
 
 def by_parameter(captured: Captured) -> dict[int, list[Gradient]]:
@@ -247,6 +277,26 @@ def check_length(rows: int, axis: int, args: Iterable[Any], kwargs: Mapping[str,
         raise InvalidInputError(
             f"the batch has {lengths[0]} rows and {rows} sample ids; give one id per row", kind="wrong-ids"
         )
+
+
+def sizes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Sizes:
+    """Return the shapes of the model's arguments for one sample."""
+    return tuple(tuple(value.shape[1:]) for value in _by_row(args, kwargs, rows, axis))
+
+
+def have_tokens(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> bool:
+    """Say whether an argument of the model is ids, (rows, tokens), or states, (rows, tokens, d)."""
+    return any(value.ndim == (3 if value.is_floating_point() else 2) for value in _by_row(args, kwargs, rows, axis))
+
+
+def _by_row(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Iterator[torch.Tensor]:
+    """Yield the model's arguments that hold the batch, its axis moved to the front."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            numbers = (one for one in (axis, 0) if value.ndim > one and value.shape[one] == rows)
+            number = next(numbers, None)
+            if number is not None:
+                yield value.movedim(number, 0)
 
 
 def token_counts(

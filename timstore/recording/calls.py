@@ -11,9 +11,9 @@ import torch
 
 from timstore.errors import CoverageError
 from timstore.model.eval_guard import RandomState
+from timstore.recording.batch_axis import Layout, Parts
 from timstore.recording.buffers import Buffers
 from timstore.recording.chosen import Chosen
-from timstore.recording.layouts import Layout, Parts
 from timstore.records import widen
 
 # (n, T, d) of samples that are equally long, or one (T, d) each.
@@ -49,8 +49,11 @@ class Call:
 
     Attributes:
         name: of the module, and its kind, for messages.
+        place: what is proved of where the samples are is known by this name.
         chosen: the samples to capture.
-        layout: where the samples are in input and output.
+        layout: where the samples are in input and output; None while that has to be proved.
+        candidates: where they may be, the likeliest first; none of a table that is given one row of ids for all.
+        shape: of the input.
         version: of the input when the module ran, which an in-place operation would raise.
         arguments: positional and keyword arguments, tensors detached; only kept where they are needed.
         autocast: what the module ran under.
@@ -60,8 +63,11 @@ class Call:
     """
 
     name: str
+    place: str
     chosen: Chosen
-    layout: Layout
+    layout: Layout | None
+    candidates: tuple[Layout, ...]
+    shape: torch.Size
     input: Input
     version: int
     output_shape: torch.Size
@@ -96,10 +102,12 @@ class Call:
 
     def samples(self, tensor: torch.Tensor) -> Parts:
         """Return the captured samples' parts of a tensor: (n, rows, ...), or one (rows, ...) each."""
+        assert self.layout is not None
         return self.chosen.parts(tensor.detach(), self.layout)
 
     def host_rows(self, tensor: torch.Tensor) -> HostRows:
         """Return a copy on the host of the captured samples' token rows."""
+        assert self.layout is not None
         parts = self.layout.parts(tensor.detach(), self.chosen.batch)
         if isinstance(parts, list):
             return [self.buffers.copy(rows_of(parts[place])) for (place,) in self.chosen.rows]

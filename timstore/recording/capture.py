@@ -5,26 +5,29 @@ A hook is a tensor's or a module's and holds neither the output nor, once its gr
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
 from timstore.model.eval_guard import RandomState
+from timstore.options import Capture as CaptureMode
 from timstore.recording.attention import Projections
+from timstore.recording.batch_axis import CANDIDATES, Axis, Folded, Layout, Whole
 from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
+from timstore.recording.checks import something_else
 from timstore.recording.kinds import hooked_modules
-from timstore.recording.layouts import Axis, Layout, Whole
-from timstore.recording.looking import Look
 from timstore.recording.modules import EmbeddingKind, Kind
 from timstore.recording.pending import OwnPass, Running
-from timstore.recording.replays import BatchNormKind
-from timstore.recording.watching import Place, Watch
+from timstore.recording.proof import Evidence, Places, Proof, Prover
+from timstore.recording.recomputed_modules import BatchNormKind
 
 WAY_OUT = "freeze it, or record with capture='per-sample' (one more backward pass for each recorded sample)"
 
@@ -33,39 +36,44 @@ class Capture:
     """Puts the hooks on and takes them off.
 
     Args:
-        trained: the parameters to capture.
+        parameters: the ones to capture, by name.
         running: which micro-batch runs.
-        own: passes of our own, of which hooks take nothing.
-        by_sample: what no module's hook can see is left to a backward pass of each sample, instead of refused.
+        own: passes of our own, of which hooks take nothing; but for a proof's, which the proof itself is told of.
+        mode: what no module's hook can see is refused (`modules`), or left to a backward pass of each sample: with a
+            warning of the price (`auto`) or without (`per-sample`).
         scale: of the gradients that arrive in those that the optimizer consumes: 1 / ranks.
 
     Attributes:
-        watch: filled instead of recording while the model is looked at.
-        seen: where each module has the samples, once that was looked for.
-        names: of the modules that are seen.
+        places: where modules, and the model's outputs, have the samples.
+        used_directly: parameters, by identity, that something else than their modules uses.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        trained: Iterable[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         running: Running,
         own: OwnPass,
         *,
-        by_sample: bool = False,
+        mode: CaptureMode = "auto",
         scale: float = 1.0,
     ) -> None:
-        self._trained = {id(parameter) for parameter in trained}
+        self._model = model
+        self._parameters = parameters
+        self._trained = {id(parameter) for parameter in parameters.values()}
         self._running = running
         self._own = own
-        self._by_sample = by_sample
+        self.mode = mode
         self._scale = scale
         self.buffers = Buffers()
-        self.watch: Watch | None = None
-        self.seen: Look | None = None
+        self.places = Places()
+        self.used_directly: set[int] = set()
+        self._prover = Prover(parameters, self.buffers, scale, own)
+        self._partners: dict[str, str] = {}
+        self._agreed: set[str] = set()
+        self._trusted: set[str] = set()
         self._warned: set[str] = set()
         self._kinds: list[Kind] = []
-        self.names: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for kind in hooked_modules(model, lambda one: id(one) in self._trained, self.replaying):
@@ -99,7 +107,6 @@ class Capture:
 
     def _hook(self, kind: Kind) -> None:
         self._kinds.append(kind)
-        self.names.add(kind.name)
         random: list[RandomState] = []
 
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -109,7 +116,7 @@ class Capture:
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             batch = self._running.current
-            idle = self.watch is not None or self.is_replaying or (batch is not None and batch.empty)
+            idle = self.is_replaying or (batch is not None and batch.empty)
             random.clear()
             if not idle and torch.is_grad_enabled():
                 devices = (one.device for one in kind.parameters())
@@ -118,41 +125,15 @@ class Capture:
         if kind.needs_arguments:  # nothing else is computed again
             self._handles.append(kind.module.register_forward_pre_hook(before))
         self._handles.append(kind.module.register_forward_hook(forward, with_kwargs=True))
-        if isinstance(kind, EmbeddingKind):
-
-            def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-                return self._spread(kind, args)
-
-            self._handles.append(kind.module.register_forward_pre_hook(spread))
 
     def _hook_attention(self, name: str, module: nn.MultiheadAttention) -> None:
         def see(kind: Kind, given: torch.Tensor, output: torch.Tensor, layout: Layout) -> None:
             if not self.is_replaying:
                 self._seen(kind, given, output, None, None, layout)
 
-        self.names.add(name)
         projections = Projections(name, module, see)
         self._handles.append(module.register_forward_pre_hook(lambda *_: projections.begin()))
         self._handles.append(module.register_forward_hook(lambda *_: projections.end(), always_call=True))
-
-    def _spread(self, kind: Kind, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give a row of ids, (1, T), the batch's rows, so that each sample has a gradient of its own.
-
-        Where the model was seen to do the same with them, as with positions; not with one row of which it makes
-        something for all samples.
-        """
-        if self.is_replaying or not args or not _is_row_of_ids(args[0]):
-            return None
-        if self.watch is not None:
-            rows, proved = self.watch.rows, kind.name in self.watch.spread
-            if rows > 1:
-                self.watch.tables.setdefault(kind.name, [])
-        else:
-            batch = self._batch(kind.module)
-            if batch is None or batch.empty or not torch.is_grad_enabled():
-                return None
-            rows, proved = batch.rows_given, self.seen is not None and self.seen.tables.get(kind.name, False)
-        return (args[0].expand(rows, -1), *args[1:]) if proved and rows > 1 else None
 
     def _is_trained(self, parameter: Any) -> bool:
         """Whether a backward pass accumulates into it: it may have been frozen on the way."""
@@ -173,11 +154,6 @@ class Capture:
         random: RandomState | None,
         layout: Layout | None = None,
     ) -> None:
-        if self.watch is not None:
-            # Of an attention's projections the first ones, (L, N, E), say where the samples are.
-            if isinstance(given, torch.Tensor) and (layout is None or given.ndim == 3):
-                self.watch.note(kind.name, given, output)
-            return
         batch = self._batch(kind.module)
         if not torch.is_grad_enabled():
             if batch is not None:
@@ -193,23 +169,12 @@ class Capture:
             )
         if batch.empty or not _requires_grad(output):
             return
-        if isinstance(kind, EmbeddingKind) and _is_row_of_ids(given) and batch.rows_given > 1:
-            self._warn_once(
-                kind,
-                "is looked up by one row of ids for all samples, so that its gradient is taken by one more backward "
-                "pass for each recorded sample. To save these, give it a row of ids for each sample, or freeze it",
-            )
-            self._leave_to_passes(kind, batch)
-            return
+        # torch itself says where an attention has the samples of each of its projections.
+        place = kind.name if layout is None else f"{kind.name} {layout}"
         try:
-            if layout is None:
-                layout = self._place(kind, given, output, batch)
-            else:
-                self._check_attention(kind, given, batch, layout)
-        except CoverageError:
-            if not self._by_sample:
-                raise
-            self._leave_to_passes(kind, batch)
+            known, candidates = self._layouts(kind, place, given, output, batch, layout)
+        except CoverageError as error:
+            self._leave_to_passes(kind, batch, error)
             return
         self._check_separable(kind)
         kept = with_each_tensor(arguments, torch.Tensor.detach) if kind.needs_arguments and arguments else None
@@ -217,8 +182,11 @@ class Capture:
         shared = batch.share(given) if kind.keeps_input else Input(given.detach())
         call = Call(
             f"{kind.name} ({type(kind.module).__name__})",
+            place,
             batch.chosen,
-            layout,
+            known,
+            candidates,
+            given.shape,
             shared,
             given._version,
             output.shape,
@@ -228,10 +196,22 @@ class Capture:
             self.buffers,
         )
         batch.watch(call)
-        _hooked(output).register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
+        if not candidates:
+            batch.shared.append(call)
+            batch.proving |= kind.name not in self._partners
+        hooked = _hooked(output)
+        if known is None:
+            batch.edges[id(call)] = get_gradient_edge(hooked)
+        hooked.register_hook(self._backward(kind, call, weakref.ref(batch)))  # type: ignore[no-untyped-call]
 
-    def _leave_to_passes(self, kind: Kind, batch: MicroBatch) -> None:
-        """Have the gradients of a module's parameters taken by a backward pass of each sample."""
+    def _leave_to_passes(self, kind: Kind, batch: MicroBatch, error: CoverageError) -> None:
+        """Have the gradients of a module's parameters taken by a backward pass of each sample, where that is allowed.
+
+        Raises:
+            CoverageError: the one that is given, where it is not.
+        """
+        if self.mode == "modules" or not batch.called:
+            raise error
         batch.whole.update(id(parameter) for parameter in kind.parameters() if id(parameter) in self._trained)
 
     def _warn_once(self, kind: Kind, what: str) -> None:
@@ -241,8 +221,10 @@ class Capture:
             text = f"module {kind.name} ({type(kind.module).__name__}) {what}"
             warnings.warn(text, TimstoreWarning, stacklevel=3)
 
-    def _place(self, kind: Kind, given: Any, output: Any, batch: MicroBatch) -> Layout:
-        """Return where the samples are.
+    def _layouts(
+        self, kind: Kind, place: str, given: Any, output: Any, batch: MicroBatch, fixed: Layout | None
+    ) -> tuple[Layout | None, tuple[Layout, ...]]:
+        """Return where the samples are, None where that has to be proved, and where they may be.
 
         Raises:
             CoverageError: they cannot be told apart there.
@@ -254,44 +236,182 @@ class Capture:
                 module=kind.name,
             )
         rows = len(batch.ids)
-        found: Layout | None
+        self.places.meet(place, batch)
+        if place in self.places.nowhere and rows > 1 and batch.layout is None:
+            raise self._nowhere(kind, given.shape)
+        possible: Sequence[Layout] = CANDIDATES if fixed is None else (fixed,)
         if batch.layout is not None:
-            found = batch.layout
-        elif rows == 1:
-            found = Axis(0) if Axis(0).fits(given.shape, 1) else Whole()
-        else:
-            # Layers that are called one by one, in a block of `recorder.batch`, have the batch on axis 0.
-            found = None if self.seen is None and _is_square(output, rows) else Axis(0)
-            if self.seen is not None:
-                found = self.seen.layout(kind.name, given.shape, rows, batch.sizes)
-        if found is None:
+            possible = (batch.layout,)
+        elif rows == 1 and fixed is None:
+            possible = (Axis(0), Whole())
+        fitting = tuple(
+            layout
+            for layout in possible
+            # Of one token each, a folded axis is the batch itself.
+            if layout.fits(given.shape, rows)
+            and layout.fits(output.shape, rows)
+            and not (isinstance(layout, Folded) and fixed is None and given.shape[0] == rows)
+        )
+        if not fitting and isinstance(kind, EmbeddingKind) and given.ndim == 2 and len(given) == 1:
+            return None, ()
+        if not fitting:
+            self.places.misfit(place)
             raise CoverageError(
-                f"module {kind.name}: its input {tuple(given.shape)} does not follow the order of the batch's rows on "
-                "any axis, or did not while the batch was looked at (some layers run in training only, or for some "
-                f"data): no gradient could be told from another. Keep the batch on axis 0; or {WAY_OUT}",
+                f"module {kind.name} ({type(kind.module).__name__}) maps {tuple(given.shape)} to "
+                f"{tuple(output.shape)}, and the batch has {rows} sample ids: no axis of it is the batch. Keep axis 0 "
+                f"so; or {WAY_OUT}",
                 kind="order-check",
                 module=kind.name,
             )
-        if not found.fits(given.shape, rows) or not found.fits(output.shape, rows):
-            raise CoverageError(
-                f"module {kind.name} maps {tuple(given.shape)} to {tuple(output.shape)}, and the batch has {rows} "
-                f"sample ids: no axis of it is the batch. Keep axis 0 so; or {WAY_OUT}",
-                module=kind.name,
-            )
-        return found
+        if not given.shape[0]:
+            self.places.misfit(place)
+        if batch.layout is not None or rows == 1:
+            return fitting[0], fitting[:1]
+        known = self.places.known(place, given.shape, rows, batch.sizes) if fixed is None else fixed
+        if place in self.places.nowhere:
+            raise self._nowhere(kind, given.shape)
+        if known is None or (fixed is not None and not self.places.is_proved(place)):
+            batch.proving = True
+        if known is not None and not batch.proving:
+            self._trusted.add(place)
+            return known, (known,)
+        if fixed is not None:
+            return fixed, fitting
+        return None, fitting if known is None else (known, *(one for one in fitting if one != known))
 
-    def _check_attention(self, kind: Kind, given: torch.Tensor, batch: MicroBatch, layout: Layout) -> None:
-        """Refuse an attention whose own axis of samples is not the batch."""
-        rows = len(batch.ids)
-        place = self.seen.places.get(kind.name) if self.seen is not None and rows > 1 else Place(Axis(1))
-        seen = batch.layout is None and place is not None and place.layout == Axis(1)
-        seen = seen and not (self.seen is None and rows > 1 and _is_square(given, rows))
-        if not seen or not layout.fits(given.shape, rows):
-            raise CoverageError(
-                f"module {kind.name} (MultiheadAttention) has the batch of {rows} samples on another axis than it "
-                f"takes for it (batch_first={kind.module.batch_first}), or packed: {WAY_OUT}",
-                kind="order-check",
-                module=kind.name,
+    def _nowhere(self, kind: Kind, shape: Sequence[int]) -> CoverageError:
+        return CoverageError(
+            f"module {kind.name} ({type(kind.module).__name__}): its input {tuple(shape)} does not follow the order of "
+            "the batch's rows on any axis, or not always on the same one: no gradient could be told from another. Keep "
+            f"the batch on axis 0; or {WAY_OUT}",
+            kind="order-check",
+            module=kind.name,
+        )
+
+    def prove(
+        self,
+        batch: MicroBatch,
+        edge: GradientEdge,
+        gradient: torch.Tensor,
+        shape: torch.Size,
+        layouts: Sequence[Layout],
+    ) -> Layout | None:
+        """Find out where the modules have the samples, by the gradient at an output of the model or of a module.
+
+        Args:
+            shape: of the output, where the gradient is that of a tensor of which it is a view.
+            layouts: where the output may have them, the likeliest first.
+
+        Returns:
+            Where it has them; None where that cannot be told.
+
+        Raises:
+            CoverageError: some module has them nowhere, and no backward pass of each sample is allowed.
+        """
+        coupled = self.warns_of_coupling or batch.layout is not None
+        proofs = [self._prover.prove(batch, edge, gradient, shape, layout, coupled=coupled) for layout in layouts]
+        proof = min(proofs, key=lambda one: one.denied)
+        if len(proofs) > 1 and (not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1):
+            return None
+        self._conclude(batch, proof)
+        return proof.layout
+
+    def _conclude(self, batch: MicroBatch, proof: Proof) -> None:
+        found: dict[str, list[Evidence]] = {}
+        for evidence in proof.evidence.values():
+            found.setdefault(evidence.call.place, []).append(evidence)
+        for place, calls in found.items():
+            kind, shape = calls[0].kind, calls[0].call.shape
+            layout = self._agreed_on(calls, batch)
+            for evidence in calls:
+                evidence.call.layout = layout
+            denied = layout is None and place in self._trusted
+            if layout is not None and batch.layout is None:
+                rows, sizes, tokens = len(batch.ids), batch.sizes, batch.has_tokens
+                denied = any(
+                    [self.places.moved(place, layout, one.call.shape, rows, sizes, tokens=tokens) for one in calls]
+                )
+            if denied:
+                raise CoverageError(
+                    f"module {kind.name} has the samples on another axis than was proved before: keep the batch on one "
+                    f"axis, axis 0 at best; or {WAY_OUT}{self._running.since_proof()}",
+                    kind="order-check",
+                    module=kind.name,
+                )
+            self._trusted.discard(place)
+            if layout is None or place in self.places.nowhere:
+                self.places.nowhere.add(place)
+                self._leave_to_passes(kind, batch, calls[0].error or self._nowhere(kind, shape))
+        for call, partners in proof.partners.items():
+            self._join(call, [name for name in partners if found[name][0].call.layout == Axis(0)], batch)
+        for name, off in proof.off.items():
+            if id(self._parameters[name]) in batch.whole:
+                continue
+            # What agreed before may have been used directly ever since, unseen.
+            if self.mode == "modules" or (self.mode == "auto" and name in self._agreed):
+                raise something_else(name, off, more=self._running.since_proof())
+            self.used_directly.add(id(self._parameters[name]))
+        self._agreed |= proof.agreeing
+        batch.whole |= self.used_directly
+
+    def _join(self, call: Call, partners: Sequence[str], batch: MicroBatch) -> None:
+        """Note by which module's gradients those of a table that all samples look up by one row of ids are known."""
+        kind = next(one for one in self._kinds if one.name == call.place)
+        earlier = self._partners.get(kind.name)
+        if earlier in partners:
+            return
+        if earlier is None and partners:
+            self._partners[kind.name] = min(partners)
+            return
+        self.places.nowhere.add(kind.name)
+        self._leave_to_passes(kind, batch, self._nowhere(kind, call.shape))
+
+    def _shared_rows(self, call: Call, gradient: torch.Tensor, batch: MicroBatch, wanted: Any) -> None:
+        """Take the gradients of tables that get, by sample, what has come to this call."""
+        for shared in batch.shared:
+            if self._partners.get(shared.place) == call.place and shared.input.tensor is not None:
+                ids = shared.input.tensor.expand(len(gradient), -1)
+                kind = next(one for one in self._kinds if one.name == shared.place)
+                own = replace(shared, layout=call.layout, input=Input(ids), version=ids._version)
+                batch.arrive(kind.capture(own, gradient, wanted))
+
+    def _agreed_on(self, calls: Sequence[Evidence], batch: MicroBatch) -> Layout | None:
+        """Return where all calls of a module have the samples, None where they have them nowhere.
+
+        Where samples are tied together, a row's gradient comes to others' parts too, but most of it to its own.
+        """
+        for layout in calls[0].candidates:
+            if all(layout in evidence.candidates for evidence in calls):
+                return layout
+        apart = [evidence for evidence in calls if not evidence.candidates]
+        if not apart or any(evidence.error is not None for evidence in apart):
+            return None
+        layout, share = min((evidence.likeliest for evidence in apart), key=lambda pair: pair[1])
+        if batch.layout is not None:
+            self._warn_of_coupling(
+                "lets the samples that are packed into a row see each other (what it returns for one depends on the "
+                "tokens of others): its attention has to keep them apart, as transformers' does from position_ids "
+                "without an attention_mask and with use_cache=False"
+            )
+            return layout
+        if share < 0.5 or not all(evidence.tied for evidence in apart):
+            return None
+        if self.warns_of_coupling:
+            return layout
+        self._warn_of_coupling(
+            "ties the samples of a batch together (what it returns for one depends on the others: statistics over the "
+            "batch, contrastive losses)"
+        )
+        return None
+
+    def _warn_of_coupling(self, how: str) -> None:
+        if "" not in self._warned:
+            self._warned.add("")
+            warnings.warn(
+                f"{type(self._model).__name__} {how}: a record holds what came through its sample's row, a part of "
+                "which other samples caused, and what it did to theirs stays when it is rolled back",
+                TimstoreWarning,
+                stacklevel=2,
             )
 
     def _check_separable(self, kind: Kind) -> None:
@@ -312,7 +432,7 @@ class Capture:
 
     def _backward(self, kind: Kind, call: Call, owner: "weakref.ref[MicroBatch]") -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
-            if not self._handles or self.is_replaying:
+            if not self._handles or (self.is_replaying and not self._prover.running):
                 return
             batch = owner()
             if batch is None or call.released:
@@ -322,11 +442,54 @@ class Capture:
                     kind="late-backward",
                 )
             whole = batch.whole
+
+            def wanted(parameter: Any) -> bool:
+                return self._is_trained(parameter) and id(parameter) not in whole
+
             scaled = gradient.reshape(call.output_shape)
             scaled = scaled if self._scale == 1.0 else scaled * self._scale
-            batch.arrive(kind.capture(call, scaled, lambda one: self._is_trained(one) and id(one) not in whole))
+            if self._prover.running:
+                self._prover.note(kind, call, scaled, wanted)
+                return
+            if call.layout is None and call.candidates and any(map(wanted, kind.parameters())):
+                self._begin_here(kind, call, gradient, batch)
+            if call.layout is not None:
+                batch.arrive(kind.capture(call, scaled, wanted))
+                if batch.shared:
+                    self._shared_rows(call, scaled, batch, wanted)
 
         return arrived
+
+    def _begin_here(self, kind: Kind, call: Call, gradient: torch.Tensor, batch: MicroBatch) -> None:
+        """Begin a proof at a module's output, where no gradient has come to from an output of the model before.
+
+        Raises:
+            CoverageError: as `prove`.
+        """
+        edge = batch.edges.get(id(call))
+        if edge is not None and bool(gradient.any()):
+            entry = batch.entry_at(edge)
+            if entry is not None and entry.layout is not None:
+                layouts: Sequence[Layout] = (entry.layout,)
+                entry.proven = True
+            else:
+                last = len(call.output_shape) - 1
+                layouts = [one for one in call.candidates if not (isinstance(one, Axis) and 0 < one.number == last)]
+            before = set(batch.whole)
+            if self.prove(batch, edge, gradient, call.output_shape, layouts) is None:
+                self._leave_to_passes(kind, batch, self._nowhere(kind, call.shape))
+            if batch.whole - before and all(one.layout is None for one in batch.entries):
+                raise self._out_of_reach(batch.whole - before)
+        if call.layout is None and not any(id(parameter) in batch.whole for parameter in kind.parameters()):
+            call.layout = call.candidates[0]  # whose gradient is zero, or no number
+
+    def _out_of_reach(self, parameters: set[int]) -> CoverageError:
+        names = [name for name, parameter in self._parameters.items() if id(parameter) in parameters]
+        return CoverageError(
+            f"no module shows the gradients of {', '.join(names[:3])} by sample, and a backward pass of each sample "
+            "needs a model that returns a tensor with the batch on an axis (logits, hidden states): the loss alone "
+            "cannot be told apart"
+        )
 
 
 def _drawn(kind: Kind, began: RandomState) -> RandomState | None:
@@ -334,16 +497,6 @@ def _drawn(kind: Kind, began: RandomState) -> RandomState | None:
     if kind.draws_elsewhere is None and kind.module.training:
         kind.draws_elsewhere = began.moved_beyond_torch()
     return began if began.moved() else None
-
-
-def _is_row_of_ids(given: Any) -> bool:
-    """Say whether a table is given one row of ids, (1, T)."""
-    return isinstance(given, torch.Tensor) and given.ndim == 2 and len(given) == 1
-
-
-def _is_square(tensor: torch.Tensor, rows: int) -> bool:
-    """Say whether the tokens are as many as the rows, so that shapes cannot tell which axis is the batch."""
-    return tensor.ndim == 3 and tensor.shape[0] == tensor.shape[1] == rows
 
 
 def _in_backward() -> bool:

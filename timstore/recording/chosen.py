@@ -5,7 +5,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 import torch
 
-from timstore.recording.layouts import Layout, Parts
+from timstore.recording.batch_axis import Layout, Parts
 
 
 class Chosen:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from timstore.recording.modules import ConvKind, EmbeddingKind, Kind, LinearKind, TransposedLinearKind
-from timstore.recording.replays import BatchNormKind, LayerNormKind, LookUpKind, ReplayedKind
+from timstore.recording.recomputed_modules import BatchNormKind, LayerNormKind, LookUpKind, ReplayedKind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

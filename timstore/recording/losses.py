@@ -4,6 +4,7 @@ Of a softmax cross entropy that is, at each position, (softmax - label) times a 
 functions that losses are made of cannot be seen from here, and labels need not be among what the model is given.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,12 @@ class LossKind:
         """Look at the next backward pass; a loss that was another one once stays unknown."""
         self._looking = self.reason is None
 
-    def watch(self, returned: Any, *, labelled: bool) -> None:
+    def watch(self, returned: Any, *, labelled: bool, aside: Callable[[], bool]) -> None:
         """Look at the gradient that comes back to what the model returned, if it is time to look.
 
         Args:
             labelled: the model was given a label for each token, as transformers' language models are.
+            aside: says whether a backward pass of our own runs.
         """
         if not self._looking:
             return
@@ -60,7 +62,8 @@ class LossKind:
                 # Not held by the hook: a loss that the user keeps still holds the graph, and the graph our hooks.
                 number, self._outputs = self._number + 1, outputs.detach()
                 self._number = number
-                outputs.register_hook(lambda gradient: self._arrived(number, gradient))  # type: ignore[no-untyped-call]
+                arrived = lambda gradient: None if aside() else self._arrived(number, gradient)  # noqa: E731
+                outputs.register_hook(arrived)  # type: ignore[no-untyped-call]
         elif any(isinstance(one, torch.Tensor) for one in made.values()):
             for name, one in made.items():
                 if isinstance(one, torch.Tensor) and one.requires_grad:

@@ -7,9 +7,9 @@ from torch import nn
 
 from timstore.options import RecordOptions
 from timstore.recording.capture import Capture
-from timstore.recording.forwards import Forwards
-from timstore.recording.passes import Passes
+from timstore.recording.forward_hooks import Forwards
 from timstore.recording.pending import OwnPass, Pending, Running
+from timstore.recording.per_sample_backward import Passes
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 
@@ -42,7 +42,7 @@ class ModelHooks:
         keep_hashes: Callable[[Mapping[int, str]], None] = lambda _: None,
         stills: Sequence[Standstill] = (),
     ) -> None:
-        by_sample, scale = options.capture == "per-sample", 1 / processes
+        scale = 1 / processes
         together = {name: parameter for trained in parameters for name, parameter in trained.items()}
         own = OwnPass()
         with ExitStack() as made:
@@ -50,11 +50,9 @@ class ModelHooks:
             for pending in self.awaiting:
                 made.callback(pending.clip.remove)
             self.running = Running(self.awaiting, samples)
-            self.capture = Capture(model, together.values(), self.running, own, by_sample=by_sample, scale=scale)
+            self.capture = Capture(model, together, self.running, own, mode=options.capture, scale=scale)
             made.callback(self.capture.remove)
-            passes = Passes(
-                together, self.capture, self.running, by_sample=by_sample, axis=options.batch_axis, scale=scale
-            )
+            passes = Passes(together, self.capture, self.running, axis=options.batch_axis, scale=scale)
             self.forwards = Forwards(
                 model,
                 self.running,

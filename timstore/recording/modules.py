@@ -5,8 +5,8 @@
     Conv1d, 2d, 3d       the same, A_i its patches      kept as factors or dense, by size
     Embedding            rows of D_i, by token id       kept as rows
     MultiheadAttention   its projections, as Linears    `attention`
-    batch, layer norm    scale and shift                `replays`
-    any other            the module again, alone        `replays`
+    batch, layer norm    scale and shift                `recomputed_modules`
+    any other            the module again, alone        `recomputed_modules`
 
 A kind is matched by the forward that really runs: a subclass with another forward is "any other".
 """

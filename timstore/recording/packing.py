@@ -1,4 +1,4 @@
-"""Rows of tokens that several samples are packed into: where one ends and the next begins, and whether they mix.
+"""Rows of tokens that several samples are packed into: where one ends and the next begins.
 
 transformers' models are told by `seq_idx` (a number for every token), `cu_seq_lens_q` (where each begins) or
 `position_ids`, which begin again. A piece is what lies between two such places.
@@ -8,15 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from timstore.model.eval_guard import undisturbed
-from timstore.recording.calm import calm
-from timstore.recording.layouts import Owners
-from timstore.recording.outputs import outputs_of
+from timstore.recording.batch_axis import Owners
 
-# Of a number that a model returns, what rounding may make of it where other tokens stand beside it.
-_ROUNDING = 1e-3
 _BEGINNINGS = ("cu_seq_lens_q", "cu_seq_lens")
 
 
@@ -60,34 +54,6 @@ def contents_of(packed: Owners, kwargs: Mapping[str, Any]) -> list[torch.Tensor]
     if not isinstance(tokens, torch.Tensor) or not packed.fits(tokens.shape, packed.rows):
         return None
     return packed.parts(tokens.detach().cpu(), packed.rows)
-
-
-def mixes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], packed: Owners) -> bool:
-    """Say whether what the model returns for one sample depends on another one's tokens: every other sample's change.
-
-    Cost: two forward passes; the model is left as it was.
-    """
-    tokens = kwargs.get("input_ids")
-    if len(packed.tokens) < 2 or not isinstance(tokens, torch.Tensor) or not packed.fits(tokens.shape, packed.rows):
-        return False
-    changed = tokens.reshape(-1).clone()
-    places = torch.cat(packed.tokens[::2]).to(tokens.device)
-    draw = torch.Generator().manual_seed(len(places))
-    changed[places] = changed[torch.randint(len(changed), (len(places),), generator=draw).to(tokens.device)]
-    with undisturbed(model, evaluate=False) as rewind, calm():
-        before = outputs_of(model(*args, **kwargs))
-        rewind()
-        after = outputs_of(model(*args, **{**kwargs, "input_ids": changed.reshape(tokens.shape)}))
-    for path, was in before.items():
-        layout = packed.of(was.shape)
-        now = after.get(path)
-        if layout is None or now is None or now.shape != was.shape or not was.is_floating_point():
-            continue
-        kept = [layout.parts(one.detach(), 0)[1::2] for one in (was, now)]
-        allowed = _ROUNDING * float(was.detach().abs().max())
-        if any(float((one - other).abs().max()) > allowed for one, other in zip(*kept, strict=True) if one.numel()):
-            return True
-    return False
 
 
 def _beginnings(kwargs: Mapping[str, Any], rows: int, length: int) -> torch.Tensor | None:

@@ -211,6 +211,10 @@ class Running:
         for pending in self.awaiting:
             pending.discard()
 
+    def since_proof(self) -> str:
+        """Return the same as `Pending.since_proof`, of the optimizer whose latest proof is the earliest."""
+        return min(self.awaiting, key=lambda pending: pending.proven or (-1, -1)).since_proof()
+
     def arrived(self, batch: MicroBatch) -> None:
         """A gradient has come to what the model returned for a batch."""
         for pending in self.awaiting:

@@ -93,7 +93,7 @@ class RecorderArguments(_Arguments):
     max_rel_error: float | None = None
     optimizer_history: str = "final"
     waypoints: bool = True
-    capture: str = "modules"
+    capture: str = "auto"
     allow_zero: bool = False
     probe: str | None = AUTO
 

@@ -1,20 +1,18 @@
 """The forward side: who is in the batch that runs."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from timstore.errors import CoverageError, InvalidInputError, TimstoreWarning
+from timstore.errors import InvalidInputError
 from timstore.model.sample_ids import content_rows, row_hash, sample_of
-from timstore.recording.batches import Ids, MicroBatch, check_length, sample_ids, token_counts
+from timstore.recording.batches import Ids, MicroBatch, check_length, have_tokens, sample_ids, sizes_of, token_counts
 from timstore.recording.capture import Capture
-from timstore.recording.looking import Trial, sizes_of
-from timstore.recording.packing import contents_of, ids_of_tokens, mixes, pieces_of
-from timstore.recording.passes import Passes
+from timstore.recording.packing import contents_of, ids_of_tokens, pieces_of
 from timstore.recording.pending import Running
+from timstore.recording.per_sample_backward import Passes
 from timstore.recording.reservoir import Reservoir
 from timstore.recording.standstill import Standstill
 
@@ -59,8 +57,7 @@ class Forwards:
         self._hashes_to = keep_hashes
         self._stills = stills
         self._masked = "MaskedLM" in type(model).__name__
-        self._looked = False
-        self._told = False
+        self._is_proof = True
         self._hashed: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -77,9 +74,8 @@ class Forwards:
             handle.remove()
 
     def look_again(self) -> None:
-        """Look at the next batch again."""
-        self._looked = False
-        self._passes.look_again()
+        """Prove again, with the next batch, where modules have the samples."""
+        self._is_proof = True
         if self._reservoir is not None:
             self._reservoir.loss.look_again()
 
@@ -124,9 +120,11 @@ class Forwards:
         self._keep_hashes(batch.ids, contents)
         if self._reservoir is not None:
             self._reservoir.offer(batch, args, kwargs, contents)
+        batch.called = True
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
-        if not self._looked and len(batch.ids) > 1:
-            self._look(args, kwargs, batch)
+        batch.has_tokens = have_tokens(args, kwargs, len(batch.ids), self._axis)
+        if self._is_proof and len(batch.ids) > 1 and not batch.empty:
+            self._is_proof, batch.proving = False, True
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -136,7 +134,8 @@ class Forwards:
         if batch is not None and output is not None:
             self._passes.watch(output, batch)
             if self._reservoir is not None:
-                self._reservoir.loss.watch(output, labelled=batch.tokens is not None)
+                labelled = batch.tokens is not None
+                self._reservoir.loss.watch(output, labelled=labelled, aside=lambda: self._capture.is_replaying)
         if output is None and batch is not None and not self._running.held:
             self._running.drop(batch)  # the forward pass failed
         self._running.over()
@@ -144,7 +143,7 @@ class Forwards:
     @property
     def is_looking(self) -> bool:
         """Whether the model runs to be looked at."""
-        return self._capture.watch is not None or self._capture.is_replaying
+        return self._capture.is_replaying
 
     def _content_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
         pieces = pieces_of(kwargs)
@@ -180,45 +179,3 @@ class Forwards:
         self._hashed.update(hashes)
         # A sample of several rows, as a preference pair is, has no one content.
         self._hashes_to({sample: found.pop() for sample, found in hashes.items() if len(found) == 1})
-
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch) -> None:
-        self._looked = True
-        if batch.layout is not None:
-            with self._capture.replaying():
-                mixed = mixes(self._model, args, kwargs, batch.layout)
-            if mixed:
-                self._warn_of_coupling(
-                    "lets the samples that are packed into a row see each other (what it returns for one depends on "
-                    "the tokens of others): its attention has to keep them apart, as transformers' does from "
-                    "position_ids without an attention_mask and with use_cache=False"
-                )
-            return
-        before = self._capture.seen
-        seen = Trial(self._model, args, kwargs, len(batch.ids), self._capture, self._axis, before).look()
-        if before is not None:
-            moved = before.moved(seen)
-            if moved:
-                earliest = min(self._running.awaiting, key=lambda one: one.proven or (-1, -1))
-                raise CoverageError(
-                    f"module {moved[0]} has the samples on another axis than when it was looked at before: keep the "
-                    "batch on one axis, axis 0 at best; or record with capture='per-sample'" + earliest.since_proof(),
-                    kind="order-check",
-                    module=moved[0],
-                )
-            seen = before.and_then(seen)
-        self._capture.seen = seen
-        if seen.tied and not self._capture.warns_of_coupling:
-            self._warn_of_coupling(
-                "ties the samples of a batch together (what it returns for one depends on the others, or its loss is "
-                "no mean or sum over them: statistics over the batch, contrastive losses, the balance of experts)"
-            )
-
-    def _warn_of_coupling(self, how: str) -> None:
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"{type(self._model).__name__} {how}: a record holds what came through its sample's row, a part of "
-                "which other samples caused, and what it did to theirs stays when it is rolled back",
-                TimstoreWarning,
-                stacklevel=2,
-            )

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from timstore.errors import CoverageError
 from timstore.model.eval_guard import RandomState
+from timstore.recording.batch_axis import Axis, Parts, only
 from timstore.recording.calls import Arguments, Call, rows_of, wide_dtype, with_each_tensor
-from timstore.recording.layouts import Axis, Parts, only
 from timstore.recording.modules import Captured, Kind, Wanted, check_embedding, looked_up
 from timstore.records import Gradient
 
@@ -54,8 +54,10 @@ class ReplayedKind(Kind):
         with self._replaying(), torch.enable_grad(), call.autocast.again(), _numbers_of(call, gradient):
             quick = self._from_scales(call, gradient, held) if sliced and self._only_scales is not False else None
             if quick is None or self._only_scales is None:
-                compute = self._from_rows if sliced else self._from_all
-                rows = [torch.stack(list(of_one)) for of_one in zip(*compute(call, gradient, held), strict=True)]
+                computed = self._from_rows(call, gradient, held) if sliced else None
+                sliced = computed is not None
+                each = computed if computed is not None else self._from_all(call, gradient, held)
+                rows = [torch.stack(of_one) for of_one in zip(*each, strict=True)]
                 if sliced:
                     self._only_scales = quick is not None and all(map(_alike, quick, rows))
             else:
@@ -73,13 +75,18 @@ class ReplayedKind(Kind):
         """
         assert call.arguments is not None
         shapes = [tuple(one.shape) for one in held.values()]
-        if any(not shape or tuple(call.output_shape[-len(shape) :]) != shape for shape in shapes):
+        if any(
+            not 0 < len(shape) < len(call.output_shape) or tuple(call.output_shape[-len(shape) :]) != shape
+            for shape in shapes
+        ):
             return None
         args, kwargs = _of_samples(call.arguments, call.chosen.batch, call.chosen.take)
         grads = call.chosen.take(gradient)
         with torch.no_grad():
             without = {f"module.{name}": torch.zeros_like(one) for name, one in held.items()}
-            base = self._run(without, args, kwargs)
+            base = self._of_rows(without, args, kwargs, grads.shape)
+            if base is None:
+                return None
             found, combined = [], base
             for name, one in held.items():
                 scale = self._run({**without, f"module.{name}": torch.ones_like(one)}, args, kwargs) - base
@@ -94,23 +101,39 @@ class ReplayedKind(Kind):
 
     def _from_rows(
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
-    ) -> Iterator[Sequence[torch.Tensor]]:
+    ) -> list[Sequence[torch.Tensor]] | None:
+        """Return each sample's gradients, by its rows alone; None where the module does not map rows to rows."""
         assert call.arguments is not None
+        each = []
         for rows in call.chosen.rows:
             args, kwargs = _of_samples(call.arguments, call.chosen.batch, operator.itemgetter(rows))
             leaves = _leaves(held)
-            output = self._run(leaves, args, kwargs)
-            yield _pull_back(output, leaves, gradient[rows])
+            output = self._of_rows(leaves, args, kwargs, gradient[rows].shape)
+            if output is None:
+                return None
+            each.append(_pull_back(output, leaves, gradient[rows]))
+        return each
 
     def _from_all(
         self, call: Call, gradient: torch.Tensor, held: Mapping[str, nn.Parameter]
-    ) -> Iterator[Sequence[torch.Tensor]]:
-        assert call.arguments is not None
+    ) -> list[Sequence[torch.Tensor]]:
+        """Return each sample's gradients, by what the module makes of all rows."""
+        assert call.arguments is not None and call.layout is not None
         args, kwargs = call.arguments
         leaves = _leaves(held)
         output = self._run(leaves, args, kwargs)
-        for rows in call.chosen.rows:
-            yield _pull_back(output, leaves, only(gradient, call.layout, call.chosen.batch, rows))
+        masked = (only(gradient, call.layout, call.chosen.batch, rows) for rows in call.chosen.rows)
+        return [_pull_back(output, leaves, one) for one in masked]
+
+    def _of_rows(
+        self, leaves: Mapping[str, torch.Tensor], args: Any, kwargs: Any, shape: torch.Size
+    ) -> torch.Tensor | None:
+        """Return what the module makes of some rows; None where it does not take them alone."""
+        try:
+            output = self._run(leaves, args, kwargs)
+        except RuntimeError:
+            return None
+        return output if output.shape == shape else None
 
     def _run(self, leaves: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
         # Statistics that the module keeps have seen this pass already.

@@ -1,4 +1,4 @@
-"""The look leaves training as it is, and finds the samples in models that make that hard."""
+"""A proof leaves training as it is, and finds the samples in models that make that hard."""
 
 import random
 from collections.abc import Callable
@@ -166,7 +166,7 @@ def test_a_matrix_for_all_rows_is_not_the_batch_when_it_is_as_long(tmp_path: Pat
 
 
 @pytest.mark.parametrize("lengths", [[16, 1, 1, 1], [1, 16, 1, 1]], ids=str)
-def test_rows_that_are_mostly_padding_are_looked_at(tmp_path: Path, lengths: list[int]) -> None:
+def test_rows_that_are_mostly_padding_are_proved(tmp_path: Path, lengths: list[int]) -> None:
     def forward(self: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         pooled = (self.table(x) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         out: torch.Tensor = self.out(pooled)
@@ -196,3 +196,38 @@ def test_an_own_layer_may_fold_tokens_away(tmp_path: Path, options: Any) -> None
     pool = Model(lambda self, x, count: (x * self.scale).view(count, -1, 6).mean(1), scale=nn.Parameter(torch.rand(6)))
     forward = lambda self, x: self.out(self.pool(x.flatten(0, 1), len(x)))  # noqa: E731
     record(tmp_path / "s", Model(forward, pool=pool, out=nn.Linear(6, 2)), [of(5, 6), of(3, 6)], **options)
+
+
+# --- what is rounding, and what is not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used_directly", [False, True])
+def test_a_gradient_far_below_the_others_is_held_to_its_parts(tmp_path: Path, used_directly: bool) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        small = self.small(x) + (x @ self.small.weight.T if used_directly else 0)
+        out: torch.Tensor = self.large(x) + 3e-8 * small
+        return out
+
+    model = Model(forward, large=nn.Linear(6, 2), small=nn.Linear(6, 2))
+    if not used_directly:
+        record(tmp_path / "s", model, [of(5, 6), of(4, 6)], capture="modules")
+        return
+    with pytest.raises(CoverageError, match=r"small\.weight.*add up to something else"):
+        record(tmp_path / "s", model, [of(5, 6)], capture="modules")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@BOTH
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_evidence(tmp_path: Path, scale: float, options: Any) -> None:
+    # Softmax takes no notice of what is added to all of its arguments, so that the keys' bias has no gradient.
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        out: torch.Tensor = self.out(weights @ x)
+        return out
+
+    model = Model(forward, query=nn.Linear(6, 6), key=nn.Linear(6, 6), out=nn.Linear(6, 2))
+
+    def loss(model: nn.Module, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        return scale * (rows(model(**batch)) * weights).mean()
+
+    record(tmp_path / "s", model, [of(5, 6, loss=loss), of(3, 6, loss=loss)], **options)

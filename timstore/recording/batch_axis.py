@@ -111,7 +111,7 @@ class Owners:
 
 
 CANDIDATES: tuple[Axis | Folded, ...] = (Axis(0), Axis(1), Folded(), Folded(token_major=True), Axis(2))
-"""What may be found by looking, the most likely first."""
+"""What may be proved, the most likely first."""
 
 
 def only(tensor: torch.Tensor, layout: Layout, batch: int, rows: list[int]) -> torch.Tensor:
