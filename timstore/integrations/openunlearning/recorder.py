@@ -89,11 +89,7 @@ class TIMRecorder(OpenUnlearningTrainer):
         return None if asked is None else list(asked)
 
     def _data_set(self, configuration: Mapping[str, Any]) -> Any:
-        """Return the data set of a configuration, made by OpenUnlearning as any other of the run.
-
-        Raises:
-            StateError: OpenUnlearning is not there to make it.
-        """
+        """Return the data set of a configuration, made by OpenUnlearning as any other of the run."""
         make = getattr(sys.modules.get("data"), "get_datasets", None)
         if make is None:
             raise StateError("samples is the configuration of a data set, which OpenUnlearning's `data` has to make")

@@ -155,10 +155,8 @@ def _refusal(store: Store, rows: ForgetRows, recorded: int) -> str:
     first = ", ".join(map(str, rows.missing[:8])) + (", ..." if len(rows.missing) > 8 else "")
     some, skip = "none was ever recorded", ""
     if rows.samples:
-        some, skip = (
-            f"{len(rows.missing)} (rows {first}) were never recorded",
-            "; missing: skip goes on without them",
-        )
+        some = f"{len(rows.missing)} (rows {first}) were never recorded"
+        skip = "; missing: skip goes on without them"
     why = (
         "what id_map says is no sample of it"
         if rows.known_by == "id_map"
@@ -195,9 +193,10 @@ def _read(id_map: Any, rows: int, names: Mapping[str, int] | None) -> dict[int, 
         row = int(key) if isinstance(key, str) and key.isdecimal() else whole_number(key, f"{what}: a row")
         if not 0 <= row < rows:
             raise InvalidInputError(f"{what} names row {row}, and the forget split has {rows}")
-        is_name = isinstance(sample, str)
-        named = sample_named(sample, names, "name") if is_name else sample
-        mapped[row] = whole_number(named, f"{what}: the sample of row {row}")
+        by_name = isinstance(sample, str)
+        mapped[row] = (
+            sample_named(sample, names, "name") if by_name else whole_number(sample, f"{what}: the sample of row {row}")
+        )
     return mapped
 
 

@@ -49,13 +49,8 @@ class _Arguments:
                 raise InvalidInputError(f"say where the trajectories are: {METHOD}{name}=...")
         options = {option: given.pop(name) for name, option in cls.NAMES.items() if name in given}
         own = {name: given.pop(name) for name in cls.defaults() if name in given}
-        return cls(**own, options=_checked(cls.OPTIONS, options))  # type: ignore[call-arg]
-
-
-def _checked(kind: type[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return options as the library takes them."""
-    checked = kind(**options)
-    return {name: getattr(checked, name) for name in options}
+        checked = cls.OPTIONS(**options)
+        return cls(**own, options={name: getattr(checked, name) for name in options})  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
