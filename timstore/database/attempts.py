@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable
 
 from timstore.errors import InvalidInputError, StateError, shown
-from timstore.format.commits import Attempt, Scope
-from timstore.format.log import claim_attempt
-from timstore.format.objects import Objects
+from timstore.format.local_files import Objects
+from timstore.format.log import Attempt, Scope, claim_attempt
 
 _log = logging.getLogger(__name__)
 _DIGEST = re.compile("[0-9a-f]{64}")

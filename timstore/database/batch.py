@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from timstore.database.ledger import check_rows, row_bytes, table
 from timstore.encoding import Matrix
-from timstore.format.columns import joined
-from timstore.format.segment import EncodedRecord, build_segment
+from timstore.format.segments import EncodedRecord, build_segment
+from timstore.format.user_columns import joined
 from timstore.records import Parameter, Record
 
 

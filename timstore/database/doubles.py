@@ -9,13 +9,12 @@ import pyarrow as pa
 from timstore.database.batch import Batch, EncodedItem
 from timstore.database.ledger import same
 from timstore.errors import CorruptionError, FormatError, InvalidInputError, TimstoreWarning
-from timstore.format.checkpoint import read_rows, read_tables
-from timstore.format.commits import Commit
-from timstore.format.log import Overtaken
-from timstore.format.objects import Objects
-from timstore.format.segment import EncodedRecord
+from timstore.format.compaction import read_rows, read_tables
+from timstore.format.local_files import Objects
+from timstore.format.log import Commit, Overtaken
+from timstore.format.log_reader import View, read_view
+from timstore.format.segments import EncodedRecord
 from timstore.format.settings import Settings
-from timstore.format.view import View, read_view
 from timstore.records import Parameter
 
 _GRADIENT = ("epoch", "step", "rank", "sample", "parameter")
@@ -76,7 +75,7 @@ class Doubles:
     def _look(self) -> None:
         """Take note of the commits that are new, but for one's own, and of those the ones to this attempt."""
         view = read_view(self._objects, self._settings, self._view)
-        known = len(self._view.commits) if view.checkpoint == self._view.checkpoint else 0
+        known = len(self._view.commits) if view.compaction == self._view.compaction else 0
         new = [one for one in view.commits[known:] if one.seq > self._seen.get(one.writer, -1)]
         others = [one for one in new if one.writer not in self._own]
         for commit in others:
@@ -106,15 +105,15 @@ class Doubles:
     def _rows(
         self, view: View, commit: Commit, kind: str, columns: tuple[str, ...] | None = None
     ) -> Iterator[pa.Table]:
-        """Yield the rows of one kind of a commit, out of the checkpoint where they are folded."""
-        checkpoint = view.checkpoint
-        if checkpoint is None or not checkpoint.covers(commit.writer, commit.seq):
+        """Yield the rows of one kind of a commit, out of the compaction where they are folded."""
+        compaction = view.compaction
+        if compaction is None or not compaction.covers(commit.writer, commit.seq):
             files = [info for info in commit.objects if info.kind == kind]
             tables = [read_rows(self._objects, info, commit) for info in files]
         else:
             key = commit.writer, commit.seq
             number = next(number for number, one in enumerate(view.commits) if (one.writer, one.seq) == key)
-            folded = read_tables(self._objects, checkpoint, kind)
+            folded = read_tables(self._objects, compaction, kind)
             tables = [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
         for rows in tables:
             yield rows if columns is None else rows.select(columns)

@@ -11,7 +11,8 @@ from timstore.catalog import remove_leftovers
 from timstore.database import lifetime
 from timstore.database.opening import open_settings
 from timstore.database.snapshot import Snapshot, StoredRecord
-from timstore.format.place import Place
+from timstore.format.segments import Arrays
+from timstore.format.settings import Place
 from timstore.os_errors import user_path
 
 if TYPE_CHECKING:
@@ -74,6 +75,27 @@ class Handle:
             CorruptionError: if an object is missing or is not what was written.
         """
         return self.snapshot().read(None if where is None else arguments.text(where, "where"))
+
+    def zarr(self) -> Iterator[Arrays]:
+        """Iterate over the arrays of the store as zarr-python opens them, for tools that read Zarr: read-only, checked.
+
+        Yields (group, rows) for each commit that has arrays, in the order of the SQL table `commits`.
+
+        `group` is a `zarr.Group`. Its arrays are named `w<width>-<dtype>` and have the shape (rows, width); bfloat16 is
+        uint16, the upper half of a float32. An object is read, and checked whole, when a slice of its array is taken.
+
+        `rows` is an arrow table that says where gradients lie. Of the gradient part of (attempt, epoch, step, rank,
+        sample, parameter, part), the key of the SQL table `gradients`, the rows [start, start + rows) of `array` are
+        its `role`. Of encoding `dense` it is its `values`; of `rows`, zeros but for `values` in the rows `indices`; of
+        `factors`, `output_gradients.T @ inputs`, where there is a `row_map` of these rows of the inputs alone. The
+        roles with `_scales` (int8), and matrices in several `block`s (rows above 1 MB), are explained in
+        docs/format.md. Rows that a later attempt supersedes are among them, though SQL leaves them out; what the arrays
+        hold of the SQL table `states` is not.
+
+        Raises:
+            CorruptionError: an object is missing or is not what was written, also when an array is read.
+        """
+        return self.snapshot().arrays()
 
     def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
         """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.

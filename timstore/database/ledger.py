@@ -10,7 +10,7 @@ import pyarrow as pa
 from timstore.database.snapshot import Snapshot
 from timstore.database.validation import parameter
 from timstore.errors import InvalidInputError
-from timstore.format.tables import SCHEMAS
+from timstore.format.schemas import SCHEMAS
 from timstore.records import Parameter, Step, StepGroup
 
 # Moments kept in mind; earlier ones are looked up in the store.

@@ -19,8 +19,8 @@ from timstore.errors import (
     TimstoreWarning,
     shown,
 )
-from timstore.format import layout
-from timstore.format.objects import LocalObjects
+from timstore.format import paths
+from timstore.format.local_files import LocalObjects
 from timstore.format.settings import Settings, create_settings, read_settings
 from timstore.os_errors import reporting
 
@@ -44,15 +44,15 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
 def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
     if mode == "w":
         remove_store(path)
-    exists = (path / layout.SETTINGS).exists()
+    exists = (path / paths.SETTINGS).exists()
     if mode == "x" and exists:
         raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
     if not exists:
         check_whole(path)
-        if (path / layout.attempt_path(0)).exists():
+        if (path / paths.attempt_path(0)).exists():
             raise CorruptionError(
-                f"{path} has records, but its {layout.SETTINGS} is missing. Restore this file from a copy",
-                path=layout.SETTINGS,
+                f"{path} has records, but its {paths.SETTINGS} is missing. Restore this file from a copy",
+                path=paths.SETTINGS,
             )
         if mode == "r":
             raise NotFoundError(f"there is no store at {path}; mode 'a' makes one", path=str(path))
@@ -89,7 +89,7 @@ def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObject
 
 def _warn_when_public(path: Path) -> None:
     """A copy made without its modes, say, may be open to everyone."""
-    if path.stat().st_mode & stat.S_IXOTH and (path / layout.SETTINGS).stat().st_mode & stat.S_IROTH:
+    if path.stat().st_mode & stat.S_IXOTH and (path / paths.SETTINGS).stat().st_mode & stat.S_IROTH:
         warnings.warn(
             f"every user of this machine can read {path}, and gradients tell about the data they came from: "
             f"chmod -R go= {path}",
@@ -101,7 +101,7 @@ def _warn_when_public(path: Path) -> None:
 def _is_free(path: Path) -> bool:
     """Say whether a store may be made here: an empty folder, or one in which somebody began to make it."""
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    return layout.SETTINGS in names or all(name.startswith(f".{layout.SETTINGS}.") for name in names)
+    return paths.SETTINGS in names or all(name.startswith(f".{paths.SETTINGS}.") for name in names)
 
 
 def _check(mode: str, options: dict[str, Any]) -> None:

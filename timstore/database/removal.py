@@ -8,24 +8,23 @@ from pathlib import Path
 
 from timstore.database import lifetime
 from timstore.errors import CorruptionError, InvalidInputError
-from timstore.format import layout
-from timstore.format.holding import held
-from timstore.format.objects import LocalObjects
+from timstore.format import paths
+from timstore.format.local_files import LocalObjects, folder_held
 from timstore.format.settings import read_settings
 from timstore.os_errors import reporting
 
 _log = logging.getLogger(__name__)
 
 # What the settings are called while the rest goes: without settings nothing is a store, with this it was one.
-_MARK = f".{layout.SETTINGS}.removed"
-_FOLDERS = tuple(folder.rstrip("/") for folder in (layout.DATA, layout.LOG, layout.CHECKPOINTS, layout.RUNS))
+_MARK = f".{paths.SETTINGS}.removed"
+_FOLDERS = tuple(folder.rstrip("/") for folder in (paths.DATA, paths.LOG, paths.COMPACTIONS, paths.RUNS))
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 _PARSERS = (
-    layout.parse_attempt_path,
-    layout.parse_record_path,
-    layout.parse_data_path,
-    layout.parse_checkpoint_path,
-    layout.parse_folded_path,
+    paths.parse_attempt_path,
+    paths.parse_record_path,
+    paths.parse_data_path,
+    paths.parse_compaction_path,
+    paths.parse_folded_path,
 )
 
 
@@ -57,8 +56,8 @@ def remove_store(path: Path) -> None:
     """
     if not path.is_dir() or not any(path.iterdir()):
         return
-    with held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
-        settings = path / layout.SETTINGS
+    with folder_held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
+        settings = path / paths.SETTINGS
         if not settings.exists() and not (path / _MARK).exists():
             return
         foreign = _foreign(path)
@@ -97,7 +96,7 @@ def _foreign(path: Path) -> str | None:
 
 
 def _is_ours(path: str) -> bool:
-    return path == layout.SETTINGS or any(parse(path) is not None for parse in _PARSERS)
+    return path == paths.SETTINGS or any(parse(path) is not None for parse in _PARSERS)
 
 
 def _synced(folder: Path) -> None:

@@ -14,12 +14,12 @@ from timstore.database.batch import Item, rows_items
 from timstore.database.entries import Entry, record_entry, step_entry
 from timstore.database.handle import Handle
 from timstore.database.ledger import Ledger, parameter_rows
-from timstore.database.samples import Samples, check_columns, hash_rows
+from timstore.database.samples import ColumnTypes, Samples, hash_rows
 from timstore.database.snapshot import pack_probe
 from timstore.database.states import state_item, state_precision
 from timstore.database.writer import BackgroundWriter
-from timstore.format.commits import Scope
-from timstore.format.rollup import RollUp, roll_up
+from timstore.format.compacting import CompactionReport, compact
+from timstore.format.log import Scope
 from timstore.records import Parameter, StepGroup
 
 
@@ -300,11 +300,11 @@ class Store(Handle):
             self._stale = True  # also of a commit that left something out all else is there
             self._writer.commit()
 
-    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> RollUp:
+    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> CompactionReport:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
 
         Commits first. Readers and writers go on meanwhile. A writer does so by itself every 1,000 commits. Returns what
-        was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
+        was done; its `compaction` is None when there was nothing to do, and `undeleted` says what was left.
 
         Args:
             progress: as `timstore.verify` takes it, in commits.
@@ -318,7 +318,7 @@ class Store(Handle):
         self._check_writable()
         self.commit()
         with told(progress, "folding commits", "pieces") as tell:
-            done = roll_up(self._objects.synced(), self.settings, tell)
+            done = compact(self._objects.synced(), self.settings, tell)
         self._stale = True
         return done
 
@@ -379,7 +379,7 @@ class Store(Handle):
         if not items:
             return
         if self._writer is None:
-            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_checkpoint)
+            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_compaction)
             self._writer = BackgroundWriter.begin(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
@@ -396,6 +396,6 @@ class Store(Handle):
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()
-        check_columns(rows, self.snapshot().catalog.rows)
+        rows = ColumnTypes(self.snapshot().catalog.rows).fitted(rows)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()

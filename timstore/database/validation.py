@@ -22,7 +22,7 @@ from timstore.arguments import (
 )
 from timstore.database.parts import OwnedParts, is_finite, is_zero, parameter_of
 from timstore.errors import InvalidInputError, shown
-from timstore.format.commits import Scope
+from timstore.format.log import Scope
 from timstore.records import Factors, Gradient, Parameter, Record, Rows, Step, StepGroup
 
 _SCALARS = frozenset(field.name for field in fields(Step)) - {"epoch", "step", "groups", "rank"}

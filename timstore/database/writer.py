@@ -23,12 +23,12 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
+from timstore.format.compacting import compact
+from timstore.format.local_files import Objects
 from timstore.format.log import LogWriter, Overtaken
-from timstore.format.objects import LocalObjects
-from timstore.format.rollup import roll_up
-from timstore.format.segment import EncodedRecord
+from timstore.format.log_reader import View
+from timstore.format.segments import EncodedRecord
 from timstore.format.settings import Settings
-from timstore.format.view import View
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 QUEUE_BYTES = 512 * 1024 * 1024
 COMMIT_BYTES = QUEUE_BYTES // 2
 COMMIT_SECONDS = 30.0
-ROLL_UP_COMMITS = 1000
+COMPACT_COMMITS = 1000
 
 
 class BackgroundWriter:
@@ -44,8 +44,8 @@ class BackgroundWriter:
 
     Args:
         doubles: keeps out of a commit what others have committed.
-        roll_up: folds the row files of all commits so far; called after every `ROLL_UP_COMMITS` of them.
-        unfolded: how many commits there are already that no roll-up covers.
+        compact: folds the row files of all commits so far; called after every `COMPACT_COMMITS` of them.
+        unfolded: how many commits there are already that no compaction covers.
 
     An error of the thread is raised once, by the next call from the training thread, and what was
     accepted before it stays in memory: the next commit tries again. What is left out of a commit alone, while all
@@ -60,10 +60,10 @@ class BackgroundWriter:
         precision: str,
         max_rel_error: float,
         doubles: Doubles,
-        roll_up: Callable[[], object],
+        compact: Callable[[], object],
         unfolded: int,
     ) -> None:
-        self._roll_up = roll_up
+        self._compact = compact
         self._unfolded = unfolded
         self._untold: list[str] = []
         self.attempt = attempt
@@ -89,7 +89,7 @@ class BackgroundWriter:
 
     @classmethod
     def begin(
-        cls, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int
+        cls, objects: Objects, settings: Settings, attempt: int, known: View, unfolded: int
     ) -> "BackgroundWriter":
         """Return a new writer of an attempt.
 
@@ -102,7 +102,7 @@ class BackgroundWriter:
             precision=settings.precision,
             max_rel_error=settings.max_rel_error,
             doubles=Doubles(objects, settings, attempt, known),
-            roll_up=partial(roll_up, objects.synced(), settings),
+            compact=partial(compact, objects.synced(), settings),
             unfolded=unfolded,
         )
 
@@ -333,7 +333,7 @@ class BackgroundWriter:
         with self._condition:
             self._answered = max(self._answered, answers)
             self._condition.notify_all()
-        if self._unfolded >= ROLL_UP_COMMITS:
+        if self._unfolded >= COMPACT_COMMITS:
             self._fold()
 
     def _write(self) -> None:
@@ -381,7 +381,7 @@ class BackgroundWriter:
         """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""
         self._unfolded = 0
         try:
-            self._roll_up()
+            self._compact()
         except Exception as error:
             _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from timstore import open as open_store
 from timstore import rollback
 from timstore.errors import CoverageError, InvalidInputError, NotFoundError
-from timstore.format import layout
+from timstore.format.paths import SETTINGS
 from timstore.integrations.openunlearning.splits import (
     ForgetRows,
     RetainProbe,
@@ -187,7 +187,7 @@ def _store_of(asked: RollbackArguments) -> Path:
             f"there is no directory {folder}: tim_output_dir is the one that TIMRecorder recorded into",
             path=str(folder),
         )
-    store = next((path for path in (folder, folder / STORE) if (path / layout.SETTINGS).is_file()), None)
+    store = next((path for path in (folder, folder / STORE) if (path / SETTINGS).is_file()), None)
     endings = {ending for endings in FORMATS.values() for ending in endings}
     has_older = any(path.suffix in endings for path in folder.glob("epoch_*"))
     wanted = asked.trajectory_format
