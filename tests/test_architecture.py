@@ -25,8 +25,7 @@ FLOORS = [
     ["timstore.recording", "timstore.rollbacks", "timstore.verification", "timstore.legacy"],
     ["timstore.checkpoints"],
     ["timstore"],
-    ["timstore.integrations"],
-    ["timstore.cli"],
+    ["timstore.cli", "timstore.integrations"],
     ["timstore.__main__"],
 ]
 
@@ -45,11 +44,12 @@ OWNERS = {
         "timstore.checkpoints",
         "timstore",
         "timstore.integrations",
+        "timstore.cli.untrained",
     ],
     "ijson": ["timstore.legacy"],
     "rich": ["timstore.progress", "timstore.cli.reading"],
     "typer": ["timstore.cli"],
-    "transformers": ["timstore.checkpoints", "timstore.integrations"],
+    "transformers": ["timstore.checkpoints", "timstore.integrations", "timstore.cli.untrained"],
     "lightning": ["timstore.integrations.lightning"],
     "pytorch_lightning": ["timstore.integrations.lightning"],
 }

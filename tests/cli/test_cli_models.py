@@ -207,7 +207,7 @@ def test_forecast_is_that_of_the_library_and_the_same_again(model):
 
 
 def test_forecast_takes_the_precision_of_the_model(model):
-    from timstore.integrations.untrained import untrained
+    from timstore.cli.untrained import untrained
 
     state = torch.get_rng_state()
     assert {one.dtype for one in untrained(model).parameters()} == {torch.float32}

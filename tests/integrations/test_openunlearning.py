@@ -28,7 +28,7 @@ from trainers import new_model
 import timstore
 from timstore.errors import CoverageError, InvalidInputError, ModelMismatchError, NotFoundError, StateError
 from timstore.integrations.openunlearning import TIMParameterRollback, TIMRecorder
-from timstore.integrations.openunlearning.keys import spelled
+from timstore.integrations.openunlearning.trainer import spelled
 from timstore.integrations.transformers import content_ids
 
 pytestmark = [
@@ -309,13 +309,13 @@ def test_what_cannot_be_right_is_told_by_name(newest: Checkout, tmp_path: Path) 
         "holds no store trajectories.tim: nothing", NotFoundError, tim_output_dir="tests", trajectory_format="timstore"
     )
     fails("holds no epoch_N.json", NotFoundError, trajectory_format="json")
-    fails("trajectory_format is auto, timstore", trajectory_format="csv")
+    fails("trajectory_format is 'auto' or 'timstore'", trajectory_format="csv")
     fails(r"trainer.method_args.tim_output_dir=", tim_output_dir=None)
-    fails("probe is auto, a number of rows", probe=0)
-    fails("missing is error or skip", missing="none")
+    fails("probe, unless it is auto or null, the number of rows", probe=0)
+    fails("missing is 'error' or 'skip'", missing="none")
     fails("strength lies between", rollback_strength=2.0)
     fails("method", method="magic")
-    fails("force is true or false", force="yes")
+    fails("force is True or False", force="yes")
     fails("strengths", TypeError, strengths=1.0)
     with pytest.raises(InvalidInputError, match=r"Texts has no forget split.*--config-name=unlearn.yaml"):
         newest.load_trainer(

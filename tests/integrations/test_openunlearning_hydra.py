@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainers import new_model
 
 import timstore.integrations.conf
 from timstore.integrations.openunlearning import TIMParameterRollback, TIMRecorder
-from timstore.integrations.openunlearning.arguments import RecorderArguments, RollbackArguments
+from timstore.integrations.openunlearning.trainer import RecorderArguments, RollbackArguments
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("TIMParameterRollback", "TIMRecorder")
@@ -120,13 +120,14 @@ def test_without_the_plugin_the_search_path_can_be_named(configs: Path, monkeypa
 def test_the_configuration_has_every_argument_with_its_default(name: str, arguments: Any) -> None:
     (folder,) = timstore.integrations.conf.__path__
     held = OmegaConf.load(Path(folder) / "trainer" / f"{name}.yaml").method_args
-    assert list(held) == [one.name for one in fields(arguments)]
-    for one in fields(arguments):
-        if one.default is MISSING:
+    defaults = arguments.defaults()
+    assert set(held) == set(defaults)
+    for key, default in defaults.items():
+        if default is MISSING:
             with pytest.raises(MissingMandatoryValue):
-                held[one.name]
+                held[key]
         else:
-            assert held[one.name] == one.default
+            assert held[key] == default
 
 
 def test_nothing_of_the_checkout_is_imported(tmp_path: Path) -> None:

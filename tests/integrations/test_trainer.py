@@ -273,6 +273,14 @@ def test_a_store_given_by_its_path_is_opened_and_closed(tmp_path: Path) -> None:
         assert store.rollback(model, [101]).records == 2
 
 
+def test_an_option_that_cannot_be_right_is_told_when_the_callback_is_made(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="capture is"):
+        TrajectoryCallback(tmp_path / "s", capture="everything")
+    with pytest.raises(TypeError, match="captures"):
+        TrajectoryCallback(tmp_path / "s", captures="modules")
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_best_model_is_not_taken_for_the_last_one(tmp_path: Path) -> None:
     model = new_model("llama")
     with timstore.open(tmp_path / "s") as store:

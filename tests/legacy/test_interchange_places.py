@@ -16,7 +16,7 @@ import timstore
 from timstore.database import lifetime
 from timstore.errors import AlreadyExistsError, InvalidInputError, StateError
 from timstore.format.local_files import folder_held
-from timstore.legacy import export_trajectories, import_trajectories
+from timstore.legacy import export_trajectories, import_trajectories, staging
 
 GOOD = {"1": {"w": [1.5, 2.0], "w_step": 0}, "2": {"w": [2.5, 3.0], "w_step": 1}}
 

@@ -194,7 +194,7 @@ def forecast(
       timstore forecast models/llama --samples 500 --steps 2000 --tokens 512
       timstore forecast . --samples 8 --steps 9 --tokens 64 --precision int8
     """
-    from timstore.integrations.untrained import untrained
+    from timstore.cli.untrained import untrained
 
     network = untrained(model)
     with (

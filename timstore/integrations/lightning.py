@@ -125,14 +125,14 @@ class TrajectoryCallback(Callback):  # type: ignore[misc]
                 kind="no-ids",
             ) from error
         if isinstance(ids, list | tuple):
-            return [self._session.named(one) for one in ids]
+            return [self._session.named(sample) for sample in ids]
         return ids
 
 
 def _check(trainer: Any, model: Any) -> None:
     """Refuse ways to train in which no process sees a whole model's gradients in its hooks."""
     strategy = type(trainer.strategy).__name__
-    if trainer.world_size > 1 or any(one in strategy for one in ("DDP", "FSDP", "DeepSpeed", "Parallel", "XLA")):
+    if trainer.world_size > 1 or any(name in strategy for name in ("DDP", "FSDP", "DeepSpeed", "Parallel", "XLA")):
         raise CoverageError(
             f"this training cannot be recorded: {strategy} runs training_step, not the model, in several processes. "
             "Train in one (devices=1), or record transformers' Trainer or a loop of your own under torchrun"

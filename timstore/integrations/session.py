@@ -11,6 +11,7 @@ from timstore import Store
 from timstore import open as open_store
 from timstore.database.samples import names_of_samples, sample_named
 from timstore.errors import StateError, TimstoreWarning
+from timstore.options import RecordOptions
 from timstore.recording import Recorder
 
 
@@ -21,7 +22,7 @@ class Session:
         store: an open store, or the path of one, which is opened for the training and closed after it.
         samples: ids to record, or names of samples; all when None.
         column: of the training set, and of `store.samples` where ids are text.
-        options: of `Store.record`.
+        options: of `Store.record`, those that are given.
 
     Attributes:
         recorder: None while nothing is recorded.
@@ -38,7 +39,8 @@ class Session:
         self._given = store
         self._samples = None if samples is None else list(samples)
         self.column = column
-        self.options = options
+        checked = RecordOptions(**options)
+        self.options = {name: getattr(checked, name) for name in options}
         self._store: Store | None = None
         self.recorder: Recorder | None = None
         self.keys: dict[str, int] | None = None
@@ -55,11 +57,12 @@ class Session:
         """
         store = self._store = self._given if isinstance(self._given, Store) else open_store(self._given)
         try:
-            self.keys = self._known(store)
+            if isinstance(self.column, str):
+                self.keys = names_of_samples(store.snapshot().catalog.rows("SELECT * FROM samples"), self.column)
             recorder = store.record(
                 model,
                 optimizer,
-                samples=None if self._samples is None else [self.named(one) for one in self._samples],
+                samples=None if self._samples is None else [self.named(sample) for sample in self._samples],
                 resume_from=_resumed(store, epoch, steps) if steps else None,
                 **{**options, **self.options},
             )
@@ -99,11 +102,6 @@ class Session:
         store, self._store = self._store, None
         if store is not None and store is not self._given:
             store.close()
-
-    def _known(self, store: Store) -> dict[str, int] | None:
-        if not isinstance(self.column, str):
-            return None
-        return names_of_samples(store.snapshot().catalog.rows("SELECT * FROM samples"), self.column)
 
 
 def _resumed(store: Store, epoch: int, steps: int) -> tuple[int, int]:

@@ -359,6 +359,13 @@ def probe_to_ask(snapshot: Snapshot, target: Target, options: RollbackOptions, f
     return of_training() if recorded is None else of(recorded[0], options.loss or recorded[1])
 
 
+def keeps_probe(snapshot: Snapshot, forgotten: Collection[int]) -> bool:
+    """Say whether a store keeps what can be asked when these samples leave: batches, or rows whose loss is known."""
+    rows = snapshot.kept_rows()
+    left = rows.loss is not None and rows.without(frozenset(forgotten), _contents(snapshot, forgotten).keys())
+    return snapshot.probe() is not None or bool(left)
+
+
 def _contents(snapshot: Snapshot, samples: Collection[int]) -> dict[str, int]:
     """Return the content hashes of samples, and whose they are."""
     if "content_hash" not in snapshot.catalog.rows("SELECT * FROM samples LIMIT 0").column_names:

@@ -9,10 +9,13 @@ from typing import Any
 
 from timstore import open as open_store
 from timstore.errors import InvalidInputError, StateError, TimstoreError
-from timstore.integrations.openunlearning.arguments import RecorderArguments
-from timstore.integrations.openunlearning.keys import METHOD, errors_spelled
-from timstore.integrations.openunlearning.rows import hashes_of
-from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
+from timstore.integrations.openunlearning.splits import hashes_of
+from timstore.integrations.openunlearning.trainer import (
+    METHOD,
+    OpenUnlearningTrainer,
+    RecorderArguments,
+    errors_spelled,
+)
 from timstore.integrations.transformers import TrajectoryCallback
 from timstore.legacy.trajectory import STORE
 from timstore.model.sample_ids import sample_of
@@ -28,7 +31,7 @@ class TIMRecorder(OpenUnlearningTrainer):
     `src/train.py` hands to nobody else) goes on in the store.
 
     Args:
-        kwargs: the fields of `RecorderArguments`, and what a Trainer takes.
+        kwargs: what `RecorderArguments.defaults()` names, and what a Trainer takes.
 
     Raises, at `train()`:
         CoverageError, StateError: as `TrajectoryCallback`.
@@ -47,15 +50,7 @@ class TIMRecorder(OpenUnlearningTrainer):
         samples = self._samples()
         path = Path(asked.tim_output_dir) / STORE
         with open_store(path, precision=asked.precision, max_rel_error=asked.max_rel_error) as store:
-            callback = TrajectoryCallback(
-                store,
-                samples,
-                optimizer_history=asked.optimizer_history,
-                waypoints=asked.waypoints,
-                capture=asked.capture,
-                allow_zero=asked.allow_zero,
-                probe=asked.probe,
-            )
+            callback = TrajectoryCallback(store, samples, **asked.options)
             callback.attach(self)
             self.add_callback(callback)
             try:
@@ -82,7 +77,8 @@ class TIMRecorder(OpenUnlearningTrainer):
         """
         asked: Any = self._asked.samples
         if isinstance(asked, Mapping):
-            return [sample_of(one) for one in hashes_of(self._data_set(asked), self.data_collator, "recorded")]
+            rows = self._data_set(asked)
+            return [sample_of(content) for content in hashes_of(rows, self.data_collator, "recorded")]
         if isinstance(asked, str | os.PathLike):
             try:
                 asked = json.loads(Path(asked).read_bytes())
@@ -93,11 +89,7 @@ class TIMRecorder(OpenUnlearningTrainer):
         return None if asked is None else list(asked)
 
     def _data_set(self, configuration: Mapping[str, Any]) -> Any:
-        """Return the data set of a configuration, made by OpenUnlearning as any other of the run.
-
-        Raises:
-            StateError: OpenUnlearning is not there to make it.
-        """
+        """Return the data set of a configuration, made by OpenUnlearning as any other of the run."""
         make = getattr(sys.modules.get("data"), "get_datasets", None)
         if make is None:
             raise StateError("samples is the configuration of a data set, which OpenUnlearning's `data` has to make")

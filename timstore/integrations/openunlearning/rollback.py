@@ -3,29 +3,45 @@
 import json
 import logging
 import time
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from timstore import Store, rollback
 from timstore import open as open_store
-from timstore.errors import CoverageError, InvalidInputError
-from timstore.integrations.openunlearning.arguments import AUTO, RollbackArguments
-from timstore.integrations.openunlearning.forget import ForgetRows, find_forget_rows
-from timstore.integrations.openunlearning.keys import errors_spelled, spelled, warnings_spelled
-from timstore.integrations.openunlearning.retained import RetainProbe, probe_of
-from timstore.integrations.openunlearning.rows import hashes_of
-from timstore.integrations.openunlearning.trainer import OpenUnlearningTrainer
-from timstore.integrations.openunlearning.trajectories import trajectories_of
+from timstore import rollback
+from timstore.errors import CoverageError, InvalidInputError, NotFoundError
+from timstore.format.paths import SETTINGS
+from timstore.integrations.openunlearning.splits import (
+    ForgetRows,
+    RetainProbe,
+    find_forget_rows,
+    hashes_of,
+    probe_of,
+)
+from timstore.integrations.openunlearning.trainer import (
+    AUTO,
+    OpenUnlearningTrainer,
+    RollbackArguments,
+    errors_spelled,
+    spelled,
+    warnings_spelled,
+)
+from timstore.legacy import import_trajectories
+from timstore.legacy.importing import STAGED
+from timstore.legacy.layout import FORMATS, find
+from timstore.legacy.staging import beside
+from timstore.legacy.trajectory import STORE
 from timstore.os_errors import reporting
 from timstore.rollbacks import RollbackReport
+from timstore.rollbacks.probe import keeps_probe
 
 REPORT = "timstore_report.json"
 # Rows of the retain split that are asked where the store keeps none of the training.
 RETAINED = 64
+# What an older layout is imported into, and a note of which files that was, and with which numbers.
+IMPORTED, ORIGIN = "imported.tim", "imported.json"
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +54,7 @@ class TIMParameterRollback(OpenUnlearningTrainer):
     and writes `timstore_report.json` into the output directory.
 
     Args:
-        kwargs: the fields of `RollbackArguments`, and what a Trainer takes.
+        kwargs: what `RollbackArguments.defaults()` names, and what a Trainer takes.
 
     Raises, at `train()`, before the model is touched:
         CoverageError: no forget row was ever recorded, or not all; several processes hold the model.
@@ -90,30 +106,32 @@ class TIMParameterRollback(OpenUnlearningTrainer):
         hashes = hashes_of(forget, self.data_collator, "forget")
         if asked.probe is not None:
             self._check_differentiable()
-        found = trajectories_of(asked)
-        with open_store(found.path) as store:
-            rows = find_forget_rows(store, hashes, asked.id_map, asked.missing, holds_forget_alone=found.as_original)
+        path = _store_of(asked)
+        with open_store(path) as store:
+            rows = find_forget_rows(
+                store,
+                hashes,
+                asked.id_map,
+                skips_missing=asked.options.get("missing") == "skip",
+                # Of the original's files and by `save_gradient_trajectory`, whose callers chose whose gradients to
+                # save, and saved those of the samples to be forgotten.
+                holds_forget_alone=path != Path(asked.tim_output_dir),
+            )
             logger.info("%s", rows)
-            is_kept = asked.probe == AUTO and _keeps_probe(store, rows.samples, frozenset(hashes))
+            is_kept = asked.probe == AUTO and keeps_probe(store.snapshot(), rows.samples)
             probe = None
             if asked.probe is not None and not is_kept:
                 count = RETAINED if asked.probe == AUTO else int(asked.probe)
                 batch_rows = self.args.per_device_train_batch_size
-                probe = probe_of(retain, self.data_collator, count, frozenset(hashes), batch_rows)
+                probe = probe_of(retain, self.data_collator, count, set(hashes), batch_rows)
             model: Any = self.model
             report = rollback(
                 model,
-                ids=rows.samples,
-                store=store,
-                strength=asked.rollback_strength,
-                method=asked.method,
-                denominator=asked.denominator,
+                rows.samples,
+                store,
                 probe=AUTO if is_kept else False if probe is None else probe.batches,
-                memory_limit=asked.memory_limit,
-                missing=asked.missing,
-                keep_delta=asked.keep_delta,
-                force=asked.force,
                 progress=not self.args.disable_tqdm,
+                **asked.options,
             )
         return rows, probe, replace(report, warnings=tuple(map(spelled, report.warnings)))
 
@@ -156,19 +174,72 @@ class TIMParameterRollback(OpenUnlearningTrainer):
             path.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def _keeps_probe(store: Store, samples: Collection[int], hashes: Collection[str]) -> bool:
-    """Say whether a store keeps what a rollback of these samples can ask."""
-    snapshot = store.snapshot()
-    rows = snapshot.kept_rows()
-    return snapshot.probe() is not None or (rows.loss is not None and bool(rows.without(samples, hashes)))
+def _store_of(asked: RollbackArguments) -> Path:
+    """Return the store that holds the trajectories; an older layout is imported into one beside its files, once.
+
+    Raises:
+        NotFoundError: there is no directory, or nothing in it that was asked for.
+        InvalidInputError: both a store and an older layout are there; what `import_trajectories` refuses.
+    """
+    folder = Path(asked.tim_output_dir)
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"there is no directory {folder}: tim_output_dir is the one that TIMRecorder recorded into",
+            path=str(folder),
+        )
+    store = next((path for path in (folder, folder / STORE) if (path / SETTINGS).is_file()), None)
+    endings = {ending for endings in FORMATS.values() for ending in endings}
+    has_older = any(path.suffix in endings for path in folder.glob("epoch_*"))
+    wanted = asked.trajectory_format
+    if wanted == "timstore" or (wanted == AUTO and not has_older):
+        if store is None:
+            older = "" if wanted == "timstore" else ", and no epoch_N.json or epoch_N.pkl"
+            raise NotFoundError(f"{folder} holds no store {STORE}{older}: nothing was recorded there", path=str(folder))
+        return store
+    if wanted == AUTO and store is not None:
+        raise InvalidInputError(
+            f"{folder} holds a store and files of the older layout: set trajectory_format to timstore, json or pickle"
+        )
+    return _imported(folder, asked)
+
+
+def _imported(folder: Path, asked: RollbackArguments) -> Path:
+    """Return the store that an older layout was imported into, now or before.
+
+    Raises:
+        InvalidInputError: it was made of other files, or with other numbers.
+    """
+    files = find(folder, asked.trajectory_format).files.values()
+    origin = {"files": {path.name: path.stat().st_size for path in files}, "lr": asked.lr, "scale": asked.scale}
+    store, note = folder / IMPORTED, folder / ORIGIN
+    half = beside(store, STAGED)
+    with reporting("write", note):
+        if (store.exists() or half.exists()) and note.exists() and json.loads(note.read_bytes()) != origin:
+            raise InvalidInputError(
+                f"{store} was made of other files, or with another lr or scale: remove it, or {half.name} if that is "
+                "there, to import again"
+            )
+        note.write_text(json.dumps(origin, indent=1))
+    if not store.exists():
+        report = import_trajectories(
+            folder,
+            store,
+            format=asked.trajectory_format,
+            lr=asked.lr,
+            scale=asked.scale,
+            allow_pickle=asked.allow_pickle,
+            progress=False,
+        )
+        logger.info("imported %s into %s: %s", folder, store, report)
+    return store
 
 
 def _numbers(report: RollbackReport) -> dict[str, float]:
     """Return what a log can plot."""
     names = ("records", "delta_norm", "relative_change", "error_bound", "rounding", "strength", "seconds")
-    found = {f"rollback_{name}": getattr(report, name) for name in names}
-    found["rollback_samples"] = len(report.samples)
+    numbers = {f"rollback_{name}": getattr(report, name) for name in names}
+    numbers["rollback_samples"] = len(report.samples)
     if report.probe is not None:
-        found["rollback_probe_loss_before"] = report.probe.loss_before
-        found["rollback_probe_loss_after"] = report.probe.loss_after
-    return found
+        numbers["rollback_probe_loss_before"] = report.probe.loss_before
+        numbers["rollback_probe_loss_after"] = report.probe.loss_after
+    return numbers
