@@ -286,7 +286,7 @@ class OptimizerHooks:
     def _check_parts(self, mine: _Optimizer, ratio: float, gradients: Gradients) -> None:
         pending, parameters = mine.pending, mine.trained.parameters
         parts = by_parameter(pending.parts)
-        by_sample = self._options.capture == "per-sample"
+        by_sample = self._options.capture != "modules"
         if not pending.proved:
             try:
                 if self._ranks.alone:
