@@ -94,7 +94,7 @@ def _warn_when_public(path: Path) -> None:
             f"every user of this machine can read {path}, and gradients tell about the data they came from: "
             f"chmod -R go= {path}",
             TimstoreWarning,
-            stacklevel=7,
+            stacklevel=6,
         )
 
 
