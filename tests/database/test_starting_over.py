@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import timstore
-from timstore.database import removal
+from timstore.database import opening
 
 
 def filled(path, **options):
@@ -120,7 +120,7 @@ def test_what_is_no_store_is_left_alone(tmp_path, make):
 CUT = """
 import os, sys
 import timstore
-from timstore.database import removal
+from timstore.database import opening
 
 left = int(sys.argv[2])
 
@@ -135,7 +135,7 @@ def counted(function):
 
 os.rename, os.unlink, os.rmdir = counted(os.rename), counted(os.unlink), counted(os.rmdir)
 os.fsync = counted(os.fsync)
-removal.remove_store(removal.Path(sys.argv[1]))
+opening.remove_store(opening.Path(sys.argv[1]))
 """
 
 
@@ -203,7 +203,7 @@ def test_a_loop_that_is_still_recording_into_it_stops_with_an_error(tmp_path):
 def test_two_at_once_do_not_remove_each_others_store(tmp_path):
     path = filled(tmp_path / "run.tim")
     with (
-        removal.held(path, "a test"),
+        opening.held(path, "a test"),
         pytest.raises(timstore.StateError, match="removing it"),
     ):
         timstore.open(path, "w")

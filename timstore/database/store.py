@@ -11,16 +11,14 @@ import pyarrow as pa
 
 from timstore import arguments, errors
 from timstore.catalog import remove_leftovers
-from timstore.database import kept_rows, lifetime, validation
-from timstore.database.attempts import CurrentAttempt
-from timstore.database.batch import Item, rows_items
-from timstore.database.entries import Entry, record_entry, step_entry
-from timstore.database.ledger import Ledger, parameter_rows
+from timstore.database import entries, kept_rows, lifetime
+from timstore.database.entries import Entry
+from timstore.database.ledger import CurrentAttempt, Ledger, parameter_rows
 from timstore.database.opening import open_settings
 from timstore.database.samples import Samples, check_columns, hash_rows
-from timstore.database.snapshot import Snapshot, StoredRecord, pack_probe
+from timstore.database.snapshot import Snapshot, StoredRecord
 from timstore.database.states import state_item, state_precision
-from timstore.database.writer import BackgroundWriter
+from timstore.database.writer import BackgroundWriter, Item, rows_items
 from timstore.format.commits import Scope
 from timstore.format.place import Place
 from timstore.format.rollup import RollUp, roll_up
@@ -440,23 +438,23 @@ class Store:
 
     def record_entry(self, *given: Any, **options: Any) -> Entry:
         """Check and take in what `append` would accept, and change nothing; arguments and errors as there."""
-        return record_entry(self._writing(), *given, **options)
+        return entries.record_entry(self._writing(), *given, **options)
 
     def step_entry(self, *given: Any, **options: Any) -> Entry:
         """Check and take in what `append_step` would accept, and change nothing; arguments and errors as there."""
-        return step_entry(self._writing(), *given, **options)
+        return entries.step_entry(self._writing(), *given, **options)
 
-    def accept(self, *entries: Entry) -> None:
+    def accept(self, *taken: Entry) -> None:
         """Accept what was checked and taken in, all or none; durability as `append`.
 
         Raises:
             StateError, StorageError: as `append`; never for what the entries hold.
         """
         ledger = self._writing()
-        if not all(isinstance(entry, Entry) for entry in entries):
+        if not all(isinstance(entry, Entry) for entry in taken):
             raise errors.InvalidInputError("an entry is what record_entry or step_entry returned")
-        self._put(*(item for entry in entries for item in entry.items))
-        for entry in entries:
+        self._put(*(item for entry in taken for item in entry.items))
+        for entry in taken:
             entry.accepted(ledger)
 
     def declare(self, parameters: Sequence[Parameter]) -> None:
@@ -465,8 +463,8 @@ class Store:
         Raises:
             InvalidInputError: if one is known with another shape.
         """
-        ledger, given = self._writing(), arguments.listed(parameters, "parameters")
-        new = ledger.new_parameters(given)
+        ledger, declared = self._writing(), arguments.listed(parameters, "parameters")
+        new = ledger.new_parameters(map(entries.parameter, declared))
         self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
         ledger.know(new)
 
@@ -474,7 +472,7 @@ class Store:
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
         moment, attempt = arguments.moment(epoch, step), self._writing().attempt
         shared = {"attempt": attempt, "epoch": moment[0], "step": moment[1]}
-        rows = [{**shared, "parameter": name, "digest": one} for name, one in validation.digests(digests).items()]
+        rows = [{**shared, "parameter": name, "digest": digest} for name, digest in entries.digests(digests).items()]
         self._put(*rows_items("fingerprints", rows, moment))
 
     def append_states(
@@ -521,7 +519,7 @@ class Store:
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
         """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
         self._writing()
-        data = pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
+        data = kept_rows.pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
     def keep_rows(self, rows: pa.Table) -> None:
@@ -540,7 +538,7 @@ class Store:
         known = dict(self._writing().parameters())
         self._check_same()
         start, count = arguments.moment(from_epoch, from_step), arguments.positive_number(ranks, "ranks")
-        taken = validation.scope(scope)
+        taken = entries.scope(scope)
         self._end_writer()
         attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
         self._stale = True
@@ -565,7 +563,7 @@ class Store:
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(validation.scope(scope), arguments.positive_number(ranks, "ranks"), digest_before)
+        self._attempt.claim(entries.scope(scope), arguments.positive_number(ranks, "ranks"), digest_before)
 
     @property
     def attempt(self) -> int:
@@ -771,7 +769,7 @@ class Store:
             return
         if self._writer is None:
             attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_checkpoint)
-            self._writer = BackgroundWriter.begin(self._objects, self.settings, attempt, self._known, unfolded)
+            self._writer = BackgroundWriter(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
     def _end_writer(self) -> None:

@@ -1,34 +1,41 @@
-"""The background writer: records in at training speed, segments and commits out, nothing lost between."""
+"""What is accepted, on its way to disk: what the next commit holds, less what others committed, and the thread."""
 
 import logging
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import pyarrow as pa
 
-from timstore.database.batch import Batch, EncodedItem, Item
-from timstore.database.doubles import Doubles
-from timstore.encoding import encode
+from timstore.database.ledger import same
+from timstore.encoding import Matrix, encode
 from timstore.errors import (
     LOST,
     CorruptionError,
+    FormatError,
+    InvalidInputError,
     ReadOnlyError,
     StateError,
     StorageError,
     TimstoreError,
     TimstoreWarning,
 )
+from timstore.format.checkpoint import read_rows, read_tables
+from timstore.format.columns import joined
+from timstore.format.commits import Commit
 from timstore.format.log import LogWriter, Overtaken
-from timstore.format.objects import LocalObjects
+from timstore.format.objects import LocalObjects, Objects
 from timstore.format.rollup import roll_up
-from timstore.format.segment import EncodedRecord
+from timstore.format.segment import EncodedRecord, build_segment
 from timstore.format.settings import Settings
-from timstore.format.view import View
+from timstore.format.tables import SCHEMAS
+from timstore.format.view import View, read_view
+from timstore.records import Parameter, Record
 
 _log = logging.getLogger(__name__)
 
@@ -38,13 +45,358 @@ COMMIT_BYTES = QUEUE_BYTES // 2
 COMMIT_SECONDS = 30.0
 ROLL_UP_COMMITS = 1000
 
+_GRADIENT = ("epoch", "step", "rank", "sample", "parameter")
+_STEP = ("epoch", "step", "rank", "group_id")
+# What a look names may be folded, and gone, when it is read.
+_LOOKS = 3
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Item:
+    """One thing to be written: a record, rows of a table, or a blob.
+
+    Attributes:
+        parameters: shapes of the record's parameters.
+        finite: whether every number of the record is; if not, no row of it is left out.
+        rows: rows of tables by kind, to be made a table of when they are written.
+        states: (role, numbers) of each row of its `states` table.
+    """
+
+    size_bytes: int
+    record: Record | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    finite: bool = True
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    moment: tuple[int, int] | None = None
+    states: Sequence[tuple[str, Matrix]] = ()
+
+    def __str__(self) -> str:
+        """Say what it is, for a message."""
+        where = "" if self.moment is None else f"epoch {self.moment[0]}, step {self.moment[1]}, "
+        if self.record is not None:
+            return f"{where}sample {self.record.sample}, rank {self.record.rank}"
+        return where + ", ".join([*self.rows, *self.tables, *self.blobs])
+
+
+def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, int] | None = None) -> list[Item]:
+    """Return the item that writes these rows of one table; none for no rows.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
+    if not rows:
+        return []
+    check_rows(kind, rows)
+    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit.
+    return [Item(sum(map(row_bytes, rows)), rows={kind: rows}, moment=moment)]
+
+
+def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as the table of that kind.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
+    columns = []
+    for column in SCHEMAS[kind]:
+        try:
+            columns.append(pa.array([row.get(column.name) for row in rows], column.type))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
+
+
+def check_rows(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows that could not be written as that kind of table later.
+
+    Raises:
+        InvalidInputError: naming the column that cannot hold what it was given.
+    """
+    tests = _plain_tests(kind)
+    if all(row.get(name) is None or fits(row[name]) for row in rows for name, fits in tests):
+        return
+    # What is not of the very type is for Arrow to judge.
+    table(kind, rows)
+
+
+def row_bytes(row: Mapping[str, Any]) -> int:
+    """Return about what a row takes in a table."""
+    return sum(8 * len(value) if isinstance(value, list) else 8 for value in row.values())
+
+
+@cache
+def _plain_tests(kind: str) -> list[tuple[str, Callable[[Any], bool]]]:
+    """Return each column with a test for values that it surely holds."""
+    return [(column.name, _plain_test(column.type)) for column in SCHEMAS[kind]]
+
+
+def _plain_test(arrow: pa.DataType) -> Callable[[Any], bool]:
+    if pa.types.is_list(arrow):
+        fits = _plain_test(arrow.value_type)
+        return lambda value: type(value) is list and all(map(fits, value))
+    if pa.types.is_integer(arrow):
+        limit = 2 ** (arrow.bit_width - 1)
+        return lambda value: type(value) is int and -limit <= value < limit
+    if pa.types.is_string(arrow):
+        return lambda value: type(value) is str and value.isascii()
+    plain = float if pa.types.is_floating(arrow) else bool
+    return lambda value: type(value) is plain
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EncodedItem:
+    """An item that is ready to be written, its record encoded where it is one.
+
+    Attributes:
+        bytes: held in memory for it.
+    """
+
+    item: Item
+    encoded: EncodedRecord | None
+    bytes: int
+
+
+class Batch:
+    """What the next commit will hold."""
+
+    def __init__(self, items: Sequence[EncodedItem] = ()) -> None:
+        self.keep(items)
+        self.since = time.monotonic()
+
+    def __bool__(self) -> bool:
+        return bool(self.items)
+
+    def add(self, item: EncodedItem) -> None:
+        """Add an item."""
+        if not self.items:
+            self.since = time.monotonic()
+        self.items.append(item)
+        self.bytes += item.bytes
+
+    def keep(self, items: Sequence[EncodedItem]) -> None:
+        """Hold these items, and no others."""
+        self.items = list(items)
+        self.bytes = sum(item.bytes for item in items)
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """Return two batches that hold together what this one does."""
+        middle = len(self.items) // 2
+        return Batch(self.items[:middle]), Batch(self.items[middle:])
+
+    @property
+    def records(self) -> list[EncodedRecord]:
+        """The records."""
+        return [one.encoded for one in self.items if one.encoded is not None]
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The first and the last (epoch, step), None when there are none."""
+        moments = {one.item.moment for one in self.items if one.item.moment is not None}
+        return (min(moments), max(moments)) if moments else None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The processes whose records and steps it holds."""
+        ranks = {one.record.rank for one in self.records}
+        ranks.update(row["rank"] for one in self.items for row in one.item.rows.get("steps", ()))
+        return tuple(sorted(ranks))
+
+    def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
+        """Return the objects of the commit, as `build_segment` does."""
+        given: dict[str, list[pa.Table]] = {}
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        blobs: dict[str, bytes] = {}
+        states: list[tuple[str, Matrix]] = []
+        for item in (one.item for one in self.items):
+            for kind, part in item.tables.items():
+                given.setdefault(kind, []).append(part)
+            for kind, listed in item.rows.items():
+                rows.setdefault(kind, []).extend(listed)
+            blobs.update(item.blobs)
+            states.extend(item.states)
+        tables = {
+            kind: joined(parts) if kind == "samples" else pa.concat_tables(parts, promote_options="permissive")
+            for kind, parts in given.items()
+        }
+        tables.update((kind, table(kind, listed)) for kind, listed in rows.items())
+        if states:
+            # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
+            names = tables["states"]["parameter"].to_pylist()
+            first = {name: number for number, name in reversed(list(enumerate(names)))}
+            order = sorted(range(len(names)), key=lambda number: first[names[number]])
+            tables["states"] = tables["states"].take(order)
+            states = [states[number] for number in order]
+        return build_segment(self.records, tables, blobs, states)
+
+
+class Doubles:
+    """Looks, at each commit of one writer, at what others have committed since.
+
+    Args:
+        attempt: the one that is written.
+        base: what the ledger goes by: everything up to there it has looked up itself.
+
+    Attributes:
+        refused: an error for each batch of which something was refused, until it is told.
+    """
+
+    def __init__(self, objects: Objects, settings: Settings, attempt: int, base: View) -> None:
+        self._objects = objects
+        self._settings = settings
+        self._attempt = attempt
+        self._view = base
+        self._seen = {writer: newest.seq for writer, newest in base.newest.items()}
+        self._own: set[str] = set()
+        self._others: list[Commit] = []
+        self._shapes: dict[str, list[int]] = {}
+        self.refused: list[InvalidInputError] = []
+
+    def keep_out(self, batch: Batch, writer: str) -> None:
+        """Take out of a batch what is committed already. To be called while no other writer commits.
+
+        Raises:
+            Overtaken: the batch is another one now.
+        """
+        self._own.add(writer)
+        try:
+            kept = self._without(batch.items, *self._told(batch))
+        except (CorruptionError, FormatError, TimstoreWarning):
+            # A log that is damaged keeps nobody from putting on disk what was accepted; readers say what is wrong.
+            return
+        if kept != batch.items:
+            batch.keep(kept)
+            raise Overtaken
+
+    def _told(self, batch: Batch) -> tuple[set[tuple[Any, ...]], dict[tuple[Any, ...], Mapping[str, Any]]]:
+        for _ in range(_LOOKS - 1):
+            try:
+                self._look()
+                return self._committed(batch)
+            except CorruptionError as error:
+                if error.kind != "missing":
+                    raise
+        self._look()
+        return self._committed(batch)
+
+    def _look(self) -> None:
+        """Take note of the commits that are new, but for one's own, and of those the ones to this attempt."""
+        view = read_view(self._objects, self._settings, self._view)
+        known = len(self._view.commits) if view.checkpoint == self._view.checkpoint else 0
+        new = [one for one in view.commits[known:] if one.seq > self._seen.get(one.writer, -1)]
+        others = [one for one in new if one.writer not in self._own]
+        for commit in others:
+            for rows in self._rows(view, commit, "parameters", ("parameter", "shape")):
+                self._shapes.update(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+        # Last: what could not be read is looked at again.
+        self._others += [one for one in others if one.attempt == self._attempt and one.steps is not None]
+        self._seen.update((one.writer, one.seq) for one in new)
+        self._view = view
+
+    def _committed(self, batch: Batch) -> tuple[set[tuple[Any, ...]], dict[tuple[Any, ...], Mapping[str, Any]]]:
+        """Return what others have committed at the batch's moments: keys of gradients, and steps by their keys."""
+        gradients: set[tuple[Any, ...]] = set()
+        steps: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        span, ranks = batch.steps, set(batch.ranks)
+        for commit in self._others:
+            if span is None or commit.steps is None or commit.steps[1] < span[0] or span[1] < commit.steps[0]:
+                continue
+            if commit.ranks is not None and ranks.isdisjoint(commit.ranks):
+                continue
+            for rows in self._rows(self._view, commit, "gradients", _GRADIENT):
+                gradients.update(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+            for rows in self._rows(self._view, commit, "steps"):
+                steps |= {tuple(row[name] for name in _STEP): row for row in rows.to_pylist()}
+        return gradients, steps
+
+    def _rows(
+        self, view: View, commit: Commit, kind: str, columns: tuple[str, ...] | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of one kind of a commit, out of the checkpoint where they are folded."""
+        checkpoint = view.checkpoint
+        if checkpoint is None or not checkpoint.covers(commit.writer, commit.seq):
+            files = [info for info in commit.objects if info.kind == kind]
+            tables = [read_rows(self._objects, info, commit) for info in files]
+        else:
+            key = commit.writer, commit.seq
+            number = next(number for number, one in enumerate(view.commits) if (one.writer, one.seq) == key)
+            folded = read_tables(self._objects, checkpoint, kind)
+            tables = [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
+        for rows in tables:
+            yield rows if columns is None else rows.select(columns)
+
+    def _without(
+        self,
+        items: Sequence[EncodedItem],
+        gradients: set[tuple[Any, ...]],
+        steps: Mapping[tuple[Any, ...], Mapping[str, Any]],
+    ) -> list[EncodedItem]:
+        """Return what is left of some items; what says something else than what is committed is refused by name."""
+        refused: list[str] = []
+        kept = []
+        for one in items:
+            if one.encoded is not None and (reason := self._twice(one.encoded, one.item.parameters, gradients)):
+                refused.append(f"{one.item}: {reason}")
+                continue
+            rows = {
+                kind: [row for row in listed if self._is_new(kind, row, steps, refused)]
+                for kind, listed in one.item.rows.items()
+            }
+            if rows == one.item.rows:
+                kept.append(one)
+            elif left := {kind: listed for kind, listed in rows.items() if listed}:
+                kept.append(replace(one, item=replace(one.item, rows=left)))
+        if refused:
+            more = "" if len(refused) == 1 else f", and {len(refused) - 1} more like it"
+            message = (
+                f"{refused[0]}{more}: committed by another handle since this one was opened, to attempt "
+                f"{self._attempt}. It was left out, all else that was accepted is on disk"
+            )
+            self.refused.append(InvalidInputError(message, kind="duplicate"))
+        return kept
+
+    def _twice(
+        self, encoded: EncodedRecord, parameters: Mapping[str, Parameter], gradients: set[tuple[Any, ...]]
+    ) -> str | None:
+        """Return what is wrong with a record, None where nothing is."""
+        record = encoded.record
+        for name in dict.fromkeys(part.parameter for part in encoded.parts):
+            if (record.epoch, record.step, record.rank, record.sample, name) in gradients:
+                return f"the gradient of {name} is recorded already"
+            shape = tuple(self._shapes.get(name, parameters[name].shape))
+            if shape != parameters[name].shape:
+                return f"{name} is recorded with shape {shape}, not {parameters[name].shape}"
+        return None
+
+    def _is_new(
+        self,
+        kind: str,
+        row: Mapping[str, Any],
+        steps: Mapping[tuple[Any, ...], Mapping[str, Any]],
+        refused: list[str],
+    ) -> bool:
+        """Say whether a row is to be written; of one that contradicts what is committed, `refused` says so."""
+        if kind == "parameters":
+            shape = self._shapes.get(row["parameter"], row["shape"])
+            if shape != row["shape"]:
+                refused.append(f"parameter {row['parameter']} is recorded with shape {shape}, not {row['shape']}")
+                return False
+        if kind == "steps" and (there := steps.get(tuple(row[name] for name in _STEP))) is not None:
+            for name in row:
+                if not same(there.get(name), row[name]):
+                    where = f"epoch {row['epoch']}, step {row['step']}, group {row['group_id']}"
+                    refused.append(f"{where}: recorded with {name} {there.get(name)}, not {row[name]}")
+                    break
+            return False
+        return True
+
 
 class BackgroundWriter:
     """One thread that encodes and writes behind a bounded queue.
 
     Args:
-        doubles: keeps out of a commit what others have committed.
-        roll_up: folds the row files of all commits so far; called after every `ROLL_UP_COMMITS` of them.
+        known: what was committed when the ledger of the attempt was begun.
         unfolded: how many commits there are already that no roll-up covers.
 
     An error of the thread is raised once, by the next call from the training thread, and what was
@@ -52,26 +404,15 @@ class BackgroundWriter:
     else goes to disk, `commit` or `close` tells.
     """
 
-    def __init__(
-        self,
-        log: LogWriter,
-        *,
-        attempt: int,
-        precision: str,
-        max_rel_error: float,
-        doubles: Doubles,
-        roll_up: Callable[[], object],
-        unfolded: int,
-    ) -> None:
-        self._roll_up = roll_up
+    def __init__(self, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int) -> None:
+        self.attempt = attempt
+        self._objects = objects
+        self._settings = settings
+        self._log = LogWriter(objects, settings)
+        self._doubles = Doubles(objects, settings, attempt, known)
         self._unfolded = unfolded
         self._untold: list[str] = []
-        self.attempt = attempt
-        self._log = log
-        self._doubles = doubles
         self._left_out: list[str] = []
-        self._precision = precision
-        self._max_rel_error = max_rel_error
         self._condition = threading.Condition()
         self._queue: deque[Item] = deque()
         self._held_bytes = 0
@@ -86,25 +427,6 @@ class BackgroundWriter:
         pa.array([0])
         self._thread = threading.Thread(target=self._run, name="timstore-writer", daemon=True)
         self._thread.start()
-
-    @classmethod
-    def begin(
-        cls, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int
-    ) -> "BackgroundWriter":
-        """Return a new writer of an attempt.
-
-        Args:
-            known: what was committed when the ledger of the attempt was begun.
-        """
-        return cls(
-            LogWriter(objects, settings),
-            attempt=attempt,
-            precision=settings.precision,
-            max_rel_error=settings.max_rel_error,
-            doubles=Doubles(objects, settings, attempt, known),
-            roll_up=partial(roll_up, objects.synced(), settings),
-            unfolded=unfolded,
-        )
 
     def put(self, *items: Item) -> None:
         """Accept items in order, all or none; wait while `QUEUE_BYTES` are held that are not on disk.
@@ -311,8 +633,8 @@ class BackgroundWriter:
         parts, norm = encode(
             item.record.gradients,
             item.parameters,
-            precision=self._precision,
-            max_rel_error=self._max_rel_error,
+            precision=self._settings.precision,
+            max_rel_error=self._settings.max_rel_error,
             drop_zero_rows=item.finite,
         )
         # Not the gradients: what is stored of them is in the parts.
@@ -381,7 +703,7 @@ class BackgroundWriter:
         """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""
         self._unfolded = 0
         try:
-            self._roll_up()
+            roll_up(self._objects.synced(), self._settings)
         except Exception as error:
             _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:
