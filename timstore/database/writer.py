@@ -47,8 +47,7 @@ ROLL_UP_COMMITS = 1000
 
 _GRADIENT = ("epoch", "step", "rank", "sample", "parameter")
 _STEP = ("epoch", "step", "rank", "group_id")
-# What a look names may be folded, and gone, when it is read.
-_LOOKS = 3
+_Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,9 +87,13 @@ def rows_items(kind: str, rows: Sequence[Mapping[str, Any]], moment: tuple[int, 
     """
     if not rows:
         return []
-    check_rows(kind, rows)
-    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit.
-    return [Item(sum(map(row_bytes, rows)), rows={kind: rows}, moment=moment)]
+    # A table of one step costs as much as one of a hundred, so the writer makes it, once for all of a commit. What is
+    # not of the very type that its column has is for Arrow to judge, now.
+    tests = _plain_tests(kind)
+    if not all(row.get(name) is None or fits(row[name]) for row in rows for name, fits in tests):
+        table(kind, rows)
+    numbers = sum(len(value) if isinstance(value, list) else 1 for row in rows for value in row.values())
+    return [Item(8 * numbers, rows={kind: rows}, moment=moment)]
 
 
 def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -106,24 +109,6 @@ def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
-
-
-def check_rows(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse rows that could not be written as that kind of table later.
-
-    Raises:
-        InvalidInputError: naming the column that cannot hold what it was given.
-    """
-    tests = _plain_tests(kind)
-    if all(row.get(name) is None or fits(row[name]) for row in rows for name, fits in tests):
-        return
-    # What is not of the very type is for Arrow to judge.
-    table(kind, rows)
-
-
-def row_bytes(row: Mapping[str, Any]) -> int:
-    """Return about what a row takes in a table."""
-    return sum(8 * len(value) if isinstance(value, list) else 8 for value in row.values())
 
 
 @cache
@@ -188,39 +173,39 @@ class Batch:
     @property
     def records(self) -> list[EncodedRecord]:
         """The records."""
-        return [one.encoded for one in self.items if one.encoded is not None]
+        return [item.encoded for item in self.items if item.encoded is not None]
 
     @property
     def steps(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """The first and the last (epoch, step), None when there are none."""
-        moments = {one.item.moment for one in self.items if one.item.moment is not None}
+        moments = {moment for item in self.items if (moment := item.item.moment) is not None}
         return (min(moments), max(moments)) if moments else None
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The processes whose records and steps it holds."""
-        ranks = {one.record.rank for one in self.records}
-        ranks.update(row["rank"] for one in self.items for row in one.item.rows.get("steps", ()))
+        ranks = {encoded.record.rank for encoded in self.records}
+        ranks.update(row["rank"] for item in self.items for row in item.item.rows.get("steps", ()))
         return tuple(sorted(ranks))
 
     def build(self) -> Iterator[tuple[str, bytes, str, int, int]]:
         """Return the objects of the commit, as `build_segment` does."""
-        given: dict[str, list[pa.Table]] = {}
+        parts: dict[str, list[pa.Table]] = {}
         rows: dict[str, list[Mapping[str, Any]]] = {}
         blobs: dict[str, bytes] = {}
         states: list[tuple[str, Matrix]] = []
-        for item in (one.item for one in self.items):
+        for item in (encoded.item for encoded in self.items):
             for kind, part in item.tables.items():
-                given.setdefault(kind, []).append(part)
-            for kind, listed in item.rows.items():
-                rows.setdefault(kind, []).extend(listed)
+                parts.setdefault(kind, []).append(part)
+            for kind, rows_of_item in item.rows.items():
+                rows.setdefault(kind, []).extend(rows_of_item)
             blobs.update(item.blobs)
             states.extend(item.states)
         tables = {
-            kind: joined(parts) if kind == "samples" else pa.concat_tables(parts, promote_options="permissive")
-            for kind, parts in given.items()
+            kind: joined(tables) if kind == "samples" else pa.concat_tables(tables, promote_options="permissive")
+            for kind, tables in parts.items()
         }
-        tables.update((kind, table(kind, listed)) for kind, listed in rows.items())
+        tables.update((kind, table(kind, rows_of_kind)) for kind, rows_of_kind in rows.items())
         if states:
             # Parameter by parameter, as gradients are laid down: a replay reads one through all steps.
             names = tables["states"]["parameter"].to_pylist()
@@ -261,92 +246,81 @@ class Doubles:
         """
         self._own.add(writer)
         try:
-            kept = self._without(batch.items, *self._told(batch))
+            items = self._without(batch.items, *self._committed(batch))
         except (CorruptionError, FormatError, TimstoreWarning):
             # A log that is damaged keeps nobody from putting on disk what was accepted; readers say what is wrong.
             return
-        if kept != batch.items:
-            batch.keep(kept)
+        if items != batch.items:
+            batch.keep(items)
             raise Overtaken
 
-    def _told(self, batch: Batch) -> tuple[set[tuple[Any, ...]], dict[tuple[Any, ...], Mapping[str, Any]]]:
-        for _ in range(_LOOKS - 1):
-            try:
-                self._look()
-                return self._committed(batch)
-            except CorruptionError as error:
-                if error.kind != "missing":
-                    raise
-        self._look()
-        return self._committed(batch)
+    def _committed(self, batch: Batch, looks: int = 3) -> tuple[set[_Key], dict[_Key, Mapping[str, Any]]]:
+        """Return what others have committed at the batch's moments: keys of gradients, and steps by their keys.
+
+        Args:
+            looks: how often the log is looked at: what a look names may be folded, and gone, when it is read.
+        """
+        gradients: set[_Key] = set()
+        steps: dict[_Key, Mapping[str, Any]] = {}
+        span, ranks = batch.steps, set(batch.ranks)
+        try:
+            self._look()
+            for commit in self._others:
+                if span is None or commit.steps is None or commit.steps[1] < span[0] or span[1] < commit.steps[0]:
+                    continue
+                if commit.ranks is not None and ranks.isdisjoint(commit.ranks):
+                    continue
+                for rows in self._rows(self._view, commit, "gradients"):
+                    gradients.update(_keys(rows, _GRADIENT))
+                for rows in self._rows(self._view, commit, "steps"):
+                    steps.update(zip(_keys(rows, _STEP), rows.to_pylist(), strict=True))
+        except CorruptionError as error:
+            if error.kind != "missing" or looks == 1:
+                raise
+            return self._committed(batch, looks - 1)
+        return gradients, steps
 
     def _look(self) -> None:
         """Take note of the commits that are new, but for one's own, and of those the ones to this attempt."""
         view = read_view(self._objects, self._settings, self._view)
         known = len(self._view.commits) if view.checkpoint == self._view.checkpoint else 0
-        new = [one for one in view.commits[known:] if one.seq > self._seen.get(one.writer, -1)]
-        others = [one for one in new if one.writer not in self._own]
+        new = [commit for commit in view.commits[known:] if commit.seq > self._seen.get(commit.writer, -1)]
+        others = [commit for commit in new if commit.writer not in self._own]
         for commit in others:
-            for rows in self._rows(view, commit, "parameters", ("parameter", "shape")):
-                self._shapes.update(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+            for rows in self._rows(view, commit, "parameters"):
+                self._shapes.update(_keys(rows, ("parameter", "shape")))
         # Last: what could not be read is looked at again.
-        self._others += [one for one in others if one.attempt == self._attempt and one.steps is not None]
-        self._seen.update((one.writer, one.seq) for one in new)
+        self._others += [commit for commit in others if commit.attempt == self._attempt and commit.steps is not None]
+        self._seen.update((commit.writer, commit.seq) for commit in new)
         self._view = view
 
-    def _committed(self, batch: Batch) -> tuple[set[tuple[Any, ...]], dict[tuple[Any, ...], Mapping[str, Any]]]:
-        """Return what others have committed at the batch's moments: keys of gradients, and steps by their keys."""
-        gradients: set[tuple[Any, ...]] = set()
-        steps: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-        span, ranks = batch.steps, set(batch.ranks)
-        for commit in self._others:
-            if span is None or commit.steps is None or commit.steps[1] < span[0] or span[1] < commit.steps[0]:
-                continue
-            if commit.ranks is not None and ranks.isdisjoint(commit.ranks):
-                continue
-            for rows in self._rows(self._view, commit, "gradients", _GRADIENT):
-                gradients.update(zip(*(column.to_pylist() for column in rows.columns), strict=True))
-            for rows in self._rows(self._view, commit, "steps"):
-                steps |= {tuple(row[name] for name in _STEP): row for row in rows.to_pylist()}
-        return gradients, steps
-
-    def _rows(
-        self, view: View, commit: Commit, kind: str, columns: tuple[str, ...] | None = None
-    ) -> Iterator[pa.Table]:
-        """Yield the rows of one kind of a commit, out of the checkpoint where they are folded."""
+    def _rows(self, view: View, commit: Commit, kind: str) -> list[pa.Table]:
+        """Return the rows of one kind of a commit, out of the checkpoint where they are folded."""
         checkpoint = view.checkpoint
         if checkpoint is None or not checkpoint.covers(commit.writer, commit.seq):
-            files = [info for info in commit.objects if info.kind == kind]
-            tables = [read_rows(self._objects, info, commit) for info in files]
-        else:
-            key = commit.writer, commit.seq
-            number = next(number for number, one in enumerate(view.commits) if (one.writer, one.seq) == key)
-            folded = read_tables(self._objects, checkpoint, kind)
-            tables = [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
-        for rows in tables:
-            yield rows if columns is None else rows.select(columns)
+            return [read_rows(self._objects, info, commit) for info in commit.objects if info.kind == kind]
+        number = [(other.writer, other.seq) for other in view.commits].index((commit.writer, commit.seq))
+        folded = read_tables(self._objects, checkpoint, kind)
+        return [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
 
     def _without(
-        self,
-        items: Sequence[EncodedItem],
-        gradients: set[tuple[Any, ...]],
-        steps: Mapping[tuple[Any, ...], Mapping[str, Any]],
+        self, items: Sequence[EncodedItem], gradients: set[_Key], steps: Mapping[_Key, Mapping[str, Any]]
     ) -> list[EncodedItem]:
         """Return what is left of some items; what says something else than what is committed is refused by name."""
         refused: list[str] = []
-        kept = []
-        for one in items:
-            if one.encoded is not None and (reason := self._twice(one.encoded, one.item.parameters, gradients)):
-                refused.append(f"{one.item}: {reason}")
+        left = []
+        for item in items:
+            if item.encoded is not None and (reason := self._twice(item.encoded, item.item.parameters, gradients)):
+                refused.append(f"{item.item}: {reason}")
                 continue
             rows = {
-                kind: [row for row in listed if self._is_new(kind, row, steps, refused)]
-                for kind, listed in one.item.rows.items()
+                kind: [row for row in rows_of_kind if self._is_new(kind, row, steps, refused)]
+                for kind, rows_of_kind in item.item.rows.items()
             }
-            if rows == one.item.rows:
-                kept.append(one)
-            elif left := {kind: listed for kind, listed in rows.items() if listed}:
-                kept.append(replace(one, item=replace(one.item, rows=left)))
+            if rows == item.item.rows:
+                left.append(item)
+            elif rows := {kind: rows_of_kind for kind, rows_of_kind in rows.items() if rows_of_kind}:
+                left.append(replace(item, item=replace(item.item, rows=rows)))
         if refused:
             more = "" if len(refused) == 1 else f", and {len(refused) - 1} more like it"
             message = (
@@ -354,11 +328,9 @@ class Doubles:
                 f"{self._attempt}. It was left out, all else that was accepted is on disk"
             )
             self.refused.append(InvalidInputError(message, kind="duplicate"))
-        return kept
+        return left
 
-    def _twice(
-        self, encoded: EncodedRecord, parameters: Mapping[str, Parameter], gradients: set[tuple[Any, ...]]
-    ) -> str | None:
+    def _twice(self, encoded: EncodedRecord, parameters: Mapping[str, Parameter], gradients: set[_Key]) -> str | None:
         """Return what is wrong with a record, None where nothing is."""
         record = encoded.record
         for name in dict.fromkeys(part.parameter for part in encoded.parts):
@@ -370,11 +342,7 @@ class Doubles:
         return None
 
     def _is_new(
-        self,
-        kind: str,
-        row: Mapping[str, Any],
-        steps: Mapping[tuple[Any, ...], Mapping[str, Any]],
-        refused: list[str],
+        self, kind: str, row: Mapping[str, Any], steps: Mapping[_Key, Mapping[str, Any]], refused: list[str]
     ) -> bool:
         """Say whether a row is to be written; of one that contradicts what is committed, `refused` says so."""
         if kind == "parameters":
@@ -382,26 +350,32 @@ class Doubles:
             if shape != row["shape"]:
                 refused.append(f"parameter {row['parameter']} is recorded with shape {shape}, not {row['shape']}")
                 return False
-        if kind == "steps" and (there := steps.get(tuple(row[name] for name in _STEP))) is not None:
-            for name in row:
-                if not same(there.get(name), row[name]):
-                    where = f"epoch {row['epoch']}, step {row['step']}, group {row['group_id']}"
-                    refused.append(f"{where}: recorded with {name} {there.get(name)}, not {row[name]}")
-                    break
+        if kind == "steps" and (stored := steps.get(tuple(row[name] for name in _STEP))) is not None:
+            where = f"epoch {row['epoch']}, step {row['step']}, group {row['group_id']}"
+            differ = [name for name in row if not same(stored.get(name), row[name])]
+            refused += [f"{where}: recorded with {name} {stored.get(name)}, not {row[name]}" for name in differ[:1]]
             return False
         return True
+
+
+def _keys(rows: pa.Table, columns: Sequence[str]) -> Iterator[_Key]:
+    """Yield some columns of each row."""
+    return zip(*(rows[name].to_pylist() for name in columns), strict=True)
 
 
 class BackgroundWriter:
     """One thread that encodes and writes behind a bounded queue.
 
+    An error of the thread is raised once, by the next call from the training thread, and what was
+    accepted before it stays in memory: the next commit tries again. What is left out of a commit alone, while all
+    else goes to disk, `commit` or `close` tells.
+
     Args:
         known: what was committed when the ledger of the attempt was begun.
         unfolded: how many commits there are already that no roll-up covers.
 
-    An error of the thread is raised once, by the next call from the training thread, and what was
-    accepted before it stays in memory: the next commit tries again. What is left out of a commit alone, while all
-    else goes to disk, `commit` or `close` tells.
+    Attributes:
+        is_stopped: whether the thread has ended, or is about to.
     """
 
     def __init__(self, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int) -> None:
@@ -422,7 +396,7 @@ class BackgroundWriter:
         self._broken = False
         self._asked = 0
         self._answered = 0
-        self._stopping = False
+        self.is_stopped = False
         # Arrow imports pandas, where there is one, at its first array; the thread could not once the interpreter ends.
         pa.array([0])
         self._thread = threading.Thread(target=self._run, name="timstore-writer", daemon=True)
@@ -518,11 +492,6 @@ class BackgroundWriter:
             self._untold.append(f"everything is on disk, but for the record that ends this writer's log: {error}")
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether the thread has ended."""
-        return self._stopping
-
-    @property
     def _records_held(self) -> int:
         """How many records were accepted and are not on disk."""
         with self._condition:
@@ -532,7 +501,7 @@ class BackgroundWriter:
     def stop(self) -> None:
         """End the thread without another commit."""
         with self._condition:
-            self._stopping = True
+            self.is_stopped = True
             self._condition.notify_all()
         self._thread.join()
 
@@ -575,7 +544,7 @@ class BackgroundWriter:
 
     def _next_work(self) -> str | None:
         full = self._batch.bytes >= COMMIT_BYTES
-        if self._stopping:
+        if self.is_stopped:
             return "stop"
         if self._error is not None:
             return None  # wait until the training thread has heard of it
