@@ -166,20 +166,20 @@ def _per_sample(value: Any, count: int, single: bool, what: str) -> list[Any]:
     if len(values) != count:
         raise InvalidInputError(f"{what} has {len(values)} values for {count} samples")
     check = whole_number if what == "tokens" else number
-    return [check(one, what) for one in values]
+    return [check(each, what) for each in values]
 
 
 def arrays_of(gradients: Mapping[str, Sequence[Gradient]]) -> list[np.ndarray]:
     """Return every array of a record once, shared ones too."""
-    found: dict[int, np.ndarray] = {}
+    by_id: dict[int, np.ndarray] = {}
     for parts in gradients.values():
         for part in parts:
             if isinstance(part, Factors):
                 arrays = [part.inputs, part.output_gradients]
             else:
                 arrays = [part.values if isinstance(part, Rows) else part]
-            found.update((id(array), array) for array in arrays)
-    return list(found.values())
+            by_id.update((id(array), array) for array in arrays)
+    return list(by_id.values())
 
 
 def step_entry(
@@ -207,7 +207,7 @@ def step_entry(
             checked[name] = choice(value, ("samples", "tokens"), f"{where}: mean_over")
         elif name in ("sample_ids", "micro_batches"):
             what = "sample id" if name == "sample_ids" else name
-            checked[name] = tuple(counting_number(one, what) for one in listed(value, f"{where}: {name}"))
+            checked[name] = tuple(counting_number(each, what) for each in listed(value, f"{where}: {name}"))
         elif name in ("tokens", "skipped"):
             checked[name] = whole_number(value, f"{where}: {name}")
         else:
@@ -246,7 +246,7 @@ def digests(given: Any) -> dict[str, str]:
 
 
 def _names(values: Any, what: str) -> tuple[str, ...]:
-    return tuple(plain_name(one, what) for one in listed(values, what))
+    return tuple(plain_name(name, what) for name in listed(values, what))
 
 
 _OF_TYPE: dict[type, Callable[[Any, str], Any]] = {

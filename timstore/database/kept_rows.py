@@ -277,20 +277,16 @@ def unpack_probe(data: bytes) -> tuple[list[Any], str]:
     Raises:
         CorruptionError: these are not the bytes that it returned.
     """
+    batches: list[Any] = []
     try:
-        return _unpacked(data)
+        with np.load(BytesIO(data), allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            for number, entry in enumerate(header["batches"]):
+                values = [arrays[f"{number}.{position}"] for position in range(len(entry["names"]))]
+                if entry["kind"] == "mapping":
+                    batches.append(dict(zip(entry["names"], values, strict=True)))
+                else:
+                    batches.append(values[0] if entry["kind"] == "array" else tuple(values))
+        return batches, header["loss"]
     except Exception as error:  # a zip file in a zip file's many ways of being none
         raise CorruptionError(f"the probe that is kept is none: {type(error).__name__}: {error}") from error
-
-
-def _unpacked(data: bytes) -> tuple[list[Any], str]:
-    with np.load(BytesIO(data), allow_pickle=False) as arrays:
-        header = json.loads(arrays["header"].tobytes())
-        batches: list[Any] = []
-        for number, entry in enumerate(header["batches"]):
-            values = [arrays[f"{number}.{position}"] for position in range(len(entry["names"]))]
-            if entry["kind"] == "mapping":
-                batches.append(dict(zip(entry["names"], values, strict=True)))
-            else:
-                batches.append(values[0] if entry["kind"] == "array" else tuple(values))
-    return batches, header["loss"]

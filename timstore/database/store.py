@@ -100,7 +100,7 @@ class Store:
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
         self._known = self._snapshot.view
-        lifetime.begun(self)
+        lifetime.watched.add(self)
 
     def record(
         self,
@@ -708,7 +708,7 @@ class Store:
             self._writer.stop()
             self._writer = None
         self._closed = True
-        lifetime.ended(self)
+        lifetime.watched.discard(self)
         self._snapshot.close()
 
     def __enter__(self) -> Self:
