@@ -1,4 +1,4 @@
-"""Opening a large store and asking it: 10,000 commits, 10 million gradient rows, before and after roll-up.
+"""Opening a large store and asking it: 10,000 commits, 10 million gradient rows, before and after compaction.
 
 The rows are those of a training that records 10 samples of a model of 100 parameters at every step, written through
 the library's own log, without tensors, which SQL never reads. Beside it the same rows as a plain directory of Parquet
@@ -6,7 +6,7 @@ files, one a commit, and as JSON lines, both asked by DuckDB; JSON lines are a t
 multiplied.
 
 Run: python scripts/bench_sql.py (about 10 minutes on two cores, 3 GB of disk; --quick: 500 commits)
-     python scripts/bench_sql.py --sweep (opening against commits, rolled up and not)
+     python scripts/bench_sql.py --sweep (opening against commits, compacted and not)
 """
 
 import contextlib
@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from measuring import arguments, disk_bytes, show
 
 import timstore
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
+from timstore.format.schemas import SCHEMAS, write_rows
 from timstore.format.settings import read_settings
-from timstore.format.tables import SCHEMAS, write_rows
 
 SAMPLES, PARAMETERS = 10, 100
 JSON_SHARE = 20
@@ -175,36 +175,36 @@ def compare(folder: Path, commits: int) -> list[dict[str, Any]]:
     scaled = {name: seconds * commits / share for name, seconds in of_some.items()}
     size = commits * SAMPLES * PARAMETERS
     rows: list[dict[str, Any]] = [
-        {"seconds": f"open, {commits:,} commits, {size:,} rows", "timstore": plain, "rolled up": after},
-        {"seconds": "roll-up of all", "rolled up": folding},
-        {"seconds": "refresh while a writer commits", "rolled up": refreshing},
+        {"seconds": f"open, {commits:,} commits, {size:,} rows", "timstore": plain, "compacted": after},
+        {"seconds": "compaction of all", "compacted": folding},
+        {"seconds": "refresh while a writer commits", "compacted": refreshing},
     ]
     for name in QUESTIONS:
-        row = {"seconds": name, "rolled up": ours[name], "Parquet files": theirs[name], "JSON lines": scaled[name]}
+        row = {"seconds": name, "compacted": ours[name], "Parquet files": theirs[name], "JSON lines": scaled[name]}
         rows.append({**row, "Parquet : ours": theirs[name] / ours[name]})
-    sizes = {"timstore": before / 1e6, "rolled up": disk_bytes(store_path) / 1e6}
+    sizes = {"timstore": before / 1e6, "compacted": disk_bytes(store_path) / 1e6}
     rest = {"Parquet files": disk_bytes(parquet) / 1e6, "JSON lines": disk_bytes(lines) / 1e6 * commits / share}
     rows.append({"seconds": "MB on disk", **sizes, **rest})
-    columns = ("seconds", "timstore", "rolled up", "Parquet files", "JSON lines", "Parquet : ours")
+    columns = ("seconds", "timstore", "compacted", "Parquet files", "JSON lines", "Parquet : ours")
     return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def sweep(folder: Path, most: int) -> list[dict[str, Any]]:
-    """Return the seconds of opening against the number of commits, half of them rolled up and none of them."""
+    """Return the seconds of opening against the number of commits, half of them compacted and none of them."""
     rows = []
     filler = Filler(folder / "store.tim")
     for commits in (most // 8, most // 4, most // 2, most):
         while filler.step < commits:
             filler.commit()
-        rows.append({"commits": commits, "not rolled up": opening(folder / "store.tim")})
+        rows.append({"commits": commits, "not compacted": opening(folder / "store.tim")})
     with timstore.open(folder / "store.tim") as store:
         store.compact()
-    rows[-1]["rolled up"] = opening(folder / "store.tim")
+    rows[-1]["compacted"] = opening(folder / "store.tim")
     for more in (most // 8, most // 4, most // 2, most):
         while filler.step < most + more:
             filler.commit()
-        rows.append({"commits": most + more, f"since the roll-up at {most}": opening(folder / "store.tim")})
-    columns = ("commits", "not rolled up", "rolled up", f"since the roll-up at {most}")
+        rows.append({"commits": most + more, f"since the compaction at {most}": opening(folder / "store.tim")})
+    columns = ("commits", "not compacted", "compacted", f"since the compaction at {most}")
     return [{name: row.get(name) for name in columns} for row in rows]
 
 

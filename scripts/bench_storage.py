@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import timstore
 from timstore.encoding import PRECISIONS
-from timstore.format.shard import ArrayLayout, encode_shards
+from timstore.format.zarr_shards import ArrayLayout, encode_shards
 from timstore.records import BFLOAT16
 
 Dense = list[dict[str, np.ndarray]]

@@ -1,4 +1,4 @@
-"""Interrupts, kills and a full disk at random moments of what changes a model, a checkpoint or a store.
+"""Interrupts, kills and a full disk at random moments of what changes a model, a compaction or a store.
 
     python scripts/stress_interrupts.py --moments 200
 
@@ -147,7 +147,7 @@ class Compact(Case):
             rows = store.sql("SELECT count(*) FROM gradients").fetchall()[0][0]
             if rows != 6 * LAYERS:
                 return f"LOST {rows}"
-            return "new" if store.snapshot().view.checkpoint else "old"
+            return "new" if store.snapshot().view.compaction else "old"
 
     def mark(self) -> Any:
         return os.path.isdir(self.folder / "s" / "ckpt")

@@ -13,7 +13,7 @@ from stores import made_store
 
 import timstore
 from timstore.database.lifetime import attended_stores
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 from timstore.format.settings import Settings, read_settings
 
 # The tests of recording run on another device as well: TIMSTORE_DEVICE=cuda pytest tests/recording/test_c*

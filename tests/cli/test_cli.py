@@ -218,7 +218,7 @@ def test_compact_folds_what_it_said_it_would(own):
     assert run("compact", own, "--dry-run") == ("would fold 3 commits\n", "")
     assert files(own) == before
     (done,) = json_of("compact", own)
-    assert (done["dry_run"], done["commits"], done["checkpoint"]) == (False, 3, 1)
+    assert (done["dry_run"], done["commits"], done["compaction"]) == (False, 3, 1)
     assert run("compact", own)[0] == run("compact", own, "--dry-run")[0] == "nothing to fold\n"
     with timstore.open(own) as store:
         store.append(9, 0, 1, {"fc.bias": np.ones(OUT, np.float32)})

@@ -11,7 +11,7 @@ import pytest
 import timstore
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.errors import InvalidInputError, StateError
-from timstore.format.tables import ADDED, SCHEMAS
+from timstore.format.schemas import ADDED, SCHEMAS
 
 KEY = ["attempt", "epoch", "step", "rank", "sample"]
 COLUMNS = {

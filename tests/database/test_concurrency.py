@@ -1,4 +1,4 @@
-"""Four writers, four readers and roll-ups at once: every answer is held against what was acknowledged before."""
+"""Four writers, four readers and compactions at once: every answer is held against what was acknowledged before."""
 
 import multiprocessing
 import os
@@ -77,7 +77,7 @@ def read(path, acknowledged, until, looks, seed):
                     looks.value += 1
 
 
-def test_writers_readers_and_roll_ups_at_once_contradict_no_acknowledgement(tmp_path):
+def test_writers_readers_and_compactions_at_once_contradict_no_acknowledgement(tmp_path):
     path = tmp_path / "run"
     timstore.open(path).close()
     seed = int.from_bytes(os.urandom(4), "little")
@@ -100,6 +100,6 @@ def test_writers_readers_and_roll_ups_at_once_contradict_no_acknowledgement(tmp_
         assert [counts[writer] for writer in range(WRITERS)] == [last + 1 for last in acknowledged]
         for record in store.read():
             assert record.dense("w").tobytes() == gradient(record.sample, record.step).tobytes()
-        checkpoints = store.snapshot().view.checkpoint.number
-    print(f"{sum(counts.values())} records, {looks.value} looks, {checkpoints} roll-ups")
-    assert looks.value >= READERS and checkpoints > 1
+        compactions = store.snapshot().view.compaction.number
+    print(f"{sum(counts.values())} records, {looks.value} looks, {compactions} compactions")
+    assert looks.value >= READERS and compactions > 1

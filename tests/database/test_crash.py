@@ -20,7 +20,7 @@ WRITER = """
 import os, sys
 import numpy, timstore
 
-timstore.database.writer.ROLL_UP_COMMITS = int(sys.argv[2])
+timstore.database.writer.COMPACT_COMMITS = int(sys.argv[2])
 print("ready", flush=True)
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -61,15 +61,15 @@ def assert_whole(path, acknowledged):
         return len(counts)
 
 
-@pytest.mark.parametrize("roll_up_commits", [1000, 2])
-def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(tmp_path, roll_up_commits):
-    """Commits alone, and with a roll-up after every second one, which takes longer than they do."""
+@pytest.mark.parametrize("compact_commits", [1000, 2])
+def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(tmp_path, compact_commits):
+    """Commits alone, and with a compaction after every second one, which takes longer than they do."""
     draw = random.Random(SEED)
     print(f"seed {SEED}")
     path = tmp_path / "run"
     timstore.open(path, "x").close()  # a kill while it is made: the next test
     next_step = 0
-    with run(WRITER, path, roll_up_commits) as writer:
+    with run(WRITER, path, compact_commits) as writer:
         assert writer.stdout.readline() == "ready\n"
         for _ in range(KILLS):
             print(next_step, file=writer.stdin, flush=True)
@@ -93,13 +93,13 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged_and_the_store_goes_on(t
         assert sum(len(record.gradients) for record in store.read()) == 2 * (total - 1) + 1
     with timstore.open(path, "r") as store:
         view = store.snapshot().view
-    rolled_up = view.checkpoint.number if view.checkpoint else 0
+    compactions = view.compaction.number if view.compaction else 0
     named = {info.path.rpartition("/z/")[0] for commit in view.commits for info in commit.objects if "/z/" in info.path}
     unfinished = len(list(path.glob("data/*/*/z"))) - len(named)
-    print(f"{unfinished} kills left a commit unfinished, {rolled_up} checkpoints")
+    print(f"{unfinished} kills left a commit unfinished, {compactions} compactions")
     assert unfinished > 0
     # How many depends on how busy the machine is.
-    assert rolled_up > KILLS / 10 if roll_up_commits == 2 else rolled_up == 0
+    assert compactions > KILLS / 10 if compact_commits == 2 else compactions == 0
 
 
 def test_a_killed_store_is_never_seen_half_made(tmp_path):
@@ -107,7 +107,7 @@ def test_a_killed_store_is_never_seen_half_made(tmp_path):
     script = """
 import os, signal, sys
 import numpy, timstore
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 for at in range(200):
     path = os.path.join(sys.argv[1], str(at))
@@ -285,7 +285,7 @@ assert store.sql("SELECT step FROM records ORDER BY step").fetchall() == [(0,), 
 def test_what_could_not_be_committed_at_exit_is_told(tmp_path):
     script = (
         "import sys, numpy, timstore\n"
-        "from timstore.format.objects import LocalObjects\n"
+        "from timstore.format.local_files import LocalObjects\n"
         "store = timstore.open(sys.argv[1])\n"
         "store.append(0, 0, 1, {'w': numpy.ones(3, 'f4')})\n"
         "def full(*_, **__): raise OSError(28, 'No space left on device')\n"

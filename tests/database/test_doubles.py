@@ -11,7 +11,7 @@ import torch
 
 import timstore
 from timstore.database import writer
-from timstore.format import locks
+from timstore.format import local_files
 
 STEP = {"optimizer": "SGD", "lr": 0.1, "momentum": 0.9}
 
@@ -288,7 +288,7 @@ def test_a_commit_waits_for_the_lock_and_keeps_what_it_holds_when_it_does_not_ge
     first, second = pair
     append(first, 0, 1)
     append(second, 0, 2)
-    monkeypatch.setattr(locks, "_SECONDS", 0.05)
+    monkeypatch.setattr(local_files, "_SECONDS", 0.05)
     refused = pytest.raises(timstore.errors.StorageError, match="another process has held")
     with first._objects.alone("log/"), refused as caught:
         second.commit()
@@ -317,7 +317,7 @@ def test_a_file_system_without_locks_takes_commits_all_the_same(tmp_path, pair, 
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**{**vars(locks.fcntl), "flock": refuse}))
+    monkeypatch.setattr(local_files, "fcntl", SimpleNamespace(**{**vars(local_files.fcntl), "flock": refuse}))
     first, second = pair
     append(first, 0, 1)
     first.commit()

@@ -38,6 +38,7 @@ VERBS = {
     "gradient": lambda store: store.gradient(0, 0, 1, "w"),
     "latest_fingerprints": lambda store: store.latest_fingerprints(),
     "probe": lambda store: store.probe(),
+    "zarr": lambda store: list(store.zarr()),
     "rollback": lambda store: store.rollback(torch.nn.Linear(3, 2), [1]),
     "record": lambda store: record(store),
     "verify": lambda store: store.verify(),

@@ -11,9 +11,9 @@ from older_layouts import written
 import timstore
 from timstore import Factors, Rows
 from timstore.errors import FormatError, InvalidInputError
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
-from timstore.format.segment import build_segment
+from timstore.format.segments import build_segment
 from timstore.format.settings import create_settings
 from timstore.legacy import import_trajectories
 from timstore.records import Parameter

@@ -6,10 +6,12 @@ import itertools
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import timstore
-from timstore.format.columns import fit, joined, plain
+from timstore.database.samples import ColumnTypes
+from timstore.format.user_columns import cast_exactly, joined, plain
 
 BIG = 2**60 + 1
 VALUES = {
@@ -53,14 +55,14 @@ def number(value):
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=map("-".join, PAIRS))
-def test_a_column_of_two_types_keeps_every_value(one, other):
+def test_a_column_that_was_left_with_two_types_keeps_every_value(one, other):
     first, second = rows(1, VALUES[one]), rows(3, VALUES[other])
     both = joined([first, second])
-    kind, alone = both.schema.field("x").type, {plain(first)["x"].type, plain(second)["x"].type}
-    # Text is for those that nothing else holds, and nobody attaches those on purpose.
-    assert fit(first, second, "x") == (kind != pa.string() or alone <= {pa.string(), pa.null()})
-    # What was merged before is merged again with what comes later.
+    kind = both.schema.field("x").type
+    # What was joined before is joined again with what comes later.
     assert joined([both, rows(5, VALUES[other])])["x"].type == kind
+    exact = cast_exactly(plain(second)["x"], plain(first)["x"].type)
+    assert exact is None or one == "nothing" or kind == plain(first)["x"].type
     texts = {"bool", "int", "big int", "unsigned", "float", "text", "words", "decimal", "nothing"}
     if {one, other} <= texts:
         given = [*VALUES[one].to_pylist(), *VALUES[other].to_pylist()]
@@ -74,32 +76,60 @@ def held(path):
         return store.sql("SELECT typeof(x) AS kind, x FROM samples ORDER BY sample").fetchall()
 
 
-@pytest.mark.parametrize(("one", "other"), [(1.5, BIG), (BIG, 1.5), (7, "seven"), (0.5, 2**64 - 1), (1, b"a")])
-def test_a_store_that_holds_types_without_a_common_one_opens_as_text(tmp_path, monkeypatch, one, other):
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (1.5, BIG, [("VARCHAR", "1.5"), ("VARCHAR", str(BIG))]),
+        (7, "seven", [("VARCHAR", "7"), ("VARCHAR", "seven")]),
+        (0.5, np.uint64(2**64 - 1), [("VARCHAR", "0.5"), ("VARCHAR", str(2**64 - 1))]),
+        (1, b"a", [("VARCHAR", "1"), ("VARCHAR", "61")]),
+        (3, 0.5, [("DOUBLE", 3.0), ("DOUBLE", 0.5)]),
+    ],
+)
+def test_a_store_that_was_left_with_two_types_opens_with_every_value(tmp_path, monkeypatch, one, other, said):
     # As two writers at once, and earlier versions, leave it.
-    monkeypatch.setattr("timstore.database.store.check_columns", lambda *_: None)
+    monkeypatch.setattr(ColumnTypes, "fitted", lambda _, table: table)
     with timstore.open(tmp_path / "s", durability="os") as store:
         store.samples.update({"sample": [3], "x": [one]})
-        store.samples.update({"sample": [7], "x": pa.array([other]) if other != 2**64 - 1 else [np.uint64(other)]})
-        said = [("VARCHAR", str(one)), ("VARCHAR", "61" if other == b"a" else str(other))]
+        store.samples.update({"sample": [7], "x": [other]})
         assert held(tmp_path / "s") == said
         store.compact()
     assert held(tmp_path / "s") == said
     assert timstore.verify(tmp_path / "s").sound
 
 
-@pytest.mark.parametrize(("one", "other", "kind"), [(1.5, BIG, "double"), (BIG, 1.5, "int64")])
-def test_a_value_that_would_be_rounded_is_refused(tmp_path, one, other, kind):
+REFUSED = [
+    (1.5, [BIG], "x holds double, not int64"),
+    (BIG, [3.0, 1.5], "x holds int64, not double: 1.5 of sample 8"),
+    ("3", [3], "x holds string, not int64: 3 of sample 7"),
+    (3, ["3"], "x holds int64, not string"),
+    (True, [1], "x holds bool, not int64"),
+    (3, [decimal.Decimal("0.25")], "x holds int64, not decimal"),
+    (np.int8(3), [3, 300], "x holds int8, not int64: 300 of sample 8"),
+    (datetime.datetime(2026, 1, 2), [5], "x holds .*, not int64"),
+    (datetime.date(2026, 1, 2), [datetime.datetime(2026, 1, 2, 3)], "x holds .*, not timestamp"),
+    ([1, 2], [["a"]], "x holds .*, not list"),
+]
+
+
+@pytest.mark.parametrize(("one", "others", "message"), REFUSED)
+def test_a_value_that_the_columns_first_type_does_not_hold_is_refused(tmp_path, one, others, message):
     with timstore.open(tmp_path / "s", durability="os") as store:
         store.samples.update([{"sample": 3, "x": one}])
-        with pytest.raises(timstore.InvalidInputError, match=f"column x holds {kind}, .* or under another name"):
-            store.samples.update([{"sample": 7, "x": other}])
-    assert [value for _, value in held(tmp_path / "s")] == [one]
+        before = held(tmp_path / "s")
+        with pytest.raises(timstore.InvalidInputError, match=f"column {message}.* under another name") as refused:
+            store.samples.update([{"sample": 7 + number, "x": other} for number, other in enumerate(others)])
+        assert refused.value.fields["column"] == "x"
+    assert held(tmp_path / "s") == before
 
 
-def test_whole_numbers_join_decimals(tmp_path):
+def test_what_the_columns_first_type_holds_is_stored_in_it(tmp_path):
     with timstore.open(tmp_path / "s", durability="os") as store:
-        store.samples.update([{"sample": 1, "x": BIG}])
-        store.samples.update([{"sample": 2, "x": decimal.Decimal("0.25")}])
+        store.samples.update([{"sample": 1, "x": BIG, "y": None, "z": 0.5}])
+        store.samples.update([{"sample": 2, "X": 3.0, "y": "a", "z": 7}, {"sample": 3, "z": float("nan")}])
+        store.samples.update({"sample": [4], "x": pa.array([5], pa.int8()), "z": pa.array([0.25], pa.float16())})
         store.compact()
-    assert [value for _, value in held(tmp_path / "s")] == [BIG, decimal.Decimal("0.25")]
+        found = store.sql("SELECT x, y, z::VARCHAR FROM samples ORDER BY sample").fetchall()
+        assert found == [(BIG, None, "0.5"), (3, "a", "7.0"), (None, None, "nan"), (5, None, "0.25")]
+    tables = [pq.read_table(path) for path in (tmp_path / "s").glob("data/**/samples*.parquet")]
+    assert [table["x"].type for table in tables] == [pa.int64()]

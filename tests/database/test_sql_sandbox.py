@@ -26,7 +26,7 @@ from sql_attempts import (
 
 from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.errors import InvalidInputError
-from timstore.format.tables import SCHEMAS
+from timstore.format.schemas import SCHEMAS
 
 REFUSED = InvalidInputError
 SAMPLES = list(range(5))

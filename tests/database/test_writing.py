@@ -10,7 +10,7 @@ import pytest
 import timstore
 from timstore import Factors, Rows
 from timstore.database import ledger, writer
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 
 def values(step):

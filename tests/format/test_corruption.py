@@ -48,7 +48,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folded(small, tmp_path_factory):
-    """The same store, a checkpoint over most of it."""
+    """The same store, a compaction over most of it."""
     path = tmp_path_factory.mktemp("folded") / "run"
     shutil.copytree(small, path)
     with timstore.open(path) as store:
@@ -168,7 +168,7 @@ def test_a_commit_cut_off_the_end_of_an_open_log_is_noticed_by_who_saw_it(tmp_pa
 
 def test_a_newer_format_is_refused_naming_the_version(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("timstore.format.layout.FORMAT", (2, 3))
+        patch.setattr("timstore.format.paths.FORMAT", (2, 3))
         timstore.open(tmp_path).close()
     for mode in ("r", "a"):
         with pytest.raises(timstore.FormatError, match=r"format 2\.3"):

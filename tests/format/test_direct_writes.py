@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from timstore.errors import StorageError
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 
 @pytest.mark.parametrize("size", [256 * 1024 - 1, 256 * 1024, 256 * 1024 + 1, 2**20, 2**20 + 4096, 3 * 2**20 + 123])

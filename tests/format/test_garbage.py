@@ -13,7 +13,7 @@ from full_stores import body, files_of, fill, forge_rows, replace_object, reseal
 from stores import sealed
 
 import timstore
-from timstore.format import layout
+from timstore.format import paths
 
 TABLES = ("records", "gradients", "steps", "parameters", "samples", "attempts", "fingerprints", "rollbacks", "commits")
 VALUES = (None, True, -1, 2**70, 1e308, "x", [], {}, [[]], 0, 2**62, "../../etc", 2.0)
@@ -21,7 +21,7 @@ VALUES = (None, True, -1, 2**70, 1e308, "x", [], {}, [[]], 0, 2**62, "../../etc"
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """Return two stores: one as it was written, one rolled up."""
+    """Return two stores: one as it was written, one compacted."""
     with pytest.MonkeyPatch.context() as patch:
         found = [fill(tmp_path_factory.mktemp(name) / "run", patch) for name in ("plain", "compacted")]
     with timstore.open(found[1]) as store:
@@ -66,7 +66,7 @@ def test_a_file_that_grew_to_gigabytes_is_refused_before_it_is_read(stores, tmp_
 
 
 def test_a_scope_that_no_reader_takes_is_refused_when_it_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "RECORD_BYTES", 10_000)
+    monkeypatch.setattr(paths, "RECORD_BYTES", 10_000)
     with timstore.open(tmp_path / "s") as store:
         store.append(0, 0, 1, {"w": np.ones(2, np.float32)}, lr=0.1)
         store.commit()

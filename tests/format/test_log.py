@@ -17,9 +17,9 @@ from timstore.errors import (
     CorruptionError,
     StateError,
 )
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
-from timstore.format.view import read_view
+from timstore.format.log_reader import read_view
 
 
 def test_a_commit_is_what_a_reader_sees(objects, settings):
@@ -140,7 +140,7 @@ def test_a_forked_child_may_not_use_the_writer(objects):
 import os, sys
 from timstore.errors import StateError
 from timstore.format.log import LogWriter
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 from timstore.format.settings import read_settings
 
 objects = LocalObjects(sys.argv[1], durable=True)

@@ -13,10 +13,10 @@ from timstore.errors import (
     NotFoundError,
     ReadOnlyError,
 )
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter
-from timstore.format.objects import LocalObjects
+from timstore.format.log_reader import read_view
 from timstore.format.settings import create_settings, read_settings
-from timstore.format.view import read_view
 
 
 def test_settings_are_read_as_they_were_created(tmp_path):

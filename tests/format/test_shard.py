@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from timstore.errors import CorruptionError, FormatError
-from timstore.format.shard import GROUP_JSON, ArrayLayout, decode_chunk, encode_shards
+from timstore.format.zarr_shards import GROUP_JSON, ArrayLayout, decode_chunk, encode_shards
 from timstore.records import BFLOAT16, narrow
 
 DTYPES = ["float64", "float32", "float16", "int8", "int32", "int64"]

@@ -20,11 +20,11 @@ from timstore.errors import (
     NotFoundError,
     TimstoreWarning,
 )
+from timstore.format.checksums import read_verified
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
+from timstore.format.log_reader import read_view
 from timstore.format.settings import create_settings, read_settings
-from timstore.format.verified import read_verified
-from timstore.format.view import read_view
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch import nn
 
 import timstore
 from timstore.database.store import Store
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter
-from timstore.format.objects import LocalObjects
 from timstore.interrupts import Held
 from timstore.model.fingerprints import digests
 from timstore.rollbacks import vectors

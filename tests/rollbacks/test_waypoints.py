@@ -24,7 +24,7 @@ from torch import nn
 
 import timstore
 from timstore.database.states import State
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.rollbacks.filtering import Stretch, probe_filter
 from timstore.rollbacks.probe import Probe
 from timstore.rollbacks.report import RollbackReport

@@ -12,7 +12,7 @@ from stores import forged
 
 import timstore
 from timstore import Factors, Rows
-from timstore.format.shard import ArrayLayout, stored_name
+from timstore.format.zarr_shards import ArrayLayout, stored_name
 
 
 def normal(seed, *shape):
@@ -44,7 +44,7 @@ def fill(path, monkeypatch, precision="int8", durability="commit"):
     """Write a store: two attempts, two writers, several shards to an array, matrices split by columns."""
     with monkeypatch.context() as small:
         # As if rows of 64 numbers were wide, and two chunks of 1 KB a full shard.
-        small.setattr("timstore.format.segment.ROW_BYTES", 256)
+        small.setattr("timstore.format.segments.ROW_BYTES", 256)
         small.setattr(ArrayLayout, "plan", small_plan)
         with timstore.open(path, precision=precision, durability=durability) as store:
             for step in range(3):
@@ -88,12 +88,12 @@ def body(path):
 
 
 def naming(root, name):
-    """Return the file that names an object: a record, a checkpoint, or the row file in which that lists objects."""
-    checkpoints = sorted(root.glob("ckpt/*.json"))
-    for info in body(checkpoints[-1])["objects"] if checkpoints else ():
+    """Return the file that names an object: a record, a compaction, or the row file in which that lists objects."""
+    compactions = sorted(root.glob("ckpt/*.json"))
+    for info in body(compactions[-1])["objects"] if compactions else ():
         if info["kind"] == "objects" and name in pq.read_table(root / info["path"])["path"].to_pylist():
             return root / info["path"]
-    records = [*checkpoints[-1:], *root.glob("log/*/*.json")]
+    records = [*compactions[-1:], *root.glob("log/*/*.json")]
     return next(one for one in records if any(info["path"] == name for info in body(one)["objects"]))
 
 

@@ -4,10 +4,10 @@ import hashlib
 import json
 from contextlib import contextmanager
 
+from timstore.format.checksums import read_verified
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import claim_attempt
-from timstore.format.objects import LocalObjects
 from timstore.format.settings import create_settings
-from timstore.format.verified import read_verified
 
 STEPS = ((0, 1), (0, 3))
 

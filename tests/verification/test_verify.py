@@ -16,7 +16,7 @@ SEED = 20260705
 
 
 def folded(path):
-    """Roll up, and write some more; twice."""
+    """Compact, and write some more; twice."""
     for step in (3, 4):
         with timstore.open(path) as store:
             store.compact()
@@ -38,7 +38,7 @@ def compacted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["exact", "bfloat16", "int8"])
-def test_a_sound_store_has_no_findings_before_and_after_roll_ups(tmp_path, monkeypatch, precision):
+def test_a_sound_store_has_no_findings_before_and_after_compactions(tmp_path, monkeypatch, precision):
     path = fill(tmp_path / "run", monkeypatch, precision)
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*")]
     kinds = ("records", "gradients", "slices", "steps", "parameters", "samples", "fingerprints", "states", "rollbacks")

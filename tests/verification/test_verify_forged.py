@@ -14,7 +14,7 @@ import timstore
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """Return two stores by name: one as it was written, one rolled up."""
+    """Return two stores by name: one as it was written, one compacted."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plain", "compacted"):
@@ -129,7 +129,7 @@ def test_a_record_that_readers_refuse_is_found_and_its_data_is_no_rubbish(store,
 
 
 @pytest.mark.parametrize("store", ["compacted"], indirect=True)
-def test_a_checkpoint_that_readers_refuse_is_found(store):
+def test_a_compaction_that_readers_refuse_is_found(store):
     (path,) = store.glob("ckpt/*.json")
     original = path.read_bytes()
     fields = body(path)

@@ -11,7 +11,7 @@ import torch
 from full_stores import body, fill, gradients, normal, tree
 
 import timstore
-from timstore.format.objects import LocalObjects
+from timstore.format.local_files import LocalObjects
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_record_in_the_middle_is_named_with_what_it_held(store, damage):
 
 
 @pytest.mark.parametrize("damage", ["torn", "gone"])
-def test_a_checkpoint_that_is_lost_is_one_finding(store, damage):
+def test_a_compaction_that_is_lost_is_one_finding(store, damage):
     with timstore.open(store) as opened:
         opened.compact()
         opened.append(1, 0, 1, gradients(1, 1), lr=0.1)
@@ -135,7 +135,7 @@ def test_what_nothing_names_is_a_leftover(store):
     assert only(timstore.verify(store), "ckpt/notes.txt").kind == "newer"
 
 
-def test_what_a_roll_up_that_died_left_behind_is_a_leftover(store, tmp_path):
+def test_what_a_compaction_that_died_left_behind_is_a_leftover(store, tmp_path):
     shutil.copytree(store, tmp_path / "before")
     with timstore.open(store) as opened:
         opened.compact()
@@ -237,7 +237,7 @@ def test_paths_that_hold_no_store_are_refused(tmp_path):
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("timstore.format.layout.FORMAT", (2, 0))
+        patch.setattr("timstore.format.paths.FORMAT", (2, 0))
         timstore.open(tmp_path).close()
     with pytest.raises(timstore.FormatError, match=r"format 2\.0"):
         timstore.verify(tmp_path)

@@ -57,7 +57,7 @@ class Catalog:
     ) -> Catalog:
         """Load commits into tables; with `previous`, only what is new, beside a copy of its tables.
 
-        `folded` are the (kind, rows) of a checkpoint that covers the commits before them; `memory` is in bytes, for
+        `folded` are the (kind, rows) of a compaction that covers the commits before them; `memory` is in bytes, for
         all questions together.
 
         The previous catalogue, and relations made from it, stay as they are.

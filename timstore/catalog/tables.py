@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from timstore.encoding import PRECISIONS
 from timstore.errors import FormatError
-from timstore.format.columns import joined
-from timstore.format.tables import ADDED, ROLLED, SCHEMAS, integers, numbered
+from timstore.format.schemas import ADDED, FOLDED, SCHEMAS, integers, numbered
+from timstore.format.user_columns import joined
 
-STORED = tuple(kind for kind in ROLLED if kind != "samples")
+STORED = tuple(kind for kind in FOLDED if kind != "samples")
 
 # Small inserts cost more per row, large ones memory.
 _INSERT_ROWS = 1_000_000
@@ -101,10 +101,10 @@ def load_commits(
     """Add the rows of commits.
 
     Args:
-        folded: (kind, rows) of a checkpoint, in its order; those of the commits that it covers are of kind `commits`.
+        folded: (kind, rows) of a compaction, in its order; those of the commits that it covers are of kind `commits`.
 
     Raises:
-        FormatError: rows that are not those of `format.tables`.
+        FormatError: rows that are not those of `format.schemas`.
     """
     loading = {kind: _Loading(connection, kind) for kind in STORED}
     samples: list[pa.Table] = []
@@ -116,7 +116,7 @@ def load_commits(
             _insert(connection, kind, _numbered_heads(table, covered))
             covered += table.num_rows
         elif kind in loading:
-            loading[kind].add(table, "a checkpoint")
+            loading[kind].add(table, "a compaction")
     heads: dict[str, list[Any]] = {name: [] for name in _COMMITS}
     for commit in commits:
         for name, column in heads.items():
@@ -187,7 +187,7 @@ class _Loading:
 
 
 def _numbered_heads(table: pa.Table, first: int) -> pa.Table:
-    """Return rows of a checkpoint's commits, the first of them number `first`, as those of `_COMMITS`."""
+    """Return rows of a compaction's commits, the first of them number `first`, as those of `_COMMITS`."""
     numbers = integers(np.arange(first, first + table.num_rows))
     return table.add_column(0, "commit", numbers).select(list(_COMMITS))
 

@@ -29,9 +29,8 @@ from timstore.cli.terminal import (
     size,
     spelled,
 )
-from timstore.database.samples import as_rows, check_columns
+from timstore.database.samples import ColumnTypes, as_rows
 from timstore.errors import InvalidInputError, NotFoundError, TimstoreWarning
-from timstore.format.columns import plain
 from timstore.interrupts import CriticalSection
 
 verbs = typer.Typer()
@@ -203,17 +202,17 @@ def compact(path: StorePath, dry_run: DryRun = False, as_json: AsJson = False) -
     """
     if dry_run:
         with open_to_read(path) as store:
-            waiting = len(store.snapshot().view.since_checkpoint)
+            waiting = len(store.snapshot().view.since_compaction)
         text = f"would fold {counted(waiting, 'commit')}" if waiting else "nothing to fold"
         show({"dry_run": True, "commits": waiting}, text, as_json)
         return
     with open_to_write(path) as store:
         done = store.compact()
     text = "nothing to fold"
-    if done.checkpoint is not None:
+    if done.compaction is not None:
         text = (
-            f"folded {counted(done.commits, 'commit')}, {counted(done.rows, 'row')}, into checkpoint "
-            f"{done.checkpoint}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
+            f"folded {counted(done.commits, 'commit')}, {counted(done.rows, 'row')}, into compaction "
+            f"{done.compaction}: {size(done.bytes_before)} of row files became {size(done.bytes_after)}, "
             f"{counted(done.deleted, 'file')} deleted"
         )
         if done.undeleted is not None:
@@ -335,12 +334,10 @@ def _news(store: timstore.Store, blocks: Iterator[pa.Table]) -> News:
     """
     news = News()
     known = {name.lower() for name in store.sql("SELECT * FROM samples LIMIT 0").columns}
-    earlier: list[pa.Table] = []
+    types = ColumnTypes(lambda question: store.sql(question).to_arrow_table())
     new: set[int] = set()
     for block in blocks:
-        rows = as_rows(block)
-        check_columns(rows, lambda question: store.sql(question).to_arrow_table(), earlier)
-        earlier.append(_without_text(plain(rows)))
+        rows = types.fitted(as_rows(block))
         news.columns = [name for name in rows.column_names if name != "sample"]
         news.rows += rows.num_rows
         stored = _stored(store, rows["sample"].to_pylist(), [name for name in news.columns if name.lower() in known])
@@ -354,14 +351,6 @@ def _news(store: timstore.Store, blocks: Iterator[pa.Table]) -> News:
                 )
     news.new = len(new)
     return news
-
-
-def _without_text(rows: pa.Table) -> pa.Table:
-    """Forget text, which is most of a file: it joins text alone, whatever it says."""
-    for number, column in enumerate(rows.schema):
-        if column.type == pa.string():
-            rows = rows.set_column(number, column, pa.nulls(rows.num_rows, pa.string()))
-    return rows
 
 
 def _stored(store: timstore.Store, ids: Sequence[int], names: Collection[str]) -> dict[int, dict[str, object]]:

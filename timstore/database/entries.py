@@ -24,7 +24,7 @@ from timstore.arguments import (
 from timstore.database.ledger import Ledger, Moment, parameter_rows
 from timstore.database.writer import Item, rows_items
 from timstore.errors import InvalidInputError, shown
-from timstore.format.commits import Scope
+from timstore.format.log import Scope
 from timstore.records import (
     Factors,
     Gradient,

@@ -11,7 +11,7 @@ from typing import Any
 
 from timstore.database.snapshot import Snapshot
 from timstore.errors import ModelMismatchError
-from timstore.format.commits import Attempt
+from timstore.format.log import Attempt
 
 Moment = tuple[int, int]
 # Attempt, epoch, step.

@@ -9,9 +9,8 @@ from typing import Any
 
 from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError, StateError, shown
-from timstore.format.commits import Attempt, Scope
-from timstore.format.log import claim_attempt
-from timstore.format.objects import Objects
+from timstore.format.local_files import Objects
+from timstore.format.log import Attempt, Scope, claim_attempt
 from timstore.records import Parameter, Step, StepGroup
 
 _log = logging.getLogger(__name__)

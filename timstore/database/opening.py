@@ -21,9 +21,8 @@ from timstore.errors import (
     TimstoreWarning,
     shown,
 )
-from timstore.format import layout
-from timstore.format.holding import held
-from timstore.format.objects import LocalObjects
+from timstore.format import paths
+from timstore.format.local_files import LocalObjects, folder_held
 from timstore.format.settings import Settings, create_settings, read_settings
 from timstore.os_errors import reporting
 
@@ -32,15 +31,15 @@ _log = logging.getLogger(__name__)
 _DEFAULTS: dict[str, Any] = {"precision": "exact", "max_rel_error": 0.02, "durability": "commit"}
 _CHOICES = {"precision": PRECISIONS, "durability": ("commit", "os")}
 # What the settings are called while the rest goes: without settings nothing is a store, with this it was one.
-_MARK = f".{layout.SETTINGS}.removed"
-_FOLDERS = tuple(folder.rstrip("/") for folder in (layout.DATA, layout.LOG, layout.CHECKPOINTS, layout.RUNS))
+_MARK = f".{paths.SETTINGS}.removed"
+_FOLDERS = tuple(folder.rstrip("/") for folder in (paths.DATA, paths.LOG, paths.COMPACTIONS, paths.RUNS))
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 _PARSERS = (
-    layout.parse_attempt_path,
-    layout.parse_record_path,
-    layout.parse_data_path,
-    layout.parse_checkpoint_path,
-    layout.parse_folded_path,
+    paths.parse_attempt_path,
+    paths.parse_record_path,
+    paths.parse_data_path,
+    paths.parse_compaction_path,
+    paths.parse_folded_path,
 )
 
 
@@ -58,15 +57,15 @@ def open_settings(path: Path, mode: str, options: dict[str, Any]) -> tuple[Local
 def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObjects, Settings]:
     if mode == "w":
         remove_store(path)
-    exists = (path / layout.SETTINGS).exists()
+    exists = (path / paths.SETTINGS).exists()
     if mode == "x" and exists:
         raise AlreadyExistsError(f"{path} is a store already; open it with mode 'a', or choose another path")
     if not exists:
         check_whole(path)
-        if (path / layout.attempt_path(0)).exists():
+        if (path / paths.attempt_path(0)).exists():
             raise CorruptionError(
-                f"{path} has records, but its {layout.SETTINGS} is missing. Restore this file from a copy",
-                path=layout.SETTINGS,
+                f"{path} has records, but its {paths.SETTINGS} is missing. Restore this file from a copy",
+                path=paths.SETTINGS,
             )
         if mode == "r":
             raise NotFoundError(f"there is no store at {path}; mode 'a' makes one", path=str(path))
@@ -103,7 +102,7 @@ def _opened(path: Path, mode: str, options: dict[str, Any]) -> tuple[LocalObject
 
 def _warn_when_public(path: Path) -> None:
     """A copy made without its modes, say, may be open to everyone."""
-    if path.stat().st_mode & stat.S_IXOTH and (path / layout.SETTINGS).stat().st_mode & stat.S_IROTH:
+    if path.stat().st_mode & stat.S_IXOTH and (path / paths.SETTINGS).stat().st_mode & stat.S_IROTH:
         warnings.warn(
             f"every user of this machine can read {path}, and gradients tell about the data they came from: "
             f"chmod -R go= {path}",
@@ -115,7 +114,7 @@ def _warn_when_public(path: Path) -> None:
 def _is_free(path: Path) -> bool:
     """Say whether a store may be made here: an empty folder, or one in which somebody began to make it."""
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    return layout.SETTINGS in names or all(name.startswith(f".{layout.SETTINGS}.") for name in names)
+    return paths.SETTINGS in names or all(name.startswith(f".{paths.SETTINGS}.") for name in names)
 
 
 def _check(mode: str, options: dict[str, Any]) -> None:
@@ -159,8 +158,8 @@ def remove_store(path: Path) -> None:
     """
     if not path.is_dir() or not any(path.iterdir()):
         return
-    with held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
-        settings = path / layout.SETTINGS
+    with folder_held(path, f"another process is importing into {path}, or removing it"), reporting("remove", path):
+        settings = path / paths.SETTINGS
         if not settings.exists() and not (path / _MARK).exists():
             return
         foreign = _foreign(path)
@@ -199,7 +198,7 @@ def _foreign(path: Path) -> str | None:
 
 
 def _is_ours(path: str) -> bool:
-    return path == layout.SETTINGS or any(parse(path) is not None for parse in _PARSERS)
+    return path == paths.SETTINGS or any(parse(path) is not None for parse in _PARSERS)
 
 
 def _synced(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The user's own columns beside sample ids."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import pyarrow as pa
 
 from timstore.arguments import mapped, plain_name, sample_id
 from timstore.catalog.tables import quoted
-from timstore.errors import InvalidInputError
-from timstore.format.columns import fit, joined, plain
+from timstore.errors import InvalidInputError, shown
+from timstore.format.user_columns import alike, cast_exactly, first_misfit, plain
 
 
 class Samples:
@@ -68,38 +69,58 @@ def hash_rows(hashes: Any) -> pa.Table:
     return pa.table({"sample": pa.array(ids, pa.int64()), "content_hash": pa.array(digests, pa.string())})
 
 
-def check_columns(table: pa.Table, ask: Callable[[str], pa.Table], earlier: Sequence[pa.Table] = ()) -> None:
-    """Refuse a column that no type holds exactly together with what is stored under its name.
+class ColumnTypes:
+    """The types that the samples columns of a store have: the first that each was given with.
 
     Args:
         ask: answers SQL about the store.
-        earlier: rows that will be stored before these.
-
-    Raises:
-        InvalidInputError: naming the column and both types.
     """
-    stored = ask("SELECT * FROM samples LIMIT 0")
-    known = joined([stored, *(rows.slice(0, 0) for rows in earlier)])
-    given = plain(table)
-    # SQL does not tell Owner from owner.
-    fields = {field.name.lower(): field for field in known.schema}
-    differ = {}
-    for name in sorted(given.column_names):
-        field = fields.get(name.lower())
-        if field is not None and len({field.type, given.schema.field(name).type} - {pa.null()}) == 2:
-            differ[name] = field
-    if not differ:
-        return
-    names = [field.name for field in differ.values() if field.name in stored.column_names]
-    columns = ", ".join(map(quoted, ["sample", *names]))
-    rows = joined([ask(f"SELECT {columns} FROM samples"), *earlier])
-    for name, field in differ.items():
-        if not fit(rows, given, field.name):
-            raise InvalidInputError(
-                f"the samples column {name} holds {field.type}, not {given.schema.field(name).type}, and no type holds "
-                f"the values of both exactly: give it as {field.type}, or under another name",
-                column=name,
-            )
+
+    def __init__(self, ask: Callable[[str], pa.Table]) -> None:
+        self._ask = ask
+        # SQL does not tell Owner from owner.
+        self._fields = {field.name.lower(): field for field in ask("SELECT * FROM samples LIMIT 0").schema}
+        self._stored = set(self._fields)
+
+    def fitted(self, table: pa.Table) -> pa.Table:
+        """Return rows with each column in its type; a column that is new has it from these rows on.
+
+        Raises:
+            InvalidInputError: naming the column, its type, and the first value that would not be the same in it.
+        """
+        table = plain(alike([table])[0])
+        for number, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+            if column.null_count == len(column) and name.lower() in self._fields:
+                continue
+            field = self._fields.get(name.lower())
+            if field is None or (field.type != column.type and not self._has_values(field)):
+                self._fields[name.lower()] = table.schema.field(name)
+                self._stored.discard(name.lower())
+                continue
+            cast = cast_exactly(column, field.type)
+            if cast is None:
+                at = first_misfit(column, field.type)
+                value, sample, kept = column[at], table["sample"][at].as_py(), field.type
+                with suppress(ValueError, OverflowError, pa.ArrowException):  # a moment that Python has no number for
+                    value = value.as_py()
+                raise InvalidInputError(
+                    f"the samples column {name} holds {kept}, not {column.type}: {shown(value)} of sample {sample} "
+                    f"cannot become {kept} unchanged. Give it as {kept}, or under another name",
+                    column=name,
+                    value=value,
+                    sample=sample,
+                )
+            table = table.set_column(number, name, cast)
+        return table
+
+    def _has_values(self, field: pa.Field) -> bool:
+        """Say whether a column has a type: as long as it is empty, DuckDB gives it some integer's."""
+        if pa.types.is_null(field.type):
+            return False
+        if field.name.lower() not in self._stored:
+            return True
+        count = self._ask(f"SELECT count({quoted(field.name)}) AS count FROM samples")
+        return bool(count["count"][0].as_py())
 
 
 def names_of_samples(rows: pa.Table, column: str) -> dict[str, int] | None:

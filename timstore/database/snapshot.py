@@ -14,15 +14,14 @@ from timstore.catalog import AttemptRow, Catalog, CommitRows
 from timstore.database.kept_rows import KIND, KeptRows, unpack_probe
 from timstore.encoding import densify
 from timstore.errors import CorruptionError, NotFoundError
-from timstore.format.cache import ByteCache
-from timstore.format.checkpoint import read_rows
-from timstore.format.commits import Commit
-from timstore.format.objects import Objects
-from timstore.format.reader import SegmentReader
+from timstore.format.checksums import read_verified
+from timstore.format.compaction import read_rows
+from timstore.format.local_files import Objects
+from timstore.format.log import Commit
+from timstore.format.log_reader import View, read_view
+from timstore.format.schemas import FOLDED
+from timstore.format.segments import Arrays, ByteCache, SegmentReader
 from timstore.format.settings import Settings
-from timstore.format.tables import ROLLED
-from timstore.format.verified import read_verified
-from timstore.format.view import View, read_view
 from timstore.records import Gradient, Parameter, Record
 
 _CACHE_BYTES = 64 * 1024 * 1024
@@ -84,21 +83,21 @@ class Snapshot:
             try:
                 return self._build_from(self._previous)
             except CorruptionError as error:
-                # Row files that a newer checkpoint folded are gone: then this is a snapshot of what it covers.
+                # Row files that a newer compaction folded are gone: then this is a snapshot of what it covers.
                 newer = read_view(self.objects, self.settings) if error.kind == "missing" else self.view
-                if newer.checkpoint is None or newer.checkpoint == self.view.checkpoint:
+                if newer.compaction is None or newer.compaction == self.view.compaction:
                     raise
                 self.view = newer
 
     def _build_from(self, previous: "Snapshot | None") -> Catalog:
         view, before, known = self.view, None, 0
-        if previous and previous._catalog and previous.view.checkpoint == view.checkpoint:
+        if previous and previous._catalog and previous.view.compaction == view.compaction:
             before, known = previous._catalog, len(previous.view.commits)
         folded: Iterator[tuple[str, pa.Table]] = iter(())
-        if before is None and view.checkpoint is not None:
-            known = view.checkpoint.commits
-            files = (info for info in view.checkpoint.files if info.kind != "objects")
-            folded = ((info.kind, read_rows(self.objects, info, view.checkpoint)) for info in files)
+        if before is None and view.compaction is not None:
+            known = view.compaction.commits
+            files = (info for info in view.compaction.files if info.kind != "objects")
+            folded = ((info.kind, read_rows(self.objects, info, view.compaction)) for info in files)
         new = (self._commit_rows(number, view.commits[number]) for number in range(known, len(view.commits)))
         return Catalog.build(new, self._attempt_rows(), before, folded, self._sql_memory)
 
@@ -110,6 +109,22 @@ class Snapshot:
     def reader(self, number: int, cache: ByteCache) -> SegmentReader:
         """Return the arrays of commit `number`."""
         return SegmentReader(self.view.commits[number], self.objects, cache)
+
+    def arrays(self) -> Iterator[Arrays]:
+        """Iterate over the arrays of each commit that has any, as `Store.zarr` says."""
+        columns = f"{_RECORD}, parameter, part, encoding::VARCHAR AS encoding, precision::VARCHAR AS precision"
+        query = f"SELECT {columns} FROM stored.gradients WHERE commit = ? ORDER BY owner"
+        for number in range(len(self.view.commits)):
+            reader = self.reader(number, ByteCache(0))
+            group = reader.group()
+            if group is None:
+                continue
+            # A gradient's owner number is its row number in its commit.
+            slices = reader.slices()
+            gradients = self.catalog.rows(query, [number]).take(slices["owner"])
+            for name in slices.column_names[1:]:
+                gradients = gradients.append_column(name, slices[name])
+            yield group, gradients
 
     def parameters(self) -> dict[str, Parameter]:
         """Return every parameter that was ever declared or recorded, in the order of their names, by which sums run."""
@@ -200,7 +215,7 @@ class Snapshot:
             yield {name: tuple(parts) for name, parts in found.pop().items()}
 
     def _commit_rows(self, number: int, commit: Commit) -> CommitRows:
-        tables = {info.kind: read_rows(self.objects, info, commit) for info in commit.objects if info.kind in ROLLED}
+        tables = {info.kind: read_rows(self.objects, info, commit) for info in commit.objects if info.kind in FOLDED}
         size = sum(info.bytes for info in commit.objects)
         return CommitRows(number, commit.writer, commit.seq, commit.at, commit.records, size, tables)
 

@@ -14,8 +14,7 @@ from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm
 from timstore.errors import CorruptionError, InvalidInputError
-from timstore.format.cache import ByteCache
-from timstore.format.reader import SegmentReader
+from timstore.format.segments import ByteCache, SegmentReader
 from timstore.records import BFLOAT16, Parameter, as_array, narrow, widen
 
 _BLOCK_NUMBERS = 1 << 16

@@ -15,13 +15,14 @@ from timstore.database import entries, kept_rows, lifetime
 from timstore.database.entries import Entry
 from timstore.database.ledger import CurrentAttempt, Ledger, parameter_rows
 from timstore.database.opening import open_settings
-from timstore.database.samples import Samples, check_columns, hash_rows
+from timstore.database.samples import ColumnTypes, Samples, hash_rows
 from timstore.database.snapshot import Snapshot, StoredRecord
 from timstore.database.states import state_item, state_precision
 from timstore.database.writer import BackgroundWriter, Item, rows_items
-from timstore.format.commits import Scope
-from timstore.format.place import Place
-from timstore.format.rollup import RollUp, roll_up
+from timstore.format.compacting import CompactionReport, compact
+from timstore.format.log import Scope
+from timstore.format.segments import Arrays
+from timstore.format.settings import Place
 from timstore.interrupts import CriticalSection
 from timstore.options import (
     Accumulate,
@@ -596,11 +597,11 @@ class Store:
             self._stale = True  # also of a commit that left something out all else is there
             self._writer.commit()
 
-    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> RollUp:
+    def compact(self, progress: bool | Callable[[int, int], None] | None = None) -> CompactionReport:
         """Fold the small row files of all commits into few, so that the store opens fast; tensors are not touched.
 
         Commits first. Readers and writers go on meanwhile. A writer does so by itself every 1,000 commits. Returns what
-        was done; its `checkpoint` is None when there was nothing to do, and `undeleted` says what was left.
+        was done; its `compaction` is None when there was nothing to do, and `undeleted` says what was left.
 
         Args:
             progress: as `timstore.verify` takes it, in commits.
@@ -614,7 +615,7 @@ class Store:
         self._check_writable()
         self.commit()
         with told(progress, "folding commits", "pieces") as tell:
-            done = roll_up(self._objects.synced(), self.settings, tell)
+            done = compact(self._objects.synced(), self.settings, tell)
         self._stale = True
         return done
 
@@ -655,6 +656,27 @@ class Store:
             CorruptionError: if an object is missing or is not what was written.
         """
         return self.snapshot().read(None if where is None else arguments.text(where, "where"))
+
+    def zarr(self) -> Iterator[Arrays]:
+        """Iterate over the arrays of the store as zarr-python opens them, for tools that read Zarr: read-only, checked.
+
+        Yields (group, rows) for each commit that has arrays, in the order of the SQL table `commits`.
+
+        `group` is a `zarr.Group`. Its arrays are named `w<width>-<dtype>` and have the shape (rows, width); bfloat16 is
+        uint16, the upper half of a float32. An object is read, and checked whole, when a slice of its array is taken.
+
+        `rows` is an arrow table that says where gradients lie. Of the gradient part of (attempt, epoch, step, rank,
+        sample, parameter, part), the key of the SQL table `gradients`, the rows [start, start + rows) of `array` are
+        its `role`. Of encoding `dense` it is its `values`; of `rows`, zeros but for `values` in the rows `indices`; of
+        `factors`, `output_gradients.T @ inputs`, where there is a `row_map` of these rows of the inputs alone. The
+        roles with `_scales` (int8), and matrices in several `block`s (rows above 1 MB), are explained in
+        docs/format.md. Rows that a later attempt supersedes are among them, though SQL leaves them out; what the arrays
+        hold of the SQL table `states` is not.
+
+        Raises:
+            CorruptionError: an object is missing or is not what was written, also when an array is read.
+        """
+        return self.snapshot().arrays()
 
     def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
         """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.
@@ -768,7 +790,7 @@ class Store:
         if not items:
             return
         if self._writer is None:
-            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_checkpoint)
+            attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_compaction)
             self._writer = BackgroundWriter(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
@@ -785,7 +807,7 @@ class Store:
 
     def _write_samples(self, rows: pa.Table) -> None:
         self._writing()
-        check_columns(rows, self.snapshot().catalog.rows)
+        rows = ColumnTypes(self.snapshot().catalog.rows).fitted(rows)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()
 

@@ -25,16 +25,15 @@ from timstore.errors import (
     TimstoreError,
     TimstoreWarning,
 )
-from timstore.format.checkpoint import read_rows, read_tables
-from timstore.format.columns import joined
-from timstore.format.commits import Commit
-from timstore.format.log import LogWriter, Overtaken
-from timstore.format.objects import LocalObjects, Objects
-from timstore.format.rollup import roll_up
-from timstore.format.segment import EncodedRecord, build_segment
+from timstore.format.compacting import compact
+from timstore.format.compaction import read_rows, read_tables
+from timstore.format.local_files import Objects
+from timstore.format.log import Commit, LogWriter, Overtaken
+from timstore.format.log_reader import View, read_view
+from timstore.format.schemas import SCHEMAS
+from timstore.format.segments import EncodedRecord, build_segment
 from timstore.format.settings import Settings
-from timstore.format.tables import SCHEMAS
-from timstore.format.view import View, read_view
+from timstore.format.user_columns import joined
 from timstore.records import Parameter, Record
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ _log = logging.getLogger(__name__)
 QUEUE_BYTES = 512 * 1024 * 1024
 COMMIT_BYTES = QUEUE_BYTES // 2
 COMMIT_SECONDS = 30.0
-ROLL_UP_COMMITS = 1000
+COMPACT_COMMITS = 1000
 
 _GRADIENT = ("epoch", "step", "rank", "sample", "parameter")
 _STEP = ("epoch", "step", "rank", "group_id")
@@ -283,7 +282,7 @@ class Doubles:
     def _look(self) -> None:
         """Take note of the commits that are new, but for one's own, and of those the ones to this attempt."""
         view = read_view(self._objects, self._settings, self._view)
-        known = len(self._view.commits) if view.checkpoint == self._view.checkpoint else 0
+        known = len(self._view.commits) if view.compaction == self._view.compaction else 0
         new = [commit for commit in view.commits[known:] if commit.seq > self._seen.get(commit.writer, -1)]
         others = [commit for commit in new if commit.writer not in self._own]
         for commit in others:
@@ -295,12 +294,12 @@ class Doubles:
         self._view = view
 
     def _rows(self, view: View, commit: Commit, kind: str) -> list[pa.Table]:
-        """Return the rows of one kind of a commit, out of the checkpoint where they are folded."""
-        checkpoint = view.checkpoint
-        if checkpoint is None or not checkpoint.covers(commit.writer, commit.seq):
+        """Return the rows of one kind of a commit, out of the compaction where they are folded."""
+        compaction = view.compaction
+        if compaction is None or not compaction.covers(commit.writer, commit.seq):
             return [read_rows(self._objects, info, commit) for info in commit.objects if info.kind == kind]
         number = [(other.writer, other.seq) for other in view.commits].index((commit.writer, commit.seq))
-        folded = read_tables(self._objects, checkpoint, kind)
+        folded = read_tables(self._objects, compaction, kind)
         return [rows.filter(pa.array(rows["commit"].to_numpy() == number)) for rows in folded]
 
     def _without(
@@ -372,13 +371,13 @@ class BackgroundWriter:
 
     Args:
         known: what was committed when the ledger of the attempt was begun.
-        unfolded: how many commits there are already that no roll-up covers.
+        unfolded: how many commits there are already that no compaction covers.
 
     Attributes:
         is_stopped: whether the thread has ended, or is about to.
     """
 
-    def __init__(self, objects: LocalObjects, settings: Settings, attempt: int, known: View, unfolded: int) -> None:
+    def __init__(self, objects: Objects, settings: Settings, attempt: int, known: View, unfolded: int) -> None:
         self.attempt = attempt
         self._objects = objects
         self._settings = settings
@@ -624,7 +623,7 @@ class BackgroundWriter:
         with self._condition:
             self._answered = max(self._answered, answers)
             self._condition.notify_all()
-        if self._unfolded >= ROLL_UP_COMMITS:
+        if self._unfolded >= COMPACT_COMMITS:
             self._fold()
 
     def _write(self) -> None:
@@ -672,7 +671,7 @@ class BackgroundWriter:
         """Fold the row files of many small commits. Whatever fails, no record is concerned: tried again later."""
         self._unfolded = 0
         try:
-            roll_up(self._objects.synced(), self._settings)
+            compact(self._objects.synced(), self._settings)
         except Exception as error:
             _log.info("the row files of the last commits were not folded, which is tried again later: %s", error)
             with self._condition:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,15 +49,22 @@ class Encoded:
     row_map: np.ndarray | None = None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class _Layer:
-    """One factored part on its way through `encode`: which parameter it belongs to, its factors and their square."""
+    """One factored part on its way through `encode`, and which of its tokens' rows are kept."""
 
     parameter: Parameter
     part: int
-    inputs: np.ndarray
-    output_gradients: np.ndarray
-    square: Any
+    factors: Factors
+    keep: Keep = None
+
+    @property
+    def saving(self) -> int:
+        """How many bytes its output gradients are smaller than the product: what is left to pay for the inputs."""
+        inputs, outputs = self.factors.inputs, self.factors.output_gradients
+        dense = self.parameter.numel * max(_number_bytes(outputs), _number_bytes(inputs))
+        factor: int = _count(self.keep, inputs) * outputs.shape[1] * outputs.itemsize
+        return dense - factor
 
 
 def encode(
@@ -77,77 +83,54 @@ def encode(
             is stored one precision finer.
         drop_zero_rows: leave out token rows that contribute nothing; False keeps NaN and Inf in them.
     """
+    encoded: list[Encoded] = []
+    sharers: dict[int, list[_Layer]] = {}
     # Numbers too large to square are no mistake of ours: their norm is inf or NaN, and says so.
     with np.errstate(over="ignore", invalid="ignore"):
-        encoded = _encode_all(gradients, parameters, precision, max_rel_error, drop_zero_rows)
+        for name, parts in gradients.items():
+            for number, part in enumerate(parts):
+                if isinstance(part, Factors):
+                    sharers.setdefault(id(part.inputs), []).append(_Layer(parameters[name], number, part))
+                else:
+                    encoded.append(_encode_rows(parameters[name], number, part, precision, max_rel_error))
+        for layers in sharers.values():
+            encoded += _encode_factors(layers, precision, max_rel_error, drop_zero_rows)
         return encoded, _record_norm(encoded, gradients, parameters)
-
-
-def _encode_all(
-    gradients: Mapping[str, Sequence[Gradient]],
-    parameters: Mapping[str, Parameter],
-    precision: str,
-    max_rel_error: float,
-    drop: bool,
-) -> list[Encoded]:
-    encoded: list[Encoded] = []
-    layers: dict[int, list[_Layer]] = {}
-    for name, parts in gradients.items():
-        for number, part in enumerate(parts):
-            if isinstance(part, Factors):
-                layer = _Layer(parameters[name], number, part.inputs, part.output_gradients, part.square)
-                layers.setdefault(id(part.inputs), []).append(layer)
-            else:
-                encoded.append(_encode_rows(parameters[name], number, part, precision, max_rel_error))
-    for sharers in layers.values():
-        encoded += _encode_factors(sharers, precision, max_rel_error, drop)
-    return encoded
 
 
 def _encode_factors(layers: list[_Layer], precision: str, max_rel_error: float, drop: bool) -> list[Encoded]:
     """Encode layers that share one input: its rows are stored once, for those whose factors are smaller."""
-    inputs = layers[0].inputs
-    used = _nonzero_rows(inputs) if drop else None
-    keeps = [_both(used, _nonzero_rows(layer.output_gradients)) if drop else None for layer in layers]
-    as_factors = _worth_factors(layers, keeps)
+    inputs = layers[0].factors.inputs
+    if drop:
+        # A token whose input or output gradient is zero adds nothing to the product.
+        used = _nonzero_rows(inputs)
+        for layer in layers:
+            layer.keep = _both(used, _nonzero_rows(layer.factors.output_gradients))
+    smaller = [layer for layer in layers if layer.saving > 0]
+    shared_bytes = _count(_union(smaller), inputs) * inputs.shape[1] * inputs.itemsize if smaller else 0
+    # The shared input's rows are paid for by all of them together.
+    if sum(layer.saving for layer in smaller) < shared_bytes:
+        smaller = []
     encoded = []
-    for layer, keep, worth in zip(layers, keeps, as_factors, strict=True):
-        if not worth:
-            dense = product(widen(_only(layer.output_gradients, keep)).T, widen(_only(inputs, keep)))
+    for layer in layers:
+        if layer not in smaller:
+            outputs = _only(layer.factors.output_gradients, layer.keep)
+            dense = product(widen(outputs).T, widen(_only(inputs, layer.keep)))
             encoded.append(_encode_rows(layer.parameter, layer.part, dense, precision, max_rel_error))
-    chosen = [(layer, keep) for layer, keep, worth in zip(layers, keeps, as_factors, strict=True) if worth]
-    if chosen:
-        encoded += _encode_shared(inputs, chosen, precision, max_rel_error)
-    return encoded
+    return encoded + (_encode_shared(inputs, smaller, precision, max_rel_error) if smaller else [])
 
 
-def _worth_factors(layers: list[_Layer], keeps: list[Keep]) -> list[bool]:
-    """Say which layers are smaller as factors, the shared input's rows paid for by all of them together."""
-    inputs = layers[0].inputs
-    savings = []
-    for layer, keep in zip(layers, keeps, strict=True):
-        output = layer.output_gradients
-        dense = layer.parameter.numel * max(_number_bytes(output), _number_bytes(inputs))
-        savings.append(dense - _count(keep, inputs) * output.shape[1] * output.itemsize)
-    saved = sum(saving for saving in savings if saving > 0)
-    union = _union([keep for saving, keep in zip(savings, keeps, strict=True) if saving > 0])
-    worth = saved > 0 and saved >= _count(union, inputs) * inputs.shape[1] * inputs.itemsize
-    return [worth and saving > 0 for saving in savings]
-
-
-def _encode_shared(
-    inputs: np.ndarray, chosen: list[tuple[_Layer, Keep]], precision: str, max_rel_error: float
-) -> list[Encoded]:
-    union = _union([keep for _, keep in chosen])
+def _encode_shared(inputs: np.ndarray, layers: list[_Layer], precision: str, max_rel_error: float) -> list[Encoded]:
+    union = _union(layers)
     rows = _only(inputs, union)
-    outputs = [_only(layer.output_gradients, keep) for layer, keep in chosen]
+    outputs = [_only(layer.factors.output_gradients, layer.keep) for layer in layers]
     row_maps = [
-        _row_map(union, keep) if len(output) < len(rows) else None
-        for output, (_, keep) in zip(outputs, chosen, strict=True)
+        _row_map(union, layer.keep) if len(output) < len(rows) else None
+        for output, layer in zip(outputs, layers, strict=True)
     ]
-    norms = [_root(float(layer.square)) for layer, _ in chosen if layer.square is not None]
-    if len(norms) < len(chosen):
-        norms = _norms(rows, outputs, row_maps)
+    squares = [layer.factors.square for layer in layers]
+    known = all(square is not None for square in squares)
+    norms = [_root(float(square)) for square in squares] if known else _norms(rows, outputs, row_maps)
     for rung in LADDER[precision]:
         stored_inputs = store_as(rows, rung)
         stored_outputs = [store_as(output, rung) for output in outputs]
@@ -159,9 +142,8 @@ def _encode_shared(
             break
     shared = _matrices("inputs", *stored_inputs)
     encoded: list[Encoded] = []
-    for (layer, _), stored, row_map, size, error in zip(chosen, stored_outputs, row_maps, norms, errors, strict=True):
+    for layer, stored, row_map, size, error in zip(layers, stored_outputs, row_maps, norms, errors, strict=True):
         own = _matrices("output_gradients", *stored)
-        counted = {**shared, **own} if not encoded else own
         encoded.append(
             Encoded(
                 parameter=layer.parameter.name,
@@ -170,7 +152,7 @@ def _encode_shared(
                 precision=rung,
                 norm=size,
                 rel_error=error,
-                bytes=_stored_bytes(counted),
+                bytes=_stored_bytes(own if encoded else {**shared, **own}),
                 dense_bytes=layer.parameter.numel * max(inputs.itemsize, outputs[0].itemsize),
                 matrices={**shared, **own} if len(stored[0]) else {},
                 row_map=row_map,
@@ -194,9 +176,10 @@ def _both(left: Keep, right: Keep) -> Keep:
     return right if left is None else left if right is None else left & right
 
 
-def _union(keeps: Sequence[Keep]) -> Keep:
-    found = [keep for keep in keeps if keep is not None]
-    return np.logical_or.reduce(found) if found and len(found) == len(keeps) else None
+def _union(layers: Sequence[_Layer]) -> Keep:
+    """Return the rows of their shared inputs that any of the layers needs."""
+    keeps = [layer.keep for layer in layers if layer.keep is not None]
+    return np.logical_or.reduce(keeps) if len(keeps) == len(layers) else None
 
 
 def _count(keep: Keep, rows: np.ndarray) -> int:
@@ -208,8 +191,8 @@ def _row_map(union: Keep, keep: Keep) -> np.ndarray | None:
     if keep is None:
         return None
     positions = np.arange(len(keep)) if union is None else np.cumsum(union) - 1
-    found: np.ndarray = positions[keep].astype(np.int32)
-    return found
+    row_map: np.ndarray = positions[keep].astype(np.int32)
+    return row_map
 
 
 def _only(matrix: np.ndarray, keep: Keep) -> np.ndarray:
@@ -299,10 +282,10 @@ def _nonzero_rows(matrix: np.ndarray) -> Keep:
     # Most rows show in their first number that they hold something; only the others are looked through.
     if bits[:, 0].all():
         return None
-    found: np.ndarray = bits[:, 0] != 0
-    rest = np.flatnonzero(~found)
-    found[rest] = bits[rest].any(axis=1)
-    return None if found.all() else found
+    nonzero: np.ndarray = bits[:, 0] != 0
+    rest = np.flatnonzero(~nonzero)
+    nonzero[rest] = bits[rest].any(axis=1)
+    return None if nonzero.all() else nonzero
 
 
 def _matrices(role: str, values: np.ndarray, scales: np.ndarray | None) -> dict[str, Matrix]:

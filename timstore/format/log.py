@@ -3,9 +3,11 @@
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any, Literal
 
 from isal.isal_zlib import crc32
 
@@ -16,12 +18,228 @@ from timstore.errors import (
     ReadOnlyError,
     StateError,
     StorageError,
+    shown,
 )
-from timstore.format import layout
-from timstore.format.commits import Attempt, Commit, Moment, ObjectInfo, Scope, parse_attempt, parse_record
-from timstore.format.objects import Objects
-from timstore.format.place import Place, replaced
-from timstore.format.settings import Settings
+from timstore.format import paths
+from timstore.format.local_files import Objects
+from timstore.format.paths import take
+from timstore.format.settings import Place, Settings, replaced
+
+Moment = tuple[int, int]
+Scope = tuple[int, ...] | Literal["all"] | None
+
+_KINDS = ("commit", "close", "fence")
+_INFO: dict[str, type[Any]] = {"path": str, "bytes": int, "crc32": int, "kind": str, "logical_bytes": int, "rows": int}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One data object as its commit names it.
+
+    Attributes:
+        path: relative to the store.
+        bytes, crc32: of the object as stored. Not crc32c: shards are built of pieces that end in their own crc32c, and
+            over those a crc32c comes out the same whatever they hold.
+        kind: the row table's name, or what else the object is.
+        logical_bytes: its size before compression.
+        rows: how many rows it holds.
+    """
+
+    path: str
+    bytes: int
+    crc32: int
+    kind: str
+    logical_bytes: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One record of a writer's log.
+
+    Attributes:
+        seq: from 0, contiguous per writer.
+        kind: commit; close (the writer ended) and fence (it was ended) carry no objects.
+        at: ISO 8601 in UTC with microseconds; for people, nothing is decided by it.
+        steps: first and last (epoch, step) covered, None when there are none.
+        records: how many gradient records the commit holds.
+        digest: sha256 of the record; the writer's next one names it.
+        rank, ranks: the processes whose records and steps it holds: the first of them; all, None when unknown.
+    """
+
+    writer: str
+    seq: int
+    kind: str
+    at: str
+    attempt: int
+    rank: int
+    digest: str
+    steps: tuple[Moment, Moment] | None = None
+    objects: Sequence[ObjectInfo] = ()
+    records: int = 0
+    ranks: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        steps = f", steps {self.steps[0]} to {self.steps[1]}" if self.steps else ""
+        return f"{self.kind} {self.seq} of writer {self.writer} (attempt {self.attempt}{steps})"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One uninterrupted stretch of a run, which supersedes earlier ones from (from_epoch, from_step) on.
+
+    Attributes:
+        scope: the sample ids recorded, "all", or None when unknown.
+        ranks: how many processes train together.
+        digest_before: of all parameters before its first step; None when unknown.
+    """
+
+    attempt: int
+    from_epoch: int
+    from_step: int
+    scope: Scope
+    ranks: int
+    at: str
+    digest_before: str | None = None
+
+
+def parse_record(
+    fields: Mapping[str, Any],
+    digest: str,
+    path: str,
+    settings: Settings,
+    previous: Commit | None,
+    *,
+    chained: bool = True,
+) -> Commit:
+    """Return a log record's commit, if it is what this writer's next record can be.
+
+    Args:
+        fields, digest: as `paths.unseal` returns them.
+        path: where the record lies or is going to lie.
+        previous: the writer's record before this one, None for its first.
+        chained: whether `previous` is that record; if it is damaged or missing, nothing can be said of the order.
+
+    Raises:
+        CorruptionError: naming the file and the field.
+    """
+    writer, seq = take(fields, "writer", str, path), take(fields, "seq", int, path)
+    if paths.record_path(writer, seq) != path:
+        raise misplaced(path, f"record {seq} of writer {writer}")
+    require_store(fields, path, settings)
+    if chained and fields.get("previous") != (previous.digest if previous else None):
+        message = f"{path} does not follow the record before it: one of the two was replaced"
+        raise CorruptionError(message, kind="chain", path=path)
+    if chained and previous is not None and previous.kind != "commit":
+        raise CorruptionError(f"{path} comes after the {previous.kind} of its writer", kind="chain", path=path)
+    return Commit(
+        writer=writer,
+        **parse_head(fields, path),
+        digest=digest,
+        steps=_steps(fields.get("steps"), path),
+        objects=_infos(take(fields, "objects", list, path), (writer, seq), path),
+        records=take(fields, "records", int, path),
+        ranks=_ranks(fields.get("ranks"), path),
+    )
+
+
+def misplaced(path: str, what: str) -> CorruptionError:
+    """Return the error of a record that belongs under another name."""
+    return CorruptionError(f"{path} holds {what}: files were renamed or swapped", kind="misplaced", path=path)
+
+
+def require_store(fields: Mapping[str, Any], path: str, settings: Settings) -> None:
+    """Refuse a record of another store."""
+    if fields.get("store") != settings.store_id:
+        message = f"{path} belongs to store {fields.get('store')!r:.80}, not to this one"
+        raise CorruptionError(message, kind="foreign", path=path)
+
+
+def parse_head(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return what a compaction repeats of a record: `seq`, `kind`, `at`, `attempt` and `rank` of a `Commit`."""
+    kind = take(fields, "kind", str, path)
+    if kind not in _KINDS:
+        raise CorruptionError(f"{path}: kind is {kind!r:.80}, not one of {', '.join(_KINDS)}", path=path)
+    numbers = {name: take(fields, name, int, path) for name in ("seq", "attempt", "rank")}
+    return {"kind": kind, "at": take_time(fields, path), **numbers}
+
+
+def parse_attempt(data: bytes, path: str) -> Attempt:
+    """Return the attempt that the bytes at `path` describe.
+
+    Raises:
+        CorruptionError: naming the file and the field.
+    """
+    fields, _ = paths.unseal(data, path)
+    attempt = take(fields, "attempt", int, path)
+    if paths.attempt_path(attempt) != path:
+        raise misplaced(path, f"attempt {attempt}")
+    start = take(fields, "from", dict, path)
+    scope = fields.get("scope")
+    if isinstance(scope, list) and all(type(sample) is int for sample in scope):
+        scope = tuple(scope)
+    elif scope not in ("all", None):
+        raise CorruptionError(f"{path}: scope is {scope!r:.80}, not sample ids, 'all' or null", path=path)
+    return Attempt(
+        attempt=attempt,
+        from_epoch=take(start, "epoch", int, path),
+        from_step=take(start, "step", int, path),
+        scope=scope,
+        ranks=take(fields, "ranks", int, path),
+        at=take_time(fields, path),
+        digest_before=None if fields.get("digest_before") is None else take(fields, "digest_before", str, path),
+    )
+
+
+def take_time(fields: Mapping[str, Any], path: str) -> str:
+    """Return the field `at`, an ISO 8601 time."""
+    at = take(fields, "at", str, path)
+    try:
+        datetime.fromisoformat(at)
+    except ValueError as error:
+        raise CorruptionError(f"{path}: at is {at!r:.80}, not a time", path=path) from error
+    return at
+
+
+def _steps(value: Any, path: str) -> tuple[Moment, Moment] | None:
+    if value is None:
+        return None
+    try:
+        (first_epoch, first_step), (last_epoch, last_step) = value
+        steps = (first_epoch, first_step), (last_epoch, last_step)
+        sound = all(type(number) is int and number >= 0 for number in (*steps[0], *steps[1]))
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CorruptionError(f"{path}: steps is {value!r:.80}, not [[epoch, step], [epoch, step]]", path=path)
+    return steps
+
+
+def _ranks(value: Any, path: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if type(value) is not list or not all(type(rank) is int and 0 <= rank < 2**63 for rank in value):
+        raise CorruptionError(f"{path}: ranks is {shown(value)}, not numbers of processes", path=path)
+    return tuple(value)
+
+
+def parse_info(entry: Any, path: str) -> ObjectInfo:
+    """Return one object as the record at `path` describes it."""
+    if type(entry) is not dict:
+        raise CorruptionError(f"{path}: an object is {entry!r:.80}, not a description", path=path)
+    return ObjectInfo(**{name: take(entry, name, kind, path) for name, kind in _INFO.items()})
+
+
+def _infos(entries: list[Any], owner: tuple[str, int], path: str) -> tuple[ObjectInfo, ...]:
+    infos = tuple(parse_info(entry, path) for entry in entries)
+    folders = {paths.parse_data_path(info.path) for info in infos}
+    names = {info.path for info in infos}
+    if len(folders) > 1 or not all(folder is not None and folder[:2] == owner for folder in folders):
+        raise CorruptionError(f"{path} names objects that are not of its own commit: {sorted(names)!r:.200}", path=path)
+    if len(names) != len(infos):
+        raise CorruptionError(f"{path} names an object twice", path=path)
+    return infos
+
 
 _log = logging.getLogger(__name__)
 
@@ -102,22 +320,14 @@ class LogWriter:
         if self._closed:
             raise StateError("this writer is closed; open the store again to write")
         for _ in range(_MOST_FENCES):
-            folder = layout.data_prefix(self._writer, self._seq, secrets.token_hex(layout.NONCE_BYTES))
+            folder = paths.data_prefix(self._writer, self._seq, secrets.token_hex(paths.NONCE_BYTES))
             try:
                 self._require_same(attempt)
                 infos = self._put(folder, build)
-                with self._objects.alone(layout.LOG):
+                with self._objects.alone(paths.LOG):
                     self._require_same(attempt)
                     check()
-                    commit = self._publish(
-                        kind="commit",
-                        attempt=attempt,
-                        rank=rank,
-                        steps=steps,
-                        records=records,
-                        objects=infos,
-                        ranks=ranks,
-                    )
+                    commit = self._publish("commit", attempt, rank, steps, records, infos, ranks)
             except Exception:  # after an interrupt nothing is deleted: the record may be there
                 if self._unsettled is None:
                     drop(self._objects, folder)
@@ -142,11 +352,11 @@ class LogWriter:
         if not self._closed and self._newest is not None:
             last = self._newest
             self._require_same(last.attempt)
-            self._publish(kind="close", attempt=last.attempt, rank=last.rank, steps=None, records=0, objects=[])
+            self._publish("close", last.attempt, last.rank)
         self._closed = True
 
     def _start(self) -> None:
-        self._writer = secrets.token_hex(layout.WRITER_BYTES)
+        self._writer = secrets.token_hex(paths.WRITER_BYTES)
         self._newest = None
 
     @property
@@ -169,11 +379,13 @@ class LogWriter:
         if not self._is_copy:
             return
         last = self._newest
-        needed = [layout.attempt_path(attempt), *([layout.record_path(last.writer, last.seq)] if last else [])]
+        needed = [paths.attempt_path(attempt), *([paths.record_path(last.writer, last.seq)] if last else [])]
         for path in needed:
-            if not self._objects.exists(path):
-                raise replaced(f"an earlier copy was put in its place, without {path}")
-        if last is not None and layout.unseal(self._objects.read(needed[-1]), needed[-1])[1] != last.digest:
+            try:
+                self._objects.mark(path)
+            except NotFoundError:
+                raise replaced(f"an earlier copy was put in its place, without {path}") from None
+        if last is not None and paths.unseal(self._objects.read(needed[-1]), needed[-1])[1] != last.digest:
             raise replaced(f"a copy was put in its place whose {needed[-1]} is another one")
         self._is_copy = False
 
@@ -181,7 +393,7 @@ class LogWriter:
         infos = []
         for name, data, kind, logical_bytes, rows in build():
             path = folder + name
-            if layout.parse_data_path(path) is None:
+            if paths.parse_data_path(path) is None:
                 raise InvalidInputError(f"{name!r} cannot name an object of a commit", path=name)
             infos.append(ObjectInfo(path, len(data), crc32(data), kind, logical_bytes, rows))
             self._objects.put(path, data)
@@ -190,21 +402,20 @@ class LogWriter:
 
     def _publish(
         self,
-        *,
         kind: str,
         attempt: int,
         rank: int,
-        steps: tuple[Moment, Moment] | None,
-        records: int,
-        objects: list[ObjectInfo],
+        steps: tuple[Moment, Moment] | None = None,
+        records: int = 0,
+        objects: Sequence[ObjectInfo] = (),
         ranks: tuple[int, ...] | None = None,
     ) -> Commit | None:
         """Create this writer's next record and return it, or None when a fence is in its place."""
-        path = layout.record_path(self._writer, self._seq)
+        path = paths.record_path(self._writer, self._seq)
         # A clock set back must not turn the order of a writer's commits around.
         self._at = max(self._at, now())
         fields = {
-            **layout.header(self._settings.reader_features, self._settings.writer_features),
+            **paths.header(self._settings.reader_features, self._settings.writer_features),
             "store": self._settings.store_id,
             "writer": self._writer,
             "seq": self._seq,
@@ -216,28 +427,28 @@ class LogWriter:
             "steps": steps,
             "records": records,
             **({} if ranks is None else {"ranks": ranks}),
-            "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in objects],
+            "objects": [asdict(info) for info in objects],
         }
-        data, _ = layout.seal(fields)
+        data = paths.seal(fields)
         record = self._parse(data, path)  # before anyone else can: a record that readers refuse must not appear
         self._unsettled = path  # and so it stays when an interrupt leaves here
         try:
-            found = create_settled(self._objects, path, data)
+            written = create_settled(self._objects, path, data)
         except Exception as error:
             if getattr(error, "kind", None) != "outcome-unknown":
                 self._unsettled = None
             raise
-        if found == data:
+        if written == data:
             self._newest = record
         self._unsettled = None
-        if found == data:
+        if written == data:
             return record
-        if self._parse(found, path).kind == "fence":
+        if self._parse(written, path).kind == "fence":
             return None
         raise CorruptionError(f"{path} holds a record that this writer did not write", path=path)
 
     def _parse(self, data: bytes, path: str) -> Commit:
-        fields, digest = layout.unseal(data, path)
+        fields, digest = paths.unseal(data, path)
         return parse_record(fields, digest, path, self._settings, self._newest)
 
 
@@ -264,12 +475,12 @@ def claim_attempt(
     """
     while True:
         numbers = [
-            number for path in objects.list(layout.RUNS) if (number := layout.parse_attempt_path(path)) is not None
+            number for path in objects.list(paths.RUNS) if (number := paths.parse_attempt_path(path)) is not None
         ]
         number = 0 if first else max(numbers, default=-1) + 1
-        path = layout.attempt_path(number)
+        path = paths.attempt_path(number)
         fields = {
-            **layout.header(),
+            **paths.header(),
             "attempt": number,
             "from": {"epoch": from_epoch, "step": from_step},
             "scope": scope,
@@ -278,13 +489,13 @@ def claim_attempt(
             "at": now(),
             "claim": secrets.token_hex(8),  # tells our file from that of a caller who asks for the same
         }
-        data, _ = layout.seal(fields)
+        data = paths.seal(fields)
         attempt = parse_attempt(data, path)
-        found = create_settled(objects, path, data)
-        if found == data:
+        written = create_settled(objects, path, data)
+        if written == data:
             return attempt
         if first:
-            return parse_attempt(found, path)
+            return parse_attempt(written, path)
 
 
 def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
@@ -300,35 +511,23 @@ def create_settled(objects: Objects, path: str, data: bytes) -> bytes:
         objects.create(path, data)
         return data
     except Exception as error:
-        found = _look(objects, path, error)
-        if found is None:
-            raise
-        if found == data:
-            _settle(objects, path, error)
-        return found
-
-
-def _look(objects: Objects, path: str, error: Exception) -> bytes | None:
-    try:
-        return objects.read(path, most=layout.RECORD_BYTES)
-    except NotFoundError:
-        return None
-    except Exception as unreadable:
-        raise _unknown(path, f"{error}; reading it back failed too: {unreadable}") from error
-
-
-def _settle(objects: Objects, path: str, error: Exception) -> None:
-    """Make our visible object last; a failed fsync is never repeated, a second one may lie."""
-    if getattr(error, "kind", None) == "not-durable":
-        raise _unknown(path, f"it is visible, but {error}") from error
-    try:
-        objects.sync([path])
-    except Exception as unsynced:
-        raise _unknown(path, f"it is visible, but {unsynced}") from error
-
-
-def _unknown(path: str, why: str) -> StorageError:
-    return StorageError(f"whether {path} is committed for good is unknown: {why}", kind="outcome-unknown", path=path)
+        why = f"{error}; reading it back failed too"
+        try:
+            made = objects.read(path, most=paths.RECORD_BYTES)
+            if made == data:
+                why = "it is visible, but perhaps not for good"
+                if getattr(error, "kind", None) == "not-durable":
+                    raise  # a failed fsync is never repeated: a second one may lie
+                objects.sync([path])
+            return made
+        except NotFoundError:
+            raise error from None
+        except Exception as trouble:
+            raise StorageError(
+                f"whether {path} is committed for good is unknown: {why}: {trouble}",
+                kind="outcome-unknown",
+                path=path,
+            ) from error
 
 
 def drop(objects: Objects, folder: str) -> None:

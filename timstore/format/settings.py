@@ -4,9 +4,9 @@ import secrets
 from dataclasses import dataclass
 
 from timstore.encoding import PRECISIONS
-from timstore.errors import AlreadyExistsError, CorruptionError, InvalidInputError
-from timstore.format import layout
-from timstore.format.objects import Objects
+from timstore.errors import AlreadyExistsError, CorruptionError, InvalidInputError, NotFoundError, StorageError
+from timstore.format import paths
+from timstore.format.local_files import Mark, Objects
 
 DURABILITIES = ("commit", "os")
 
@@ -27,8 +27,8 @@ class Settings:
     durability: str
     precision: str
     max_rel_error: float
-    format: tuple[int, int] = layout.FORMAT
-    reader_features: tuple[str, ...] = tuple(sorted(layout.READER_FEATURES))
+    format: tuple[int, int] = paths.FORMAT
+    reader_features: tuple[str, ...] = tuple(sorted(paths.READER_FEATURES))
     writer_features: tuple[str, ...] = ()
 
     @property
@@ -39,7 +39,7 @@ class Settings:
     @property
     def unknown_writer_features(self) -> tuple[str, ...]:
         """What a writer of this store must do and this version cannot."""
-        return tuple(name for name in self.writer_features if name not in layout.WRITER_FEATURES)
+        return tuple(name for name in self.writer_features if name not in paths.WRITER_FEATURES)
 
     @property
     def writable(self) -> bool:
@@ -62,23 +62,28 @@ def create_settings(
     fault = _fault(settings)
     if fault:
         raise InvalidInputError(fault)
-    if (objects.list(layout.LOG) or objects.list(layout.RUNS)) and not objects.exists(layout.SETTINGS):
-        raise CorruptionError(
-            f"{layout.SETTINGS} is missing from a store that has records. Restore it from a copy, or take another path",
-            path=layout.SETTINGS,
-        )
-    fields = {
-        **layout.header(settings.reader_features, settings.writer_features),
-        "store": settings.store_id,
-        "durability": settings.durability,
-        "precision": settings.precision,
-        "max_rel_error": settings.max_rel_error,
-    }
-    data, _ = layout.seal(fields)
+    if objects.list(paths.LOG) or objects.list(paths.RUNS):
+        try:
+            objects.mark(paths.SETTINGS)
+        except NotFoundError:
+            raise CorruptionError(
+                f"{paths.SETTINGS} is missing from a store that has records. Restore it from a copy, or take "
+                "another path",
+                path=paths.SETTINGS,
+            ) from None
+    data = paths.seal(
+        {
+            **paths.header(settings.reader_features, settings.writer_features),
+            "store": settings.store_id,
+            "durability": settings.durability,
+            "precision": settings.precision,
+            "max_rel_error": settings.max_rel_error,
+        }
+    )
     try:
-        objects.create(layout.SETTINGS, data)
+        objects.create(paths.SETTINGS, data)
     except AlreadyExistsError:
-        if objects.read(layout.SETTINGS) != data:
+        if objects.read(paths.SETTINGS) != data:
             raise
     return settings
 
@@ -91,21 +96,74 @@ def read_settings(objects: Objects) -> Settings:
         CorruptionError: the file is not what was written.
         FormatError: a newer version is needed.
     """
-    path = layout.SETTINGS
-    fields, _ = layout.unseal(objects.read(path, most=layout.RECORD_BYTES), path)
+    path = paths.SETTINGS
+    fields, _ = paths.unseal(objects.read(path, most=paths.RECORD_BYTES), path)
     settings = Settings(
-        store_id=layout.take(fields, "store", str, path),
-        durability=layout.take(fields, "durability", str, path),
-        precision=layout.take(fields, "precision", str, path),
-        max_rel_error=layout.take(fields, "max_rel_error", float, path),
+        store_id=paths.take(fields, "store", str, path),
+        durability=paths.take(fields, "durability", str, path),
+        precision=paths.take(fields, "precision", str, path),
+        max_rel_error=paths.take(fields, "max_rel_error", float, path),
         format=(fields["format"][0], fields["format"][1]),
-        reader_features=layout.take_names(fields, "reader_features", path),
-        writer_features=layout.take_names(fields, "writer_features", path),
+        reader_features=paths.take_names(fields, "reader_features", path),
+        writer_features=paths.take_names(fields, "writer_features", path),
     )
     fault = _fault(settings)
     if fault:
         raise CorruptionError(f"{path}: {fault}", path=path)
     return settings
+
+
+class Place:
+    """Whether the store that was opened still lies where it was.
+
+    Its settings file was made once: another one is another store's, or a copy's.
+    """
+
+    def __init__(self, objects: Objects, settings: Settings) -> None:
+        self._objects = objects
+        self._store = settings.store_id
+        self._mark: Mark | None = None
+
+    def require(self) -> Mark:
+        """Return the mark of the settings file, in one system call.
+
+        Raises:
+            StorageError: kind `gone`: there is no store any more.
+        """
+        try:
+            return self._objects.mark(paths.SETTINGS)
+        except NotFoundError as error:
+            raise StorageError(
+                f"the store is gone: {error}. It was moved or deleted while it was open. Move it back "
+                "and try again, or open it where it is now.",
+                kind="gone",
+            ) from error
+
+    def check(self) -> bool:
+        """Say whether nothing happened to it since the last check; False when a copy of the store took its place.
+
+        Raises:
+            StorageError: kind `gone`; kind `replaced`: there is another store.
+        """
+        mark, known = self.require(), self._mark
+        if mark == known:
+            return True
+        try:
+            store = read_settings(self._objects).store_id
+        except (CorruptionError, NotFoundError) as error:
+            raise replaced(f"its settings are others now: {error}") from error
+        if store != self._store:
+            raise replaced("another store was made in its place")
+        self._mark = mark
+        return known is None
+
+
+def replaced(why: str) -> StorageError:
+    """Return the error of a store that another one, or an earlier copy of it, took the place of."""
+    return StorageError(
+        f"the store that was opened is not there any more: {why}. Open it again; this handle writes nothing more.",
+        kind="replaced",
+    )
 
 
 def _fault(settings: Settings) -> str | None:

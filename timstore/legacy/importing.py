@@ -18,8 +18,8 @@ from numpy.linalg import norm
 from timstore.database.snapshot import StoredRecord
 from timstore.database.store import Store
 from timstore.errors import FormatError, InvalidInputError, StorageError, TimstoreWarning
-from timstore.format.holding import held
-from timstore.format.layout import SETTINGS
+from timstore.format.local_files import folder_held
+from timstore.format.paths import SETTINGS
 from timstore.legacy.json_files import read_json
 from timstore.legacy.layout import FORMATS, MARKER, Entry, Trajectories, find, finite, gradients, sample_of
 from timstore.legacy.pickle_files import read_pickle
@@ -157,7 +157,7 @@ def _target(
         is_there = path.exists() and any(path.iterdir())
     with ExitStack() as stack:
         if isinstance(store, Store) or is_there:
-            stack.enter_context(held(path, f"another process is importing into {path}"))
+            stack.enter_context(folder_held(path, f"another process is importing into {path}"))
         if isinstance(store, Store):
             if store.mode != "r":
                 store.commit()

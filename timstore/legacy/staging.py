@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from timstore.errors import InvalidInputError, StateError
-from timstore.format.holding import held
+from timstore.format.local_files import folder_held
 from timstore.os_errors import reporting, user_path
 
 
@@ -42,7 +42,7 @@ def staged(path: Path, doing: str, goes_on: Callable[[Path], bool] | None = None
     folder = beside(path, doing)
     with reporting("make", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, f"another process is {doing} {path}"):
+    with folder_held(folder, f"another process is {doing} {path}"):
         if goes_on is None or not goes_on(folder):
             _empty(folder)
         try:

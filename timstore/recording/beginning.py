@@ -10,7 +10,7 @@ from torch import nn
 from timstore.database.identity import History, Moment, Place
 from timstore.database.store import Store
 from timstore.errors import StateError, TimstoreWarning
-from timstore.format.commits import Scope
+from timstore.format.log import Scope
 from timstore.model.fingerprints import digests
 
 _log = logging.getLogger(__name__)

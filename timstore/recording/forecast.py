@@ -14,7 +14,7 @@ from timstore.database.store import Store
 from timstore.database.writer import Batch, EncodedItem, Item
 from timstore.encoding import PRECISIONS, encode
 from timstore.errors import InvalidInputError, StateError, shown
-from timstore.format.segment import EncodedRecord, build_segment
+from timstore.format.segments import EncodedRecord, build_segment
 from timstore.format.settings import Settings
 from timstore.model.eval_guard import given, undisturbed
 from timstore.model.unwrap import inner_model, inner_optimizers

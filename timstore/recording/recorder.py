@@ -13,7 +13,7 @@ from timstore.database.kept_rows import asks_kept
 from timstore.database.samples import names_of_samples
 from timstore.database.store import Store
 from timstore.errors import InvalidInputError, StateError
-from timstore.format.commits import Scope
+from timstore.format.log import Scope
 from timstore.model.distributed import Ranks
 from timstore.model.fingerprints import digests
 from timstore.model.unwrap import inner_model, inner_optimizers

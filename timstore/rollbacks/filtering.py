@@ -22,7 +22,7 @@ import torch
 
 from timstore.database.snapshot import Snapshot
 from timstore.database.states import State
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.rollbacks.curvature import GaussNewton
 from timstore.rollbacks.krylov import Space, eigen, krylov, random_signs
 from timstore.rollbacks.plan import Plan, longest

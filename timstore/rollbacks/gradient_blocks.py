@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from timstore.format.reader import SegmentReader
-from timstore.format.tables import coded
+from timstore.format.schemas import coded
+from timstore.format.segments import SegmentReader
 from timstore.records import Parameter
 
 # How a gradient is stored; `whole` is that of a whole step, kept beside the records.

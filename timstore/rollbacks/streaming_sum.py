@@ -12,8 +12,7 @@ import torch
 
 from timstore.database.snapshot import Snapshot
 from timstore.errors import InvalidInputError
-from timstore.format.cache import ByteCache
-from timstore.format.reader import SegmentReader
+from timstore.format.segments import ByteCache, SegmentReader
 from timstore.interrupts import Held
 from timstore.records import Parameter
 from timstore.rollbacks.gradient_blocks import GradientRows, Piece, add_gradients, pieces_of

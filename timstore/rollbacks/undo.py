@@ -12,7 +12,7 @@ from timstore.database.identity import combined_digest, recognise
 from timstore.database.states import State
 from timstore.database.store import Store
 from timstore.errors import CorruptionError, CoverageError, NotFoundError, ReadOnlyError, StateError
-from timstore.format.cache import ByteCache
+from timstore.format.segments import ByteCache
 from timstore.interrupts import CriticalSection
 from timstore.model.fingerprints import digest, digests
 from timstore.records import Parameter

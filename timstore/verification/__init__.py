@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from timstore.errors import InvalidInputError, NotFoundError
-from timstore.format import layout
+from timstore.format import paths
 from timstore.os_errors import reporting, user_path
 from timstore.progress import told
 from timstore.verification.data import Walk
@@ -14,7 +14,7 @@ from timstore.verification.report import LEFTOVER, Finding, Verification, ordere
 
 __all__ = ["Finding", "Verification", "verify"]
 
-# A roll-up meanwhile moves rows into other files: then these are checked too, but not for ever.
+# A compaction meanwhile moves rows into other files: then these are checked too, but not for ever.
 _ROUNDS = 3
 
 
@@ -24,11 +24,11 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
     Everything is read as readers read it: every object is held against its size and checksum, every row table against
     its columns, every writer's records against gaps, and every gradient and state is restored. Of a commit in which an
     object is damaged, nothing more is told. The store may be written meanwhile: what is on its way is at most a
-    leftover, and what is committed after the beginning is checked only where a roll-up folds it. `sound` says that
+    leftover, and what is committed after the beginning is checked only where a compaction folds it. `sound` says that
     there is no damage; leftovers do none.
 
     Cost: reads the store once from the disk, and each commit a second time, as a rule out of the system's cache.
-    Memory: the names of its commits, the rows of one commit or of one row file of a checkpoint, one object, and
+    Memory: the names of its commits, the rows of one commit or of one row file of a compaction, one object, and
     100 MB of numbers, or one gradient if it is larger.
 
     Args:
@@ -51,9 +51,9 @@ def verify(path: str | os.PathLike[str], *, progress: bool | Callable[[int, int]
             walk.over(log)
             folders = data_folders(disk)
             seen, log = log, read_log(disk, settings)
-            if seen.view.checkpoint == log.view.checkpoint:
+            if seen.view.compaction == log.view.compaction:
                 break
-    # What a roll-up has deleted since is missed by nobody.
+    # What a compaction has deleted since is missed by nobody.
     findings += _still_missing(walk.findings, log)
     findings += [*log.findings, *leftovers(disk, log, folders)]
     findings += [Finding("unreadable", folder or ".", why) for folder, why in disk.refused.items()]
@@ -75,7 +75,7 @@ def _disk(path: str | os.PathLike[str]) -> Disk:
             raise NotFoundError(f"there is no store at {path}", path=str(path))
         if not root.is_dir():
             raise InvalidInputError(f"{path} is not a folder; a store is one", path=str(path))
-        places = (layout.SETTINGS, layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)
+        places = (paths.SETTINGS, paths.RUNS, paths.LOG, paths.DATA, paths.COMPACTIONS)
         if not any(os.path.lexists(root / place.rstrip("/")) for place in places):
             raise NotFoundError(f"there is no store at {path}, nor anything of one", path=str(path))
     return Disk(root)
@@ -83,10 +83,10 @@ def _disk(path: str | os.PathLike[str]) -> Disk:
 
 def _still_missing(findings: Iterable[Finding], log: Log) -> Iterator[Finding]:
     """Leave out what is missing and not named any more."""
-    folded = {info.path for info in log.view.checkpoint.files} if log.view.checkpoint else set()
+    folded = {info.path for info in log.view.compaction.files} if log.view.compaction else set()
     commits = {(commit.writer, commit.seq): commit for commit in log.view.commits}
     for finding in findings:
-        commit = commits.get((layout.parse_data_path(finding.path) or ("", 0))[:2])
+        commit = commits.get((paths.parse_data_path(finding.path) or ("", 0))[:2])
         named = folded if commit is None else {info.path for info in commit.objects}
         if finding.kind != "missing" or finding.path in named:
             yield finding

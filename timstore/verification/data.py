@@ -11,14 +11,12 @@ import pyarrow.compute as pc
 
 from timstore.database.kept_rows import KIND, KeptRows, unpack_probe
 from timstore.errors import CorruptionError
-from timstore.format import layout
-from timstore.format.cache import ByteCache
-from timstore.format.checkpoint import Checkpoint
-from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.reader import SegmentReader
-from timstore.format.segment import STATE_ROLES
-from timstore.format.tables import ROLLED, as_text, numbered, read_rows
-from timstore.format.verified import read_verified
+from timstore.format import paths
+from timstore.format.checksums import read_verified
+from timstore.format.compaction import Compaction
+from timstore.format.log import Commit, ObjectInfo
+from timstore.format.schemas import FOLDED, as_text, numbered, read_rows
+from timstore.format.segments import STATE_ROLES, ByteCache, SegmentReader
 from timstore.records import Parameter
 from timstore.verification.log import Disk, Log
 from timstore.verification.report import Finding
@@ -59,14 +57,14 @@ class Walk:
 
     def over(self, log: Log) -> None:
         """Read what a log names, but for commits that an earlier walk found sound."""
-        checkpoint = log.view.checkpoint
+        compaction = log.view.compaction
         covered, fresh = self._unread(log.covered), self._unread(log.fresh)
-        named: list[Sequence[ObjectInfo]] = [checkpoint.files if checkpoint else ()]
+        named: list[Sequence[ObjectInfo]] = [compaction.files if compaction else ()]
         named += [commit.objects for commit in (*covered.values(), *fresh.values())]
         self._total = self.bytes + sum(info.bytes for infos in named for info in infos)
         self._declare(log)
-        if checkpoint is not None:
-            self._folded(checkpoint, covered)
+        if compaction is not None:
+            self._folded(compaction, covered)
         for commit in fresh.values():
             self._commit(commit, maybe_covered=log.maybe_covered(commit.writer, commit.seq))
 
@@ -76,14 +74,14 @@ class Walk:
 
     def _declare(self, log: Log) -> None:
         """Take up the shapes of all parameters; what is wrong with a file is found when all files are read."""
-        owners: list[Checkpoint | Commit] = [log.view.checkpoint] if log.view.checkpoint else []
+        owners: list[Compaction | Commit] = [log.view.compaction] if log.view.compaction else []
         self._all_declared = not log.findings
         for owner in (*owners, *log.fresh):
-            for info in owner.files if isinstance(owner, Checkpoint) else owner.objects:
+            for info in owner.files if isinstance(owner, Compaction) else owner.objects:
                 if info.kind == "parameters":
                     self._declare_from(info, owner)
 
-    def _declare_from(self, info: ObjectInfo, owner: Checkpoint | Commit) -> None:
+    def _declare_from(self, info: ObjectInfo, owner: Compaction | Commit) -> None:
         try:
             table = read_rows(read_verified(self._disk, info, owner), info.path, kind=info.kind)
             for row in table.select(["parameter", "shape"]).to_pylist():
@@ -91,15 +89,15 @@ class Walk:
         except Exception:  # as of a commit's objects
             self._all_declared = False
 
-    def _folded(self, checkpoint: Checkpoint, covered: Mapping[int, Commit]) -> None:
-        """Read the row files of a checkpoint, and the objects and numbers of the commits that it covers."""
-        for info in checkpoint.files:
+    def _folded(self, compaction: Compaction, covered: Mapping[int, Commit]) -> None:
+        """Read the row files of a compaction, and the objects and numbers of the commits that it covers."""
+        for info in compaction.files:
             if info.kind not in _WITH_NUMBERS:
-                self._rows(info, checkpoint)
+                self._rows(info, compaction)
         faults = {number: self._objects_of(commit)[0] for number, commit in covered.items()}
         faults = {number: unreadable for number, unreadable in faults.items() if unreadable}
         for kind in _WITH_NUMBERS:
-            for number, table in self._by_commit(checkpoint, kind):
+            for number, table in self._by_commit(compaction, kind):
                 if number in faults and kind == "gradients":
                     self._tell(covered[number], faults.pop(number), table, table)
                 elif number in covered and number not in faults:
@@ -107,11 +105,11 @@ class Walk:
         for number, unreadable in faults.items():
             self._tell(covered[number], unreadable, None, None)
 
-    def _by_commit(self, checkpoint: Checkpoint, kind: str) -> Iterator[tuple[int, pa.Table]]:
+    def _by_commit(self, compaction: Compaction, kind: str) -> Iterator[tuple[int, pa.Table]]:
         """Yield the number of each covered commit and its rows, which may go on in the next file."""
         rest: pa.Table | None = None
-        for info in checkpoint.files:
-            table = self._rows(info, checkpoint) if info.kind == kind else None
+        for info in compaction.files:
+            table = self._rows(info, compaction) if info.kind == kind else None
             if table is None or table.num_rows == 0:
                 continue
             table = table if rest is None else pa.concat_tables([rest, table])
@@ -123,10 +121,10 @@ class Walk:
             yield rest["commit"][0].as_py(), rest
 
     def _commit(self, commit: Commit, *, maybe_covered: bool) -> None:
-        """Read a commit that no checkpoint covers, or perhaps one that is lost, which then took over its rows."""
+        """Read a commit that no compaction covers, or perhaps one that is lost, which then took over its rows."""
         faults, tables = self._objects_of(commit)
         if maybe_covered:
-            faults = [(info, error) for info, error in faults if info.kind not in ROLLED or not _is_missing(error)]
+            faults = [(info, error) for info, error in faults if info.kind not in FOLDED or not _is_missing(error)]
         gradients = tables.get("gradients")
         if faults:
             self._tell(commit, faults, tables.get("records", gradients), gradients)
@@ -151,15 +149,15 @@ class Walk:
             self._sound.add((commit.writer, commit.seq))
         return faults, tables
 
-    def _rows(self, info: ObjectInfo, checkpoint: Checkpoint) -> pa.Table | None:
+    def _rows(self, info: ObjectInfo, compaction: Compaction) -> pa.Table | None:
         """Return the rows of a row file; None, and a finding, if it cannot be read."""
         try:
-            return _parsed(info, self._read(info, checkpoint))
+            return _parsed(info, self._read(info, compaction))
         except Exception as error:  # as of a commit's objects
             self.findings.append(Finding.of(error, info.path))
             return None
 
-    def _read(self, info: ObjectInfo, owner: Commit | Checkpoint) -> bytes:
+    def _read(self, info: ObjectInfo, owner: Commit | Compaction) -> bytes:
         try:
             return read_verified(self._disk, info, owner)
         finally:
@@ -169,7 +167,7 @@ class Walk:
 
     def _restore(self, commit: Commit, table: pa.Table) -> None:
         """Read the numbers of all gradients of a commit, or of all states; those that readers refuse are a finding."""
-        path = layout.record_path(commit.writer, commit.seq)
+        path = paths.record_path(commit.writer, commit.seq)
         where: Mapping[str, Any] = {}
         try:
             reader = SegmentReader(commit, self._disk, ByteCache(_CACHE_BYTES))

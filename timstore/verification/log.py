@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from timstore.errors import CorruptionError, TimstoreError
-from timstore.format import layout
-from timstore.format.checkpoint import Checkpoint
-from timstore.format.commits import Commit, misplaced
-from timstore.format.objects import LocalObjects
+from timstore.format import paths
+from timstore.format.compaction import Compaction
+from timstore.format.local_files import LocalObjects
+from timstore.format.log import Commit, misplaced
+from timstore.format.log_reader import Fault, View, read_view
+from timstore.format.schemas import FOLDED, read_rows
 from timstore.format.settings import Settings, read_settings
-from timstore.format.tables import ROLLED, read_rows
-from timstore.format.view import Fault, View, read_view
 from timstore.verification.report import DAMAGE, LEFTOVER, Finding
 
-_FOLDERS = {folder.rstrip("/") for folder in (layout.RUNS, layout.LOG, layout.DATA, layout.CHECKPOINTS)}
+_FOLDERS = {folder.rstrip("/") for folder in (paths.RUNS, paths.LOG, paths.DATA, paths.COMPACTIONS)}
 _LINK = "a symbolic link"
 
 
@@ -100,14 +100,14 @@ def settings_of(disk: Disk) -> tuple[Settings, list[Finding]]:
     try:
         return read_settings(disk), []
     except TimstoreError as error:
-        finding = Finding.of(error, layout.SETTINGS)
+        finding = Finding.of(error, paths.SETTINGS)
         if finding.kind == "newer":
             raise
     store = ""
-    for path in (*disk.list(layout.LOG), *disk.list(layout.CHECKPOINTS)):
+    for path in (*disk.list(paths.LOG), *disk.list(paths.COMPACTIONS)):
         with suppress(TimstoreError):
-            fields, _ = layout.unseal(disk.read(path, most=layout.RECORD_BYTES), path)
-            store = layout.take(fields, "store", str, path)
+            fields, _ = paths.unseal(disk.read(path, most=paths.RECORD_BYTES), path)
+            store = paths.take(fields, "store", str, path)
             break
     return Settings(store, "commit", "exact", 0.0), [finding]
 
@@ -118,8 +118,8 @@ class Log:
 
     Attributes:
         view: what those that can be read say.
-        findings: what is wrong with records, attempts and checkpoints.
-        lost: whether a checkpoint is lost; what it covers cannot be told then.
+        findings: what is wrong with records, attempts and compactions.
+        lost: whether a compaction is lost; what it covers cannot be told then.
         broken: by writer, (first, last) numbers of records that are damaged or missing.
     """
 
@@ -130,9 +130,9 @@ class Log:
 
     @property
     def covered(self) -> tuple[Commit, ...]:
-        """The commits of the checkpoint; none if its row files do not tell."""
-        checkpoint = self.view.checkpoint
-        return self.view.commits[: checkpoint.commits] if checkpoint and self.view.covered else ()
+        """The commits of the compaction; none if its row files do not tell."""
+        compaction = self.view.compaction
+        return self.view.commits[: compaction.commits] if compaction and self.view.covered else ()
 
     @property
     def fresh(self) -> tuple[Commit, ...]:
@@ -140,7 +140,7 @@ class Log:
         return self.view.commits[len(self.covered) :]
 
     def maybe_covered(self, writer: str, seq: int) -> bool:
-        """Say whether a checkpoint that is lost may cover a record: all up to the first that is still in the log."""
+        """Say whether a compaction that is lost may cover a record: all up to the first that is still in the log."""
         return self.lost and seq <= min((commit.seq for commit in self.fresh if commit.writer == writer), default=seq)
 
 
@@ -148,10 +148,10 @@ def read_log(disk: Disk, settings: Settings) -> Log:
     """Return what the records say now."""
     faults: list[Fault] = []
     view = read_view(disk, settings, report=faults.append)
-    number = view.checkpoint.number if view.checkpoint else 0
-    # Records from the first on that are gone are those that a checkpoint covers, if one is lost.
+    number = view.compaction.number if view.compaction else 0
+    # Records from the first on that are gone are those that a compaction covers, if one is lost.
     leading = [fault for fault in faults if _is_leading(view, fault)]
-    lost = any((layout.parse_checkpoint_path(_path(fault)) or 0) > number for fault in faults)
+    lost = any((paths.parse_compaction_path(_path(fault)) or 0) > number for fault in faults)
     if not lost and (vanished := _vanished(disk, view, number, bool(leading))):
         faults.append(vanished)
         lost = True
@@ -159,27 +159,27 @@ def read_log(disk: Disk, settings: Settings) -> Log:
         faults = [fault for fault in faults if fault not in leading]
     broken: dict[str, list[tuple[int, int]]] = {}
     for fault in faults:
-        if record := layout.parse_record_path(_path(fault)):
+        if record := paths.parse_record_path(_path(fault)):
             broken.setdefault(record[0], []).append((record[1], fault.fields.get("last", record[1])))
     return Log(view, tuple(_told(disk, fault) for fault in faults), lost, broken)
 
 
 def _is_leading(view: View, fault: Fault) -> bool:
-    """Say whether it is that of a missing record which is the first that no checkpoint covers."""
-    record = layout.parse_record_path(_path(fault))
+    """Say whether it is that of a missing record which is the first that no compaction covers."""
+    record = paths.parse_record_path(_path(fault))
     if fault.kind != "missing" or record is None:
         return False
-    newest = view.checkpoint.newest.get(record[0]) if view.checkpoint else None
+    newest = view.compaction.newest.get(record[0]) if view.compaction else None
     return record[1] == (newest.seq + 1 if newest else 0)
 
 
 def _vanished(disk: Disk, view: View, number: int, gaps: bool) -> CorruptionError | None:
-    """Return the fault if a checkpoint is gone without which other things that are gone cannot be explained.
+    """Return the fault if a compaction is gone without which other things that are gone cannot be explained.
 
     Args:
         gaps: whether records at the beginning of a log are missing.
     """
-    written = max((layout.parse_fold_prefix(path) or 0 for path, _ in disk.entries(layout.DATA.rstrip("/"))), default=0)
+    written = max((paths.parse_fold_prefix(path) or 0 for path, _ in disk.entries(paths.DATA.rstrip("/"))), default=0)
     if written <= number:
         return None
     first: dict[str, Commit] = {}
@@ -187,34 +187,34 @@ def _vanished(disk: Disk, view: View, number: int, gaps: bool) -> CorruptionErro
         first.setdefault(commit.writer, commit)
     if not gaps and not any(_lacks_rows(disk, commit) for commit in first.values()):
         return None
-    path = layout.checkpoint_path(written)
+    path = paths.compaction_path(written)
     message = f"{path} is missing: its row files are there, and what it covers is gone. Restore it from a copy"
     return CorruptionError(message, kind="missing", path=path)
 
 
 def _lacks_rows(disk: Disk, commit: Commit) -> bool:
     """Say whether all row files of a commit are gone."""
-    rows = [info.path for info in commit.objects if info.kind in ROLLED]
+    rows = [info.path for info in commit.objects if info.kind in FOLDED]
     return bool(rows) and all(disk.what_is(path) is None for path in rows)
 
 
 def _told(disk: Disk, fault: Fault) -> Finding:
-    """Return the finding, with the samples in the data of a record or checkpoint that cannot be read."""
+    """Return the finding, with the samples in the data of a record or compaction that cannot be read."""
     path = _path(fault)
-    record, checkpoint = layout.parse_record_path(path), layout.parse_checkpoint_path(path)
+    record, compaction = paths.parse_record_path(path), paths.parse_compaction_path(path)
     samples: tuple[int, ...] = ()
     if record is not None and fault.fields.get("last", record[1]) == record[1]:
-        samples = disk.samples_below(f"{layout.DATA}{record[0]}", f"{record[1]:012d}-")
-    elif checkpoint is not None:
-        samples = disk.samples_below(layout.DATA.rstrip("/"), f"m-{checkpoint:012d}-")
+        samples = disk.samples_below(f"{paths.DATA}{record[0]}", f"{record[1]:012d}-")
+    elif compaction is not None:
+        samples = disk.samples_below(paths.DATA.rstrip("/"), f"m-{compaction:012d}-")
     return Finding.of(fault, path, severity=LEFTOVER if fault.kind == "lost-tail" else DAMAGE, samples=samples)
 
 
 def data_folders(disk: Disk) -> list[tuple[str, str]]:
     """Return what lies in `data/` and in the writers' folders there, as `Disk.entries`."""
     folders: list[tuple[str, str]] = []
-    for path, what in disk.entries(layout.DATA.rstrip("/")):
-        is_writer = what == "folder" and layout.parse_data_path(f"{path}/{0:012d}-{0:08x}/any.parquet") is not None
+    for path, what in disk.entries(paths.DATA.rstrip("/")):
+        is_writer = what == "folder" and paths.parse_data_path(f"{path}/{0:012d}-{0:08x}/any.parquet") is not None
         folders += disk.entries(path) if is_writer else [(path, what)]
     return folders
 
@@ -229,66 +229,66 @@ def leftovers(disk: Disk, log: Log, folders: Sequence[tuple[str, str]]) -> Itera
     for path, what in disk.entries():
         if path in _FOLDERS and what != "folder":
             yield Finding("not-a-file", path, f"it is {what}, not a folder: readers follow none")
-        elif path not in _FOLDERS and path != layout.SETTINGS:
+        elif path not in _FOLDERS and path != paths.SETTINGS:
             kind = "temporary" if _is_hidden(path) else "unexpected"
             yield Finding(kind, path, "it is none of a store's files", LEFTOVER)
     yield from _records(disk, log)
     yield from _covered_records(disk, log)
     named = {_folder(commit.objects[0].path): commit for commit in log.view.commits if len(commit.objects)}
-    checkpoint = log.view.checkpoint
-    row_files = {info.path for info in checkpoint.files} if checkpoint else set()
+    compaction = log.view.compaction
+    row_files = {info.path for info in compaction.files} if compaction else set()
     folds = {_folder(path) for path in row_files}
     for path, what in folders:
         if what == "folder" and path in named:
             objects = {info.path for info in named[path].objects}
             yield from _beside(disk, path, objects, f"{named[path]} does not name it", named[path])
         elif what == "folder" and path in folds:
-            yield from _beside(disk, path, row_files, f"{checkpoint} does not name it")
+            yield from _beside(disk, path, row_files, f"{compaction} does not name it")
         else:
             yield from _unnamed(disk, log, path, what)
 
 
 def _records(disk: Disk, log: Log) -> Iterator[Finding]:
     """Yield what lies in the log, under `runs/` and under `ckpt/` and is not read."""
-    checkpoint = log.view.checkpoint
-    for folder in (layout.LOG, layout.RUNS, layout.CHECKPOINTS):
+    compaction = log.view.compaction
+    for folder in (paths.LOG, paths.RUNS, paths.COMPACTIONS):
         for path, what in disk.below(folder.rstrip("/")):
-            superseded = checkpoint is not None and _is_superseded(checkpoint, path)
-            named = layout.parse_record_path(path) is not None or layout.parse_attempt_path(path) is not None
+            superseded = compaction is not None and _is_superseded(compaction, path)
+            named = paths.parse_record_path(path) is not None or paths.parse_attempt_path(path) is not None
             if _is_hidden(path):
                 yield Finding("temporary", path, "readers ignore it", LEFTOVER)
-            elif (named or folder == layout.CHECKPOINTS) and not superseded:
+            elif (named or folder == paths.COMPACTIONS) and not superseded:
                 continue  # readers read it, or refuse the store for it, and that was told
             elif what == _LINK:
                 yield Finding("not-a-file", path, "it is a symbolic link: readers follow none")
             elif superseded:
-                message = f"{checkpoint} took its place; the next roll-up deletes it"
-                yield Finding("superseded", path, message, LEFTOVER, *(layout.parse_record_path(path) or ()))
+                message = f"{compaction} took its place; the next compaction deletes it"
+                yield Finding("superseded", path, message, LEFTOVER, *(paths.parse_record_path(path) or ()))
             else:
                 yield Finding("unexpected", path, "readers ignore it", LEFTOVER)
 
 
-def _is_superseded(checkpoint: Checkpoint, path: str) -> bool:
-    """Say whether a roll-up deletes a record or checkpoint; the newest record of each writer stays."""
-    record, number = layout.parse_record_path(path), layout.parse_checkpoint_path(path)
+def _is_superseded(compaction: Compaction, path: str) -> bool:
+    """Say whether a compaction deletes a record or compaction; the newest record of each writer stays."""
+    record, number = paths.parse_record_path(path), paths.parse_compaction_path(path)
     if record is not None:
-        return checkpoint.covers(*record) and record[1] != checkpoint.newest[record[0]].seq
-    return number is not None and number < checkpoint.number
+        return compaction.covers(*record) and record[1] != compaction.newest[record[0]].seq
+    return number is not None and number < compaction.number
 
 
 def _covered_records(disk: Disk, log: Log) -> Iterator[Finding]:
-    """Yield what is wrong with the newest records that a checkpoint covers: they are kept, and not needed to read."""
-    newest = log.view.checkpoint.newest if log.view.checkpoint else {}
+    """Yield what is wrong with the newest records that a compaction covers: they are kept, and not needed to read."""
+    newest = log.view.compaction.newest if log.view.compaction else {}
     for writer, commit in newest.items():
-        path = layout.record_path(writer, commit.seq)
+        path = paths.record_path(writer, commit.seq)
         try:
-            if layout.unseal(disk.read(path, most=layout.RECORD_BYTES), path)[1] != commit.digest:
-                raise misplaced(path, "another record than the one that the checkpoint covers")
+            if paths.unseal(disk.read(path, most=paths.RECORD_BYTES), path)[1] != commit.digest:
+                raise misplaced(path, "another record than the one that the compaction covers")
         except TimstoreError as error:
             # A link or the like is refused by every listing, wherever it lies.
             finding = Finding.of(error, path, writer=writer, seq=commit.seq)
             severity = DAMAGE if finding.kind == "not-a-file" else LEFTOVER
-            message = f"{finding.message}. A checkpoint covers it: readers do not need it"
+            message = f"{finding.message}. A compaction covers it: readers do not need it"
             yield replace(finding, message=message, severity=severity)
 
 
@@ -304,8 +304,8 @@ def _beside(
 
 
 def _unnamed(disk: Disk, log: Log, path: str, what: str) -> Iterator[Finding]:
-    """Yield the finding of what lies among the folders of commits and checkpoints, and is none that is named."""
-    fold, commit = layout.parse_fold_prefix(path), layout.parse_data_path(f"{path}/any.parquet")
+    """Yield the finding of what lies among the folders of commits and compactions, and is none that is named."""
+    fold, commit = paths.parse_fold_prefix(path), paths.parse_data_path(f"{path}/any.parquet")
     if _is_hidden(path):
         yield Finding("temporary", path, "readers ignore it", LEFTOVER)
     elif what not in ("file", "folder"):
@@ -316,30 +316,30 @@ def _unnamed(disk: Disk, log: Log, path: str, what: str) -> Iterator[Finding]:
     elif commit is not None:
         yield from _uncommitted(disk, log, path, commit[0], commit[1])
     else:
-        yield Finding("unexpected", path, "it is no folder of a commit or a checkpoint", LEFTOVER)
+        yield Finding("unexpected", path, "it is no folder of a commit or a compaction", LEFTOVER)
 
 
 def _fold(disk: Disk, log: Log, path: str, number: int) -> Iterator[Finding]:
     files, size = disk.size_below(path)
-    if not files or log.lost:  # may be what the lost checkpoint named, which is a finding
+    if not files or log.lost:  # may be what the lost compaction named, which is a finding
         return
     what = f"{files} row files, {size:,} bytes, "
-    if number > (log.view.checkpoint.number if log.view.checkpoint else 0):
-        yield Finding("unreferenced", path, what + "of a roll-up on its way or given up", LEFTOVER)
+    if number > (log.view.compaction.number if log.view.compaction else 0):
+        yield Finding("unreferenced", path, what + "of a compaction on its way or given up", LEFTOVER)
     else:
-        yield Finding("superseded", path, what + "that no checkpoint names; the next roll-up deletes it", LEFTOVER)
+        yield Finding("superseded", path, what + "that no compaction names; the next compaction deletes it", LEFTOVER)
 
 
 def _uncommitted(disk: Disk, log: Log, path: str, writer: str, seq: int) -> Iterator[Finding]:
     files, size = disk.size_below(path)
-    checkpoint = log.view.checkpoint
-    # Of a commit that a checkpoint covers, perhaps, whose own damage is a finding.
-    unknown = log.view.covered is None and checkpoint is not None and checkpoint.covers(writer, seq)
+    compaction = log.view.compaction
+    # Of a commit that a compaction covers, perhaps, whose own damage is a finding.
+    unknown = log.view.covered is None and compaction is not None and compaction.covers(writer, seq)
     if not files or unknown or log.maybe_covered(writer, seq):
         return
     why = "no record names it (yet): of a commit on its way, or of one that was given up"
     if any(first <= seq <= last for first, last in log.broken.get(writer, ())):
-        why = f"perhaps what the damaged record {layout.record_path(writer, seq)} names: keep it"
+        why = f"perhaps what the damaged record {paths.record_path(writer, seq)} names: keep it"
     yield Finding("unreferenced", path, f"{files} files, {size:,} bytes: {why}", LEFTOVER, writer, seq)
 
 
@@ -352,9 +352,9 @@ def _name(path: str) -> str:
 
 
 def _folder(path: str) -> str:
-    """Return the folder of a commit or checkpoint that an object lies in."""
+    """Return the folder of a commit or compaction that an object lies in."""
     parts = path.split("/")
-    return "/".join(parts[: 2 if layout.parse_folded_path(path) is not None else 3])
+    return "/".join(parts[: 2 if paths.parse_folded_path(path) is not None else 3])
 
 
 def _is_hidden(path: str) -> bool:

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from timstore.errors import CorruptionError, FormatError, NotFoundError, StorageError
-from timstore.format import layout
-from timstore.format.commits import Commit, Moment
+from timstore.format import paths
+from timstore.format.log import Commit, Moment
 
 DAMAGE = "damage"
 LEFTOVER = "leftover"
 
 KINDS = {
-    "missing": "a file that a record, a checkpoint or the layout of a store names is not there",
+    "missing": "a file that a record, a compaction or the layout of a store names is not there",
     "altered": "a data object whose size or crc32 is not that of its record",
     "torn": "a record whose check line does not match",
     "gap": "a number that is missing in a writer's sequence",
@@ -27,7 +27,7 @@ KINDS = {
     "unreadable": "a file that the system does not let be read",
     "lost-tail": "the newest record of a writer, torn, in a store made with durability='os': readers leave it out",
     "unreferenced": "data that no record names: of a commit on its way, or of one that was given up",
-    "superseded": "what a checkpoint covers and a roll-up that was cut short did not delete",
+    "superseded": "what a compaction covers and a compaction that was cut short did not delete",
     "temporary": "a file in the making, or what is left of one",
     "unexpected": "a file that has no place in a store",
 }
@@ -73,7 +73,7 @@ class Finding:
         path = str(getattr(error, "fields", {}).get("path", path))
         if commit is not None:
             fields = {"writer": commit.writer, "seq": commit.seq, "steps": commit.steps, **fields}
-        elif named := layout.parse_record_path(path):
+        elif named := paths.parse_record_path(path):
             fields = {"writer": named[0], "seq": named[1], **fields}
         return cls(_kind(error, path), path, str(error), severity, **fields)
 
@@ -101,7 +101,7 @@ class Verification:
 
     Attributes:
         path: of the store.
-        commits, records: in the log and under the checkpoint, superseded attempts included.
+        commits, records: in the log and under the compaction, superseded attempts included.
         objects, bytes: data objects read whole, and their size.
         findings: damage first, each severity by path.
     """
@@ -165,6 +165,6 @@ def _kind(error: Exception, path: str) -> str:
     if isinstance(error, FormatError) and not isinstance(error, CorruptionError):
         return "newer"
     kind = getattr(error, "kind", "")
-    if kind == "missing" and layout.parse_record_path(path):
+    if kind == "missing" and paths.parse_record_path(path):
         return "gap"
     return kind if kind in KINDS else "malformed"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timstore.errors import InvalidInputError, NotFoundError
-from timstore.format import layout
+from timstore.format import paths
 from timstore.integrations.openunlearning.arguments import RollbackArguments
 from timstore.legacy import import_trajectories
 from timstore.legacy.importing import STAGED
@@ -48,7 +48,7 @@ def trajectories_of(asked: RollbackArguments) -> Trajectories:
             f"there is no directory {folder}: tim_output_dir is the one that TIMRecorder recorded into",
             path=str(folder),
         )
-    stores = [one for one in (folder, folder / STORE) if (one / layout.SETTINGS).is_file()]
+    stores = [one for one in (folder, folder / STORE) if (one / paths.SETTINGS).is_file()]
     endings = {end for ends in FORMATS.values() for end in ends}
     has_older = any(one.suffix in endings for one in folder.glob("epoch_*"))
     wanted = asked.trajectory_format

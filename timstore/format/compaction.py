@@ -1,38 +1,29 @@
-"""A checkpoint: the commits up to some point, their small row files folded into few; tensors stay where they are."""
+"""A compaction: the commits up to some point, their small row files folded into few; tensors stay where they are."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
 from timstore.errors import CorruptionError
-from timstore.format import layout, tables
-from timstore.format.commits import (
-    Commit,
-    Moment,
-    ObjectInfo,
-    misplaced,
-    parse_info,
-    require_store,
-    take_kind,
-    take_time,
-)
-from timstore.format.layout import take
-from timstore.format.objects import Objects
+from timstore.format import paths, schemas
+from timstore.format.checksums import read_verified
+from timstore.format.local_files import Objects
+from timstore.format.log import Commit, Moment, ObjectInfo, misplaced, parse_head, parse_info, require_store, take_time
+from timstore.format.paths import take
+from timstore.format.schemas import COMMITS, OBJECTS
 from timstore.format.settings import Settings
-from timstore.format.tables import COMMITS, OBJECTS
-from timstore.format.verified import read_verified
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Compaction:
     """One record of `ckpt/`.
 
     Attributes:
         number: from 1; the highest is the one that counts.
-        commits: how many it covers. They are numbered from 0, in an order that later checkpoints go on with.
+        commits: how many it covers. They are numbered from 0, in an order that later compactions go on with.
         newest: each writer's newest record that it covers, of any kind, without objects.
         files: the row files, in order: `commits`, `objects` and the row tables, each with the number of the commit.
     """
@@ -44,81 +35,70 @@ class Checkpoint:
     files: tuple[ObjectInfo, ...]
 
     def __str__(self) -> str:
-        return f"checkpoint {self.number} ({self.commits} commits)"
+        return f"compaction {self.number} ({self.commits} commits)"
 
     def covers(self, writer: str, seq: int) -> bool:
         """Say whether it covers a writer's record."""
         return writer in self.newest and seq <= self.newest[writer].seq
 
 
-def seal_checkpoint(checkpoint: Checkpoint, settings: Settings) -> bytes:
-    """Return the bytes of a checkpoint's record."""
+def seal_compaction(compaction: Compaction, settings: Settings) -> bytes:
+    """Return the bytes of a compaction's record."""
     writers = {
         writer: {name: getattr(newest, name) for name in ("seq", "kind", "at", "attempt", "rank", "digest")}
-        for writer, newest in checkpoint.newest.items()
+        for writer, newest in compaction.newest.items()
     }
     fields = {
-        **layout.header(settings.reader_features, settings.writer_features),
+        **paths.header(settings.reader_features, settings.writer_features),
         "store": settings.store_id,
-        "checkpoint": checkpoint.number,
-        "at": checkpoint.at,
-        "commits": checkpoint.commits,
+        "checkpoint": compaction.number,
+        "at": compaction.at,
+        "commits": compaction.commits,
         "writers": writers,
-        "objects": [{name: getattr(info, name) for name in ObjectInfo.__slots__} for info in checkpoint.files],
+        "objects": [asdict(info) for info in compaction.files],
     }
-    return layout.seal(fields)[0]
+    return paths.seal(fields)
 
 
-def parse_checkpoint(data: bytes, path: str, settings: Settings) -> Checkpoint:
-    """Return the checkpoint that the bytes at `path` describe.
+def parse_compaction(data: bytes, path: str, settings: Settings) -> Compaction:
+    """Return the compaction that the bytes at `path` describe.
 
     Raises:
         CorruptionError: naming the file and the field.
         FormatError: a newer version is needed.
     """
-    fields, _ = layout.unseal(data, path)
+    fields, _ = paths.unseal(data, path)
     number = take(fields, "checkpoint", int, path)
-    if layout.checkpoint_path(number) != path:
-        raise misplaced(path, f"checkpoint {number}")
+    if paths.compaction_path(number) != path:
+        raise misplaced(path, f"compaction {number}")
     require_store(fields, path, settings)
     newest = {writer: _newest(writer, head, path) for writer, head in take(fields, "writers", dict, path).items()}
     files = tuple(parse_info(entry, path) for entry in take(fields, "objects", list, path))
-    written_for = [layout.parse_folded_path(info.path) for info in files]
-    if not all(one is not None and one <= number for one in written_for):
-        raise CorruptionError(f"{path} names objects that are no row files of a checkpoint", path=path)
-    return Checkpoint(number, take_time(fields, path), take(fields, "commits", int, path), newest, files)
+    written_for = [paths.parse_folded_path(info.path) for info in files]
+    if not all(earlier is not None and earlier <= number for earlier in written_for):
+        raise CorruptionError(f"{path} names objects that are no row files of a compaction", path=path)
+    return Compaction(number, take_time(fields, path), take(fields, "commits", int, path), newest, files)
 
 
 def _newest(writer: str, head: Any, path: str) -> Commit:
     if type(head) is not dict:
         raise CorruptionError(f"{path}: the newest record of a writer is {head!r:.80}, not a description", path=path)
-    return Commit(
-        writer=writer,
-        seq=take(head, "seq", int, path),
-        kind=take_kind(head, path),
-        at=take_time(head, path),
-        attempt=take(head, "attempt", int, path),
-        rank=take(head, "rank", int, path),
-        steps=None,
-        objects=(),
-        records=0,
-        digest=take(head, "digest", str, path),
-    )
+    return Commit(writer=writer, **parse_head(head, path), digest=take(head, "digest", str, path))
 
 
-def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Checkpoint") -> pa.Table:
+def read_rows(objects: Objects, info: ObjectInfo, owner: "Commit | Compaction") -> pa.Table:
     """Return the rows of a row file once it is verified, repeating words as dictionaries."""
     data = read_verified(objects, info, owner)
-    return tables.read_rows(data, info.path, kind=info.kind, rows=info.rows, words=True)
+    return schemas.read_rows(data, info.path, kind=info.kind, rows=info.rows, words=True)
 
 
-def read_tables(objects: Objects, checkpoint: Checkpoint, kind: str) -> list[pa.Table]:
+def read_tables(objects: Objects, compaction: Compaction, kind: str) -> list[pa.Table]:
     """Return the rows of one kind, file by file."""
-    return [read_rows(objects, info, checkpoint) for info in checkpoint.files if info.kind == kind]
+    return [read_rows(objects, info, compaction) for info in compaction.files if info.kind == kind]
 
 
 class CoveredObjects:
-    """The data objects of the commits that a checkpoint covers, described only when they are asked for."""
+    """The data objects of the commits that a compaction covers, described only when they are asked for."""
 
     def __init__(self, table: pa.Table, commits: int) -> None:
         self._columns = [table[name].combine_chunks() for name in OBJECTS.names[1:]]
@@ -160,21 +140,21 @@ class _Described(Sequence[ObjectInfo]):
         return map(ObjectInfo, *(column.slice(self._start, size).to_pylist() for column in self._columns))
 
 
-def read_commits(objects: Objects, checkpoint: Checkpoint) -> tuple[tuple[Commit, ...], CoveredObjects]:
-    """Return the commits that a checkpoint covers, and their data objects.
+def read_commits(objects: Objects, compaction: Compaction) -> tuple[tuple[Commit, ...], CoveredObjects]:
+    """Return the commits that a compaction covers, and their data objects.
 
     Raises:
-        CorruptionError: a row file is missing (kind `missing`: perhaps a newer checkpoint took its place) or altered.
+        CorruptionError: a row file is missing (kind `missing`: perhaps a newer compaction took its place) or altered.
     """
-    heads, named = (read_tables(objects, checkpoint, kind) for kind in ("commits", "objects"))
+    heads, named = (read_tables(objects, compaction, kind) for kind in ("commits", "objects"))
     if not heads or not named:
-        path = layout.checkpoint_path(checkpoint.number)
+        path = paths.compaction_path(compaction.number)
         raise CorruptionError(f"{path} names no files of commits, or none of their objects", path=path)
     table = pa.concat_tables(heads)
     covered = CoveredObjects(pa.concat_tables(named), table.num_rows)
-    if table.num_rows != checkpoint.commits:
-        path = layout.checkpoint_path(checkpoint.number)
-        raise CorruptionError(f"{path} covers {checkpoint.commits} commits, its row files {table.num_rows}", path=path)
+    if table.num_rows != compaction.commits:
+        path = paths.compaction_path(compaction.number)
+        raise CorruptionError(f"{path} covers {compaction.commits} commits, its row files {table.num_rows}", path=path)
     commits = tuple(
         Commit(
             writer=row["writer"],

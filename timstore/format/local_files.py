@@ -1,4 +1,4 @@
-"""Where objects lie: named, immutable byte strings, written once and never replaced."""
+"""Where objects lie: named, immutable byte strings, written once and never replaced; here, files of a local folder."""
 
 import errno
 import fcntl
@@ -7,21 +7,25 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 from timstore.errors import (
+    AlreadyExistsError,
     CorruptionError,
     InvalidInputError,
     NotFoundError,
+    ReadOnlyError,
+    StateError,
     StorageError,
     TimstoreError,
 )
-from timstore.format import layout
-from timstore.format.locks import locked
-from timstore.format.refusals import not_plain, too_large, translated, with_errno
+from timstore.format import paths
+from timstore.os_errors import reporting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,35 +41,54 @@ _BLOCK_BYTES = 4096
 _ALIGNED_BYTES = 1024 * 1024
 # Without O_NONBLOCK, opening a named pipe that someone put into the store would wait for ever.
 _READ = os.O_NOFOLLOW | os.O_NONBLOCK
+# What is done under a lock takes milliseconds.
+_SECONDS = 60
+_PAUSE = 0.001
+# Some network file systems have no locks: two processes at one place then are as they were without.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Objects(Protocol):
-    """What a store needs of the place it lies in. Paths are those that `layout.is_object_path` accepts."""
+    """What a store needs of the place it lies in: everything that `timstore.format` reads and writes goes through it.
+
+    Paths are those that `paths.is_object_path` accepts. An object that cannot be read or written for other reasons than
+    those below is a `StorageError`, or a `ReadOnlyError` where this process may not write.
+    """
 
     def put(self, path: str, data: bytes) -> None:
-        """Write one new data object. On disk, and found again after a power loss, only after `sync`."""
+        """Write one new data object, or raise `AlreadyExistsError`; after another error part of it may be left.
 
-    def sync(self, paths: Iterable[str]) -> None:
-        """Make the names of objects that were put survive a power loss."""
+        On disk, and found again after a power loss, only after `sync`.
+        """
+
+    def sync(self, objects: Iterable[str]) -> None:
+        """Make the names of objects that were put survive a power loss; `StorageError`, kind `not-durable`, if not."""
 
     def create(self, path: str, data: bytes) -> None:
-        """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds."""
+        """Create an object whole and durable, or raise `AlreadyExistsError`: of several callers one succeeds.
+
+        After any other error nothing is visible, except with kind `not-durable`: then it is there, but a power loss may
+        take it away.
+        """
 
     def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
-        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`; of
-        an object of more than `most` bytes `CorruptionError`, kind `too-large`, before it is read."""
+        """Return the whole object, or `size` bytes from `start` on (fewer where it ends), or raise `NotFoundError`.
+
+        What is no plain object is a `CorruptionError`; so is, with kind `too-large` and the field `bytes`, one of more
+        than `most` bytes, which is not read.
+        """
 
     def mark(self, path: str) -> Mark:
         """Return what tells an object from any other that took its place, or raise `NotFoundError`; reads nothing."""
 
     def alone(self, prefix: str) -> AbstractContextManager[None]:
-        """Keep every other process and thread that asks likewise out of a folder; where there are no locks, nobody."""
+        """Keep every other process and thread that asks likewise out of a folder; where there are no locks, nobody.
+
+        `StorageError`, kind `locked`, when another holds it for a minute.
+        """
 
     def list(self, prefix: str) -> Paths:
         """Return the sorted paths of all objects below a folder; none when there is no such folder."""
-
-    def exists(self, path: str) -> bool:
-        """Say whether an object of that name exists."""
 
     def folders(self, prefix: str) -> Paths:
         """Return the sorted paths of the folders right below a folder, without their slash."""
@@ -76,12 +99,15 @@ class Objects(Protocol):
     def delete_prefix(self, prefix: str) -> None:
         """Delete a folder and all objects below it; nothing happens when there is none."""
 
+    def synced(self) -> "Objects":
+        """Return the same objects, every write of them durable: for what copies before it deletes."""
+
 
 class LocalObjects:
     """Objects as files of mode 0600 in folders of mode 0700, on a POSIX file system with hard links.
 
-    No symbolic link is followed below `root`. Every system call that changes the disk goes through
-    `_call`, where fault tests take hold.
+    No symbolic link is followed below `root`, and names that begin with a dot are no objects. Every system call that
+    changes the disk goes through `_call`, where fault tests take hold.
 
     Args:
         root: the store's folder; it is made, with its parents, when the first object is written.
@@ -95,45 +121,27 @@ class LocalObjects:
         self._was_there = False
 
     def synced(self) -> "LocalObjects":
-        """Return the same objects, every write of them fsynced: for what copies before it deletes."""
-        objects = LocalObjects(self.root, durable=True)
-        objects._was_there = self._was_there
+        objects = copy(self)
+        objects.durable = True
         return objects
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a new file, and fsync it; its name is durable after `sync`.
-
-        Raises:
-            AlreadyExistsError: objects are written once.
-            StorageError, ReadOnlyError: the file system refused; part of the file may be left.
-        """
         *folders, name = self._parts(path)
         with self._reporting("write", path, data), self._folder(folders, create=True) as folder:
             self._write_new(name, data, folder)
 
-    def sync(self, paths: Iterable[str]) -> None:
-        """Fsync every folder above the paths, deepest first, the root last.
-
-        Raises:
-            StorageError: kind `not-durable`.
-        """
+    def sync(self, objects: Iterable[str]) -> None:
+        """Fsync every folder above the objects, deepest first, the root last."""
         if not self.durable:
             return
-        above = {parts[:depth] for parts in map(self._parts, paths) for depth in range(len(parts))}
+        above = {parts[:depth] for parts in map(self._parts, objects) for depth in range(len(parts))}
         for folders in sorted(above, key=lambda folders: (-len(folders), folders)):
             path = "/".join(folders)
             with self._reporting("fsync", path, kind="not-durable"), self._folder(folders) as folder:
                 self._call(os.fsync, folder)
 
     def create(self, path: str, data: bytes) -> None:
-        """Create a file whole: written under a temporary name, fsynced, then linked to its own.
-
-        Raises:
-            AlreadyExistsError: another caller was first; its file is untouched.
-            StorageError: nothing became visible, except with kind `not-durable`: then the file is there, but
-                a power loss may take it away.
-            ReadOnlyError: this process may not write here.
-        """
+        """Write a file under a temporary name, fsync it, and link it to its own, which only one caller can."""
         *folders, name = self._parts(path)
         temporary = f".{name}.{secrets.token_hex(4)}"
         with self._reporting("create", path, data), self._folder(folders, create=True) as folder:
@@ -146,14 +154,6 @@ class LocalObjects:
         self.sync([path])
 
     def read(self, path: str, start: int = 0, size: int | None = None, *, most: int | None = None) -> bytes:
-        """Return the whole file, or `size` bytes from `start` on; fewer where it ends before.
-
-        Raises:
-            NotFoundError: there is none.
-            CorruptionError: it is a symbolic link or otherwise no regular file; kind `too-large`: it has more than
-                `most` bytes, the field `bytes`, and was not read.
-            StorageError: it cannot be read.
-        """
         *folders, name = self._parts(path)
         with self._reporting("read", path), self._folder(folders) as folder:
 
@@ -165,7 +165,13 @@ class LocalObjects:
                 if not stat.S_ISREG(status.st_mode):
                     raise self._not_plain(path)
                 if most is not None and status.st_size > most:
-                    raise too_large(self.root / path, path, status.st_size, most)
+                    raise CorruptionError(
+                        f"{self.root / path} has {status.st_size} bytes, and at most {most} can be right: something "
+                        "else was written to it. Restore this file from a copy",
+                        kind="too-large",
+                        path=path,
+                        bytes=status.st_size,
+                    )
                 file.seek(start)
                 # `read` takes memory for all that it is asked for.
                 return file.read(-1 if size is None else min(size, max(0, status.st_size - start)))
@@ -173,75 +179,45 @@ class LocalObjects:
     def mark(self, path: str) -> Mark:
         """Return device, inode, size and the time of the last change of a file's entry, in one system call."""
         with self._reporting("look for", path):
-            found = os.stat(self.root / path)
-        return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
+            status = os.stat(self.root / path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
 
     @contextmanager
     def alone(self, prefix: str) -> Iterator[None]:
-        """Hold the folder's lock, which goes with the process that holds it.
-
-        Raises:
-            StorageError: another holds it for a minute.
-        """
-        with ExitStack() as held:
+        """Hold the folder's lock, which goes with the process that holds it."""
+        with ExitStack() as stack:
             with self._reporting("lock", prefix):
-                folder = held.enter_context(self._folder(self._parts(prefix.rstrip("/")), create=True))
-                held.enter_context(locked(folder, self.root / prefix))
+                folder = stack.enter_context(self._folder(self._parts(prefix.rstrip("/")), create=True))
+                if self._locked(folder, prefix):
+                    # Not by closing the folder: a child that was forked meanwhile holds it open.
+                    stack.callback(fcntl.flock, folder, fcntl.LOCK_UN)
             yield
 
     def list(self, prefix: str) -> Paths:
-        """Return the sorted paths of all files below a folder, without those that begin with a dot.
-
-        Raises:
-            CorruptionError: a symbolic link lies there.
-            StorageError: a folder cannot be read.
-        """
         folders = self._parts(prefix.rstrip("/")) if prefix else ()
         with suppress(NotFoundError), self._reporting("list", prefix), self._folder(folders) as folder:
             return sorted(self._walk(folder, "".join(f"{part}/" for part in folders)))
         return []
 
-    def exists(self, path: str) -> bool:
-        """Say whether a file of that name exists, without reading it.
-
-        Raises:
-            StorageError: its folder cannot be searched.
-        """
-        *folders, name = self._parts(path)
-        with suppress(NotFoundError), self._reporting("look for", path), self._folder(folders) as folder:
-            os.stat(name, dir_fd=folder, follow_symlinks=False)
-            return True
-        return False
-
     def folders(self, prefix: str) -> Paths:
-        """Return the sorted paths of the folders right below a folder, hidden ones and links left out."""
         folders = self._parts(prefix.rstrip("/"))
         with suppress(NotFoundError), self._reporting("list", prefix), self._folder(folders) as folder:
             with os.scandir(folder) as entries:
-                names = [one.name for one in entries if one.is_dir(follow_symlinks=False)]
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
             return sorted("/".join((*folders, name)) for name in names if not name.startswith("."))
         return []
 
     def delete(self, path: str) -> None:
-        """Delete one file, and its folder if that is empty then.
-
-        Raises:
-            NotFoundError: there is none.
-            StorageError, ReadOnlyError: the file system refused.
-        """
+        """Delete one file, and the folder of its commit or compaction if that is empty then."""
         *folders, name = self._parts(path)
         with self._reporting("delete", path), self._folder(folders) as folder:
             self._call(os.unlink, name, dir_fd=folder)
-        if folders[0] == "data":  # the folder of one commit or checkpoint; others are shared with records to come
+        if folders[0] == "data":  # others are shared with records to come
             with suppress(OSError, TimstoreError), self._folder(folders[:-1]) as above:
                 self._call(os.rmdir, folders[-1], dir_fd=above)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a folder with all that is below it; links in it are deleted, never followed.
-
-        Raises:
-            StorageError, ReadOnlyError: the file system refused; part of it may be left.
-        """
+        """Delete a folder with all that is below it; links in it are deleted, never followed."""
         *folders, name = self._parts(prefix.rstrip("/"))
         with suppress(NotFoundError), self._reporting("delete", prefix), self._folder(folders) as folder:
             self._call(shutil.rmtree, name, dir_fd=folder)
@@ -301,15 +277,11 @@ class LocalObjects:
             self._call(os.link, temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise with_errno(
-                    StorageError(
-                        f"the file system of {self.root} makes no hard links, without which a store cannot be written "
-                        "safely. Put the store on another file system",
-                        path=name,
-                        errno=error.errno,
-                    ),
-                    error,
-                ) from error
+                message = (
+                    f"the file system of {self.root} makes no hard links, without which a store cannot be written "
+                    "safely. Put the store on another file system"
+                )
+                raise _with_errno(StorageError, message, error, name) from error
             raise
 
     @contextmanager
@@ -380,20 +352,108 @@ class LocalObjects:
                     finally:
                         os.close(inner)
 
+    def _locked(self, folder: int, prefix: str) -> bool:
+        """Take the lock of an open folder; False where the file system has none."""
+        until = time.monotonic() + _SECONDS
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise StorageError(
+                        f"another process has held {self.root / prefix} for {_SECONDS} s: is it stopped? End it, and "
+                        "commit again",
+                        kind="locked",
+                    ) from None
+                time.sleep(_PAUSE)
+            except OSError:
+                return False
+
     def _parts(self, path: str) -> tuple[str, ...]:
-        if not layout.is_object_path(path):
+        if not paths.is_object_path(path):
             raise InvalidInputError(f"{path!r} cannot name an object of a store", path=path)
         return tuple(path.split("/"))
 
     def _not_plain(self, path: str) -> CorruptionError:
-        return not_plain(self.root / path, path)
+        return CorruptionError(
+            f"{self.root / path} is, or lies behind, a symbolic link or something else that is neither file nor "
+            "folder. timstore follows none: put the real file there",
+            kind="not-a-file",
+            path=path,
+        )
 
     @contextmanager
     def _reporting(self, doing: str, path: str, data: bytes = b"", *, kind: str | None = None) -> Iterator[None]:
-        """Turn what the system says into errors of ours that name the path."""
+        """Turn what the system says into errors of ours that name the path; those of ours go on as they are."""
         try:
             yield
         except TimstoreError:
             raise
         except OSError as error:
-            raise translated(error, doing, self.root / path, path, len(data), kind) from error
+            raise self._translated(error, doing, path, len(data), kind) from error
+
+    def _translated(self, error: OSError, doing: str, path: str, size: int, kind: str | None) -> TimstoreError:
+        """Return the error that says what could not be done.
+
+        Args:
+            doing: a verb: read, list, look for, write, create, delete, fsync, lock.
+            size: of what was to be written.
+            kind: of the error; by what the system says when None.
+        """
+        where = self.root / path
+        reads = doing in ("read", "list", "look for")
+        message = f"cannot {doing} {where}: {error.strerror or error}"
+        if kind is not None:
+            return _with_errno(
+                StorageError, f"{message}. What was written there may not survive a power loss", error, path, kind
+            )
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+            return self._not_plain(path)
+        if error.errno == errno.ENOENT and (reads or doing == "delete"):
+            return NotFoundError(f"{where} does not exist", path=path)
+        if error.errno == errno.EEXIST:
+            return AlreadyExistsError(f"{where} exists already, and objects are written once", path=path)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not reads:
+            return _with_errno(
+                ReadOnlyError, f"{message}. Open the store with mode='r', or where you may write", error, path
+            )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"no space left to {doing} {where} ({size} bytes); nothing became visible. Make room and try again"
+            )
+        return _with_errno(StorageError, message, error, path)
+
+
+def _with_errno(
+    ours: type[StorageError | ReadOnlyError], message: str, error: OSError, path: str, kind: str | None = None
+) -> TimstoreError:
+    """Return an error with the system's number for it, as OSError has it."""
+    made = ours(message, kind=kind, path=path, errno=error.errno)
+    made.errno = error.errno
+    return made
+
+
+@contextmanager
+def folder_held(folder: Path, by_another: str) -> Iterator[None]:
+    """Hold a folder against other processes of this machine, and other threads, while the block runs.
+
+    Raises:
+        StateError: another one holds it.
+    """
+    with reporting("read", folder):
+        descriptor = os.open(folder, _FOLDER)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"{by_another}: wait until it is done", kind="held") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        # Whoever held it may have moved it meanwhile.
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise StateError(f"{by_another}, or has just done so: look at what is there", kind="held")
+        yield
+    finally:
+        os.close(descriptor)

@@ -3,9 +3,9 @@
 from isal.isal_zlib import crc32
 
 from timstore.errors import CorruptionError, NotFoundError
-from timstore.format.commits import Commit, ObjectInfo
-from timstore.format.objects import Objects
-from timstore.format.shard import Chunk
+from timstore.format.local_files import Objects
+from timstore.format.log import Commit, ObjectInfo
+from timstore.format.zarr_shards import Chunk
 
 
 def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
@@ -24,7 +24,7 @@ def fault_of(objects: Objects, info: ObjectInfo) -> tuple[bytes, str | None]:
 
 
 def read_verified(objects: Objects, info: ObjectInfo, owner: object) -> bytes:
-    """Return a data object once its size and crc32 are those of its record, a commit or a checkpoint. One pass.
+    """Return a data object once its size and crc32 are those of its record, a commit or a compaction. One pass.
 
     Raises:
         CorruptionError: naming the object and what it belongs to; kind `missing` when there is none.

@@ -1,4 +1,4 @@
-"""The protocol of roll-up: disturbed at every single operation, it loses nothing and shows nothing twice."""
+"""The protocol of compaction: disturbed at every single operation, it loses nothing and shows nothing twice."""
 
 import errno
 import os
@@ -9,14 +9,14 @@ import pytest
 from stores import forged
 
 from timstore.errors import StorageError
-from timstore.format import rollup
-from timstore.format.checkpoint import read_rows, read_tables
+from timstore.format import compacting
+from timstore.format.compacting import compact
+from timstore.format.compaction import read_rows, read_tables
+from timstore.format.local_files import LocalObjects
 from timstore.format.log import LogWriter, claim_attempt
-from timstore.format.objects import LocalObjects
-from timstore.format.rollup import roll_up
+from timstore.format.log_reader import read_view
+from timstore.format.schemas import SCHEMAS, write_rows
 from timstore.format.settings import create_settings
-from timstore.format.tables import SCHEMAS, write_rows
-from timstore.format.view import read_view
 
 
 class Watched(LocalObjects):
@@ -68,10 +68,10 @@ def samples_in(root, settings):
     """Return the samples of every commit that a new reader sees, by its rows and by its tensors; both verified."""
     objects = LocalObjects(root, durable=False)
     view = read_view(objects, settings)
-    tables = read_tables(objects, view.checkpoint, "records") if view.checkpoint else []
+    tables = read_tables(objects, view.compaction, "records") if view.compaction else []
     numbers = [one for table in tables for one in table["commit"].to_pylist()]
-    assert sorted(numbers) == list(range(view.checkpoint.commits if view.checkpoint else 0))
-    for commit in view.since_checkpoint:
+    assert sorted(numbers) == list(range(view.compaction.commits if view.compaction else 0))
+    for commit in view.since_compaction:
         tables += [read_rows(objects, info, commit) for info in commit.objects if info.kind == "records"]
     rows = sorted(one for table in tables for one in table["sample"].to_pylist())
     shards = [[info for info in commit.objects if info.kind == "shard"] for commit in view.commits]
@@ -81,7 +81,7 @@ def samples_in(root, settings):
 
 
 def operations(tmp_path, disturb):
-    """Yield for each operation of a roll-up: a store in which `disturb` ran just before it, and the samples put."""
+    """Yield for each operation of a compaction: a store in which `disturb` ran just before it, and the samples put."""
     for at in range(200):
         root = tmp_path / str(at)
         objects, settings = made(root)
@@ -95,7 +95,7 @@ def operations(tmp_path, disturb):
 
         for number in (0, 1, 0):
             add(number)
-        roll_up(others, settings)
+        compact(others, settings)
         for number in (0, 0, 1):
             add(number)
         count = 0
@@ -107,7 +107,7 @@ def operations(tmp_path, disturb):
                 disturb(add, others, settings)
 
         objects.before = before
-        roll_up(objects, settings)
+        compact(objects, settings)
         objects.before = None
         yield root, settings, put, add
         if count <= at:
@@ -115,34 +115,33 @@ def operations(tmp_path, disturb):
     raise AssertionError("the last run was disturbed too")
 
 
-def test_commits_at_any_moment_of_a_roll_up_are_all_there(tmp_path):
+def test_commits_at_any_moment_of_a_compaction_are_all_there(tmp_path):
     for root, settings, put, add in operations(tmp_path, lambda add, *_: (add(0), add(1))):
         assert samples_in(root, settings) == put
         add(0)
-        roll_up(LocalObjects(root, durable=False), settings)
+        compact(LocalObjects(root, durable=False), settings)
         assert samples_in(root, settings) == put
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("file_rows", [2, 1000])
-def test_other_roll_ups_at_any_moment_of_a_roll_up_lose_nothing(tmp_path, monkeypatch, times, file_rows):
-    monkeypatch.setattr(rollup, "FILE_ROWS", file_rows)  # two: row files are carried from one to the next
+@pytest.mark.parametrize(("times", "file_rows"), [(1, 1000), (2, 2)])
+def test_other_compactions_at_any_moment_of_a_compaction_lose_nothing(tmp_path, monkeypatch, times, file_rows):
+    monkeypatch.setattr(compacting, "FILE_ROWS", file_rows)  # two: row files are carried from one to the next
 
     def disturb(add, objects, settings):
         for _ in range(times):
             add(0)
-            roll_up(objects, settings)
+            compact(objects, settings)
             add(1)
 
     for root, settings, put, add in operations(tmp_path, disturb):
         assert samples_in(root, settings) == put
         add(1)
-        roll_up(LocalObjects(root, durable=False), settings)
+        compact(LocalObjects(root, durable=False), settings)
         assert samples_in(root, settings) == put
         assert len(list(root.glob("ckpt/*"))) == 1
 
 
-def test_a_reader_at_any_moment_of_a_roll_up_sees_all_that_was_committed(tmp_path):
+def test_a_reader_at_any_moment_of_a_compaction_sees_all_that_was_committed(tmp_path):
     looked = []
 
     def look(add, objects, settings):
@@ -152,7 +151,7 @@ def test_a_reader_at_any_moment_of_a_roll_up_sees_all_that_was_committed(tmp_pat
         assert looked[-1] == put
 
 
-def test_a_roll_up_that_dies_at_any_operation_leaves_a_whole_store_and_the_next_one_cleans_up(tmp_path):
+def test_a_compaction_that_dies_at_any_operation_leaves_a_whole_store_and_the_next_one_cleans_up(tmp_path):
     class DiedError(BaseException):
         """Not an error that anything cleans up after."""
 
@@ -162,7 +161,7 @@ def test_a_roll_up_that_dies_at_any_operation_leaves_a_whole_store_and_the_next_
         writer = LogWriter(objects, settings)
         for sample in range(3):
             put_sample(writer, sample)
-        roll_up(objects, settings)
+        compact(objects, settings)
         for sample in range(3, 6):
             put_sample(writer, sample)
         count = 0
@@ -175,11 +174,11 @@ def test_a_roll_up_that_dies_at_any_operation_leaves_a_whole_store_and_the_next_
 
         objects.before = before
         with suppress(DiedError):
-            roll_up(objects, settings)
+            compact(objects, settings)
         objects.before = None
         assert samples_in(root, settings) == list(range(6))
         put_sample(writer, 6)
-        roll_up(objects, settings)
+        compact(objects, settings)
         assert samples_in(root, settings) == list(range(7))
         assert (
             len(list(root.glob("ckpt/*"))) == len(list(root.glob("data/m-*"))) == len(list(root.glob("log/*/*"))) == 1
@@ -190,14 +189,14 @@ def test_a_roll_up_that_dies_at_any_operation_leaves_a_whole_store_and_the_next_
     raise AssertionError("the last run died too")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_an_error_at_any_system_call_of_a_roll_up_is_told_and_the_store_stays_whole(tmp_path, code):
+def test_an_error_at_any_system_call_of_a_compaction_is_told_and_the_store_stays_whole(tmp_path):
     class Failing(LocalObjects):
         calls, at = 0, None
 
         def _call(self, function, *args, **kwargs):
             self.calls += 1
             if self.calls - 1 == self.at:
+                code = (errno.ENOSPC, errno.EIO)[self.at % 2]
                 raise OSError(code, os.strerror(code))
             return super()._call(function, *args, **kwargs)
 
@@ -210,19 +209,19 @@ def test_an_error_at_any_system_call_of_a_roll_up_is_told_and_the_store_stays_wh
         objects = Failing(root, durable=True)
         objects.at = at
         try:
-            roll_up(objects, settings)
+            compact(objects, settings)
         except StorageError:
             assert objects.calls > at
         assert samples_in(root, settings) == [0, 1, 2]
         put_sample(writer, 3)
-        roll_up(LocalObjects(root, durable=False), settings)
+        compact(LocalObjects(root, durable=False), settings)
         assert samples_in(root, settings) == [0, 1, 2, 3]
         if objects.calls <= at:
             return
     raise AssertionError("the last run met no end")
 
 
-def test_a_writer_that_lost_the_reply_to_its_record_finds_it_after_a_roll_up(tmp_path):
+def test_a_writer_that_lost_the_reply_to_its_record_finds_it_after_a_compaction(tmp_path):
     """Were the newest record deleted, the writer would take it for absent, and delete the tensors of its commit."""
     objects, settings = made(tmp_path)
     writer = LogWriter(objects, settings)
@@ -231,7 +230,7 @@ def test_a_writer_that_lost_the_reply_to_its_record_finds_it_after_a_roll_up(tmp
     def lose_reply(name):
         if name == "created":
             objects.before = None
-            roll_up(LocalObjects(tmp_path, durable=False), settings)
+            compact(LocalObjects(tmp_path, durable=False), settings)
             raise TimeoutError("no reply")
 
     objects.before = lose_reply
@@ -241,7 +240,7 @@ def test_a_writer_that_lost_the_reply_to_its_record_finds_it_after_a_roll_up(tmp
     assert samples_in(tmp_path, settings) == [0, 1, 2]
 
 
-def test_a_fence_is_met_after_a_roll_up(tmp_path):
+def test_a_fence_is_met_after_a_compaction(tmp_path):
     objects, settings = made(tmp_path)
     writer = LogWriter(objects, settings)
     put_sample(writer, 0)
@@ -250,9 +249,9 @@ def test_a_fence_is_met_after_a_roll_up(tmp_path):
     previous = read_view(objects, settings).newest[fenced].digest
     fence = forged(path.read_bytes(), seq=1, kind="fence", previous=previous, objects=[], records=0)
     objects.create(f"log/{fenced}/000000000001.json", fence)
-    roll_up(objects, settings)
+    compact(objects, settings)
     put_sample(writer, 1)
     assert writer.writer != fenced
     assert samples_in(tmp_path, settings) == [0, 1]
-    roll_up(objects, settings)
+    compact(objects, settings)
     assert read_view(objects, settings).newest[fenced].kind == "fence"

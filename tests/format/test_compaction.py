@@ -1,4 +1,4 @@
-"""Roll-up: row files folded into few, nothing of what a reader sees changed, whoever else is at work meanwhile."""
+"""Compaction: row files folded into few, nothing of what a reader sees changed, whoever else is at work meanwhile."""
 
 from collections import Counter
 
@@ -10,9 +10,9 @@ import timstore
 from timstore import Factors, Rows
 from timstore.database import writer
 from timstore.errors import CorruptionError, StorageError, TimstoreWarning
-from timstore.format import rollup
-from timstore.format.rollup import RollUp
-from timstore.format.tables import ROLLED
+from timstore.format import compacting
+from timstore.format.compacting import CompactionReport
+from timstore.format.schemas import FOLDED
 
 
 def normal(seed, *shape):
@@ -46,7 +46,7 @@ def seen(path):
 
 def tensors(path):
     found = [file for file in path.glob("data/*/*/**/*") if file.is_file() and not file.parent.name.startswith("m-")]
-    return {file: file.read_bytes() for file in found if file.stem not in ROLLED}
+    return {file: file.read_bytes() for file in found if file.stem not in FOLDED}
 
 
 def row_files(path):
@@ -62,9 +62,9 @@ def test_nothing_that_a_reader_sees_changes_and_no_tensor_is_touched(tmp_path):
         before, numbers = seen(tmp_path), tensors(tmp_path)
         with timstore.open(tmp_path) as store:
             done = store.compact()
-            assert done.checkpoint == again + 1 and done.commits and done.deleted and done.bytes_after
+            assert done.compaction == again + 1 and done.commits and done.deleted and done.bytes_after
             assert everything(store) == before
-            assert store.compact() == RollUp()
+            assert store.compact() == CompactionReport()
         assert seen(tmp_path) == before
         assert tensors(tmp_path) == numbers
         kinds = Counter(file.name.rpartition("-")[0] for file in row_files(tmp_path))
@@ -94,8 +94,8 @@ def test_what_was_not_folded_yet_is_seen_beside_what_was(tmp_path):
             assert everything(handle)[1:5] == everything(plain)[1:5]
 
 
-def test_large_row_files_are_carried_from_checkpoint_to_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollup, "FILE_ROWS", 20)
+def test_large_row_files_are_carried_from_compaction_to_compaction(tmp_path, monkeypatch):
+    monkeypatch.setattr(compacting, "FILE_ROWS", 20)
     with timstore.open(tmp_path) as store:
         for again in range(3):
             fill(store, 10 * again)
@@ -110,12 +110,12 @@ def test_large_row_files_are_carried_from_checkpoint_to_checkpoint(tmp_path, mon
 
 
 def test_a_writer_folds_by_itself_and_says_when_it_cannot(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "ROLL_UP_COMMITS", 5)
+    monkeypatch.setattr(writer, "COMPACT_COMMITS", 5)
     with timstore.open(tmp_path) as store:
         fill(store, 0, 12)
     with timstore.open(tmp_path) as store:
         view = store.snapshot().view
-        assert view.checkpoint.number >= 2 and len(view.since_checkpoint) < 6
+        assert view.compaction.number >= 2 and len(view.since_compaction) < 6
         assert len(store.sql("SELECT DISTINCT step FROM records").fetchall()) == 12
         # What others left counts as well: this handle alone would not come to five.
         store.append(0, 50, 1, {"bias": normal(1, 9)})
@@ -124,7 +124,7 @@ def test_a_writer_folds_by_itself_and_says_when_it_cannot(tmp_path, monkeypatch)
         def full(*_):
             raise StorageError("no space left")
 
-        monkeypatch.setattr(rollup, "write_rows", full)
+        monkeypatch.setattr(compacting, "write_rows", full)
         with pytest.warns(TimstoreWarning, match="not folded: no space left"):
             for step in range(51, 57):
                 store.append(0, step, 1, {"bias": normal(1, 9)})
@@ -143,7 +143,7 @@ def test_a_snapshot_taken_before_answers_after(tmp_path):
         store.compact()
         for reader in (asked, unasked):
             assert everything(reader) == before
-        # Two newer checkpoints since the look.
+        # Two newer compactions since the look.
         late = timstore.open(tmp_path, "r")
         for first in (10, 20):
             fill(store, first)
@@ -153,7 +153,7 @@ def test_a_snapshot_taken_before_answers_after(tmp_path):
         assert everything(asked) == everything(store)
 
 
-def test_an_altered_row_file_stops_a_roll_up_and_changes_nothing(tmp_path):
+def test_an_altered_row_file_stops_a_compaction_and_changes_nothing(tmp_path):
     with timstore.open(tmp_path) as store:
         fill(store, 0)
         before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -163,7 +163,7 @@ def test_an_altered_row_file_stops_a_roll_up_and_changes_nothing(tmp_path):
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_an_altered_or_missing_checkpoint_is_noticed(tmp_path):
+def test_an_altered_or_missing_compaction_is_noticed(tmp_path):
     with timstore.open(tmp_path) as store:
         fill(store, 0)
         store.compact()
@@ -184,5 +184,5 @@ def test_reading_a_store_to_read_folds_nothing(tmp_path):
     with timstore.open(tmp_path, "r") as store, pytest.raises(timstore.ReadOnlyError):
         store.compact()
     with timstore.open(tmp_path) as store:
-        assert store.compact() == RollUp()
+        assert store.compact() == CompactionReport()
     assert not list(tmp_path.glob("runs/*"))

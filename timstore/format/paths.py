@@ -22,7 +22,7 @@ SETTINGS = "timstore.json"
 RUNS = "runs/"
 LOG = "log/"
 DATA = "data/"
-CHECKPOINTS = "ckpt/"
+COMPACTIONS = "ckpt/"
 
 RECORD_BYTES = 256 * 1024 * 1024
 """The most that a record has, its check line included: ten million sample ids in a scope are 200 MB."""
@@ -40,7 +40,7 @@ _DATA = re.compile(
     r"(?:[a-z_]+\.[a-z0-9]+|z/zarr\.json|z/[a-z0-9]+(?:-[a-z0-9]+)*/(?:zarr\.json|c(?:/[0-9]+)*))"
 )
 
-_CHECKPOINT = re.compile(r"ckpt/([0-9]{12})\.json")
+_COMPACTION = re.compile(r"ckpt/([0-9]{12})\.json")
 _FOLDED = re.compile(r"data/m-([0-9]{12})-([0-9a-f]{8})/[a-z_]+-[0-9]{4}\.parquet")
 _FOLD = re.compile(r"data/m-([0-9]{12})-([0-9a-f]{8})")
 
@@ -59,8 +59,7 @@ def attempt_path(attempt: int) -> str:
 
 def parse_attempt_path(path: str) -> int | None:
     """Return the attempt that a path describes, or None for any other path."""
-    match = _ATTEMPT.fullmatch(path)
-    return int(match[1]) if match else None
+    return _number(_ATTEMPT, path)
 
 
 def record_path(writer: str, seq: int) -> str:
@@ -85,36 +84,38 @@ def parse_data_path(path: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
-def checkpoint_path(number: int) -> str:
-    """Return where checkpoint `number` (from 1) is described."""
-    return f"{CHECKPOINTS}{number:012d}.json"
+def compaction_path(number: int) -> str:
+    """Return where compaction `number` (from 1) is described."""
+    return f"{COMPACTIONS}{number:012d}.json"
 
 
-def parse_checkpoint_path(path: str) -> int | None:
-    """Return the checkpoint that a path describes, or None for any other path."""
-    match = _CHECKPOINT.fullmatch(path)
-    return int(match[1]) if match else None
+def parse_compaction_path(path: str) -> int | None:
+    """Return the compaction that a path describes, or None for any other path."""
+    return _number(_COMPACTION, path)
 
 
 def fold_prefix(number: int, nonce: str) -> str:
-    """Return the folder, with its slash, of the row files that one try at one checkpoint writes."""
+    """Return the folder, with its slash, of the row files that one try at one compaction writes."""
     return f"{DATA}m-{number:012d}-{nonce}/"
 
 
 def parse_fold_prefix(folder: str) -> int | None:
-    """Return the checkpoint that a folder of row files was written for, or None for any other folder."""
-    match = _FOLD.fullmatch(folder.rstrip("/"))
-    return int(match[1]) if match else None
+    """Return the compaction that a folder of row files was written for, or None for any other folder."""
+    return _number(_FOLD, folder.rstrip("/"))
 
 
 def parse_folded_path(path: str) -> int | None:
-    """Return the checkpoint that a row file was written for, or None for any other path."""
-    match = _FOLDED.fullmatch(path)
+    """Return the compaction that a row file was written for, or None for any other path."""
+    return _number(_FOLDED, path)
+
+
+def _number(pattern: re.Pattern[str], path: str) -> int | None:
+    match = pattern.fullmatch(path)
     return int(match[1]) if match else None
 
 
-def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Return a record's bytes, one line of JSON and its check line, and the sha256 of the JSON as hex.
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """Return a record: one line of JSON, and its check line.
 
     Raises:
         InvalidInputError: kind `too-large`.
@@ -126,8 +127,7 @@ def seal(fields: Mapping[str, Any]) -> tuple[bytes, str]:
             "fewer samples in a scope",
             kind="too-large",
         )
-    digest = hashlib.sha256(body).hexdigest()
-    return body + f"\nsha256:{digest}\n".encode(), digest
+    return body + f"\nsha256:{hashlib.sha256(body).hexdigest()}\n".encode()
 
 
 def unseal(data: bytes, path: str) -> tuple[dict[str, Any], str]:

@@ -215,7 +215,7 @@ def encode_shards(layout: ArrayLayout, fill: Callable[[int, np.ndarray], None]) 
         try:
             made.append(pool.submit(make, shard))
         except RuntimeError:  # the interpreter ends, and takes no more work into threads
-            yield from (one.result() for one in made)
+            yield from (shard_made.result() for shard_made in made)
             made.clear()
             yield make(shard)
         if len(made) > _ENCODERS:
