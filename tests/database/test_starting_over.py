@@ -203,7 +203,7 @@ def test_a_loop_that_is_still_recording_into_it_stops_with_an_error(tmp_path):
 def test_two_at_once_do_not_remove_each_others_store(tmp_path):
     path = filled(tmp_path / "run.tim")
     with (
-        opening.held(path, "a test"),
+        opening.folder_held(path, "a test"),
         pytest.raises(timstore.StateError, match="removing it"),
     ):
         timstore.open(path, "w")
