@@ -120,7 +120,7 @@ def test_what_is_no_store_is_left_alone(tmp_path, make):
 CUT = """
 import os, sys
 import timstore
-from timstore.database import removal
+from timstore.database import opening
 
 left = int(sys.argv[2])
 
@@ -135,7 +135,7 @@ def counted(function):
 
 os.rename, os.unlink, os.rmdir = counted(os.rename), counted(os.unlink), counted(os.rmdir)
 os.fsync = counted(os.fsync)
-removal.remove_store(removal.Path(sys.argv[1]))
+opening.remove_store(opening.Path(sys.argv[1]))
 """
 
 

@@ -31,7 +31,7 @@ def test_mypy_knows_what_is_returned_and_what_is_taken(tmp_path: Path) -> None:
         text=True,
     )
     said = ran.stdout.splitlines()
-    assert 'Revealed type is "timstore.Store"' in said[0], ran.stdout
+    assert 'Revealed type is "timstore.database.store.Store"' in said[0], ran.stdout
     assert 'Revealed type is "bool"' in said[1], ran.stdout
     assert "user.py:5" in said[2] and '"epoch"' in said[2], ran.stdout
     assert len(said) == 4, ran.stdout

@@ -9,7 +9,7 @@ import pytest
 
 import timstore
 from timstore import Factors, Rows
-from timstore.database import batch, ledger, writer
+from timstore.database import ledger, writer
 from timstore.format.local_files import LocalObjects
 
 
@@ -428,7 +428,7 @@ def test_what_no_file_can_hold_is_left_out_of_the_commit_alone(tmp_path, positio
     for step in range(7):
         if step == position:
             bad = {"attempt": store.attempt, "epoch": 0, "step": step, "parameter": "w", "digest": "\ud800"}
-            store._put(batch.Item(8, rows={"fingerprints": [bad]}, moment=(0, step)))
+            store._put(writer.Item(8, rows={"fingerprints": [bad]}, moment=(0, step)))
         store.append(0, step, 0, {"w": values(step)})
     with pytest.raises(timstore.StateError, match=r"fingerprints.*else is on disk"):
         store.commit()

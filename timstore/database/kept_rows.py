@@ -1,4 +1,4 @@
-"""Rows of the training stream that a store keeps, so that a rollback can ask the model about data like its own.
+"""What a rollback asks the model about, as a store keeps it: a probe that was given, or rows of the training stream.
 
 A row is one sample as the model takes it. Which samples' are kept follows from their ids alone, so that a resumed run
 and several processes choose the same ones without a word.
@@ -7,12 +7,14 @@ and several processes choose the same ones without a word.
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
+from timstore.arguments import listed, plain_name
 from timstore.errors import CorruptionError, InvalidInputError, shown
 
 KIND = "kept_rows"
@@ -237,3 +239,54 @@ def _comparable(value: Any) -> Any:
 
 def _in_time(row: KeptRow) -> tuple[int, int, int]:
     return row.epoch, row.step, row.sample
+
+
+def pack_probe(batches: list[Any], loss: str) -> bytes:
+    """Return probe batches (mappings, sequences or single arrays) as the bytes of one .npz file."""
+    arrays: dict[str, np.ndarray] = {}
+    layout = []
+    for number, batch in enumerate(batches):
+        kind = "mapping" if isinstance(batch, Mapping) else "array" if isinstance(batch, np.ndarray) else "sequence"
+        if kind == "mapping":
+            named = [(plain_name(name, "a name in a batch"), value) for name, value in batch.items()]
+        else:
+            values = [batch] if kind == "array" else listed(batch, "a batch")
+            named = [(str(place), value) for place, value in enumerate(values)]
+        for place, (_, value) in enumerate(named):
+            arrays[f"{number}.{place}"] = _of_probe(value)
+        layout.append({"kind": kind, "names": [name for name, _ in named]})
+    header = json.dumps({"loss": loss, "batches": layout})
+    sink = BytesIO()
+    np.savez_compressed(sink, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def _of_probe(value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever such an object raises
+        raise InvalidInputError(f"a probe holds arrays of numbers, not {shown(value)}: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise InvalidInputError(f"a probe holds arrays of numbers, not of {array.dtype}: {shown(value)}")
+    return array
+
+
+def unpack_probe(data: bytes) -> tuple[list[Any], str]:
+    """Return what `pack_probe` was given.
+
+    Raises:
+        CorruptionError: these are not the bytes that it returned.
+    """
+    batches: list[Any] = []
+    try:
+        with np.load(BytesIO(data), allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            for number, entry in enumerate(header["batches"]):
+                values = [arrays[f"{number}.{position}"] for position in range(len(entry["names"]))]
+                if entry["kind"] == "mapping":
+                    batches.append(dict(zip(entry["names"], values, strict=True)))
+                else:
+                    batches.append(values[0] if entry["kind"] == "array" else tuple(values))
+        return batches, header["loss"]
+    except Exception as error:  # a zip file in a zip file's many ways of being none
+        raise CorruptionError(f"the probe that is kept is none: {type(error).__name__}: {error}") from error

@@ -1,17 +1,20 @@
-"""What one writing handle knows of its attempt: parameters, moments recorded before, the last step."""
+"""The attempt that a handle writes into, and what it knows of it: parameters, moments recorded, the last step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
-import pyarrow as pa
-
 from timstore.database.snapshot import Snapshot
-from timstore.database.validation import parameter
-from timstore.errors import InvalidInputError
-from timstore.format.schemas import SCHEMAS
+from timstore.errors import InvalidInputError, StateError, shown
+from timstore.format.local_files import Objects
+from timstore.format.log import Attempt, Scope, claim_attempt
 from timstore.records import Parameter, Step, StepGroup
+
+_log = logging.getLogger(__name__)
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 # Moments kept in mind; earlier ones are looked up in the store.
 _REMEMBERED = 1024
@@ -19,6 +22,70 @@ _REMEMBERED = 1024
 _GROUP_FIELDS = [field.name for field in fields(StepGroup)]
 
 Moment = tuple[int, int]
+
+
+class CurrentAttempt:
+    """The attempt that a handle writes into.
+
+    Args:
+        latest: the last one that was there when the store was opened.
+    """
+
+    def __init__(self, objects: Objects, path: str | os.PathLike[str], latest: Attempt | None) -> None:
+        self._objects = objects
+        self._path = path
+        self._attempt = latest
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is one."""
+        return self._attempt is not None
+
+    def get(self, scope: Scope = None, ranks: int = 1, digest_before: str | None = None) -> Attempt:
+        """Return it; the first one is begun, with these, where there is none."""
+        if self._attempt is None:
+            self._attempt = self._claim(0, 0, scope, ranks, digest_before, first=True)
+        return self._attempt
+
+    def begin(
+        self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest_before: str | None = None
+    ) -> Attempt:
+        """Begin a new one."""
+        self._attempt = self._claim(from_epoch, from_step, scope, ranks, digest_before)
+        _log.info("%s: attempt %d begins at (%d, %d)", self._path, self._attempt.attempt, from_epoch, from_step)
+        return self._attempt
+
+    def join(self, number: int, known: Iterable[Attempt]) -> None:
+        """Go on in one that another process began.
+
+        Raises:
+            StateError: it is not among the known ones.
+        """
+        attempt = next((attempt for attempt in known if attempt.attempt == number), None)
+        if attempt is None:
+            raise StateError(f"{self._path} has no attempt {number}: the processes do not write into one store")
+        self._attempt = attempt
+
+    def claim(self, scope: Scope, ranks: int, digest_before: str | None = None) -> None:
+        """Say which samples it records, and in how many processes; a first one is begun with this digest.
+
+        Raises:
+            StateError: it was begun with another scope.
+        """
+        attempt = self.get(scope, ranks, digest_before)
+        if attempt.scope is not None and attempt.scope != scope:
+            raise StateError(
+                f"attempt {attempt.attempt} of {self._path} records {_scope_text(attempt.scope)}, not "
+                f"{_scope_text(scope)}: keep the samples, or pass resume_from=(epoch, step) to begin a new attempt",
+                kind="other-scope",
+            )
+
+    def _claim(
+        self, from_epoch: int, from_step: int, scope: Scope, ranks: int, digest: str | None, first: bool = False
+    ) -> Attempt:
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise InvalidInputError(f"digest_before is 64 hexadecimal digits, or None if unknown, not {shown(digest)}")
+        return claim_attempt(self._objects, from_epoch, from_step, scope, ranks, first, digest)
 
 
 class Ledger:
@@ -56,23 +123,23 @@ class Ledger:
             }
         return self._parameters
 
-    def new_parameters(self, given: Iterable[Any]) -> list[Parameter]:
+    def new_parameters(self, parameters: Iterable[Parameter]) -> list[Parameter]:
         """Return those of some parameters that are not known as they are.
 
         Raises:
             InvalidInputError: one is known with another shape.
         """
         new: dict[str, Parameter] = {}
-        for one in map(parameter, given):
-            before = new.get(one.name) or self.parameters().get(one.name)
-            if before is not None and before.shape != one.shape:
+        for parameter in parameters:
+            before = new.get(parameter.name) or self.parameters().get(parameter.name)
+            if before is not None and before.shape != parameter.shape:
                 raise InvalidInputError(
-                    f"parameter {one.name} has shape {before.shape} in this store, not {one.shape}; "
+                    f"parameter {parameter.name} has shape {before.shape} in this store, not {parameter.shape}; "
                     "record another model into a store of its own",
-                    parameter=one.name,
+                    parameter=parameter.name,
                 )
-            if before != one:
-                new[one.name] = one
+            if before != parameter:
+                new[parameter.name] = parameter
         return list(new.values())
 
     def check_new(self, moment: Moment, rank: int, samples: Sequence[int], names: frozenset[str]) -> None:
@@ -228,58 +295,6 @@ def parameter_rows(parameters: Iterable[Parameter], attempt: int) -> list[dict[s
     ]
 
 
-def table(kind: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return rows as the table of that kind.
-
-    Raises:
-        InvalidInputError: naming the column that cannot hold what it was given.
-    """
-    columns = []
-    for column in SCHEMAS[kind]:
-        try:
-            columns.append(pa.array([row.get(column.name) for row in rows], column.type))
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise InvalidInputError(f"{kind}: {column.name} holds {column.type}: {error}") from error
-    return pa.Table.from_arrays(columns, schema=SCHEMAS[kind])
-
-
-def check_rows(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse rows that could not be written as that kind of table later.
-
-    Raises:
-        InvalidInputError: naming the column that cannot hold what it was given.
-    """
-    tests = _plain_tests(kind)
-    if all(row.get(name) is None or fits(row[name]) for row in rows for name, fits in tests):
-        return
-    # What is not of the very type is for Arrow to judge.
-    table(kind, rows)
-
-
-def row_bytes(row: Mapping[str, Any]) -> int:
-    """Return about what a row takes in a table."""
-    return sum(8 * len(value) if isinstance(value, list) else 8 for value in row.values())
-
-
-@cache
-def _plain_tests(kind: str) -> list[tuple[str, Callable[[Any], bool]]]:
-    """Return each column with a test for values that it surely holds."""
-    return [(column.name, _plain_test(column.type)) for column in SCHEMAS[kind]]
-
-
-def _plain_test(arrow: pa.DataType) -> Callable[[Any], bool]:
-    if pa.types.is_list(arrow):
-        fits = _plain_test(arrow.value_type)
-        return lambda value: type(value) is list and all(map(fits, value))
-    if pa.types.is_integer(arrow):
-        limit = 2 ** (arrow.bit_width - 1)
-        return lambda value: type(value) is int and -limit <= value < limit
-    if pa.types.is_string(arrow):
-        return lambda value: type(value) is str and value.isascii()
-    plain = float if pa.types.is_floating(arrow) else bool
-    return lambda value: type(value) is plain
-
-
 def same(one: Any, other: Any) -> bool:
     """Say whether two values of a row are one: NaN is what NaN is."""
     return bool(one == other or (one != one and other != other))
@@ -288,3 +303,7 @@ def same(one: Any, other: Any) -> bool:
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return f"{ordered[0]} was" if len(ordered) == 1 else f"{ordered[0]} and {len(ordered) - 1} more parameters were"
+
+
+def _scope_text(scope: Scope) -> str:
+    return f"{len(scope)} chosen samples" if isinstance(scope, tuple) else "all samples"

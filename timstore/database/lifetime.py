@@ -10,19 +10,10 @@ from typing import Any
 
 from timstore import errors
 
-_open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# Every `Store` from its opening to its end.
+watched: "weakref.WeakSet[Any]" = weakref.WeakSet()
 # The handles that nobody but us holds, and where each lies, which a relative path says no more once the process moved.
 _unattended: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
-
-
-def begun(store: Any) -> None:
-    """Watch over a `Store` from now on."""
-    _open.add(store)
-
-
-def ended(store: Any) -> None:
-    """Watch over it no longer."""
-    _open.discard(store)
 
 
 def unattended(store: Any) -> None:
@@ -47,7 +38,7 @@ def commit_unattended(path: Path) -> None:
 
 def open_stores() -> list[Any]:
     """Return the `Store`s that are open in this process."""
-    return [store for store in _open if not store._closed and store._pid == os.getpid()]
+    return [store for store in watched if not store._closed and store._pid == os.getpid()]
 
 
 def give_up(path: Path) -> None:
@@ -65,7 +56,7 @@ def attended_stores() -> list[Any]:
 
 def _keep_inherited() -> None:
     """Hold the stores of the parent in a forked child: DuckDB crashes where a connection is freed after a fork."""
-    for store in _open:
+    for store in watched:
         # One reference that nothing gives back, the end of the interpreter included: it clears every module.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
 

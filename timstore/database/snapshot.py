@@ -1,9 +1,7 @@
 """One steady view of a store: its commits, their tables in DuckDB, their arrays on request."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -11,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from timstore.arguments import listed, plain_name
+from timstore.arguments import plain_name
 from timstore.catalog import AttemptRow, Catalog, CommitRows
-from timstore.database.kept_rows import KIND, KeptRows
+from timstore.database.kept_rows import KIND, KeptRows, unpack_probe
 from timstore.encoding import densify
-from timstore.errors import CorruptionError, InvalidInputError, NotFoundError, shown
+from timstore.errors import CorruptionError, NotFoundError
 from timstore.format.checksums import read_verified
 from timstore.format.compaction import read_rows
 from timstore.format.local_files import Objects
@@ -113,7 +111,7 @@ class Snapshot:
         return SegmentReader(self.view.commits[number], self.objects, cache)
 
     def arrays(self) -> Iterator[Arrays]:
-        """Iterate over the arrays of each commit that has any, as `Handle.zarr` says."""
+        """Iterate over the arrays of each commit that has any, as `Store.zarr` says."""
         columns = f"{_RECORD}, parameter, part, encoding::VARCHAR AS encoding, precision::VARCHAR AS precision"
         query = f"SELECT {columns} FROM stored.gradients WHERE commit = ? ORDER BY owner"
         for number in range(len(self.view.commits)):
@@ -243,58 +241,3 @@ def _blocks(records: Sequence[tuple[Any, ...]], most_bytes: int) -> Iterator[Seq
         size += row[-1]
     if records:
         yield records[start:]
-
-
-def pack_probe(batches: list[Any], loss: str) -> bytes:
-    """Return probe batches (mappings, sequences or single arrays) as the bytes of one .npz file."""
-    arrays: dict[str, np.ndarray] = {}
-    layout = []
-    for number, batch in enumerate(batches):
-        kind = "mapping" if isinstance(batch, Mapping) else "array" if isinstance(batch, np.ndarray) else "sequence"
-        if kind == "mapping":
-            named = [(plain_name(name, "a name in a batch"), value) for name, value in batch.items()]
-        else:
-            values = [batch] if kind == "array" else listed(batch, "a batch")
-            named = [(str(place), value) for place, value in enumerate(values)]
-        for place, (_, value) in enumerate(named):
-            arrays[f"{number}.{place}"] = _of_probe(value)
-        layout.append({"kind": kind, "names": [name for name, _ in named]})
-    header = json.dumps({"loss": loss, "batches": layout})
-    sink = BytesIO()
-    np.savez_compressed(sink, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-    return sink.getvalue()
-
-
-def _of_probe(value: Any) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except Exception as error:  # whatever such an object raises
-        raise InvalidInputError(f"a probe holds arrays of numbers, not {shown(value)}: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise InvalidInputError(f"a probe holds arrays of numbers, not of {array.dtype}: {shown(value)}")
-    return array
-
-
-def unpack_probe(data: bytes) -> tuple[list[Any], str]:
-    """Return what `pack_probe` was given.
-
-    Raises:
-        CorruptionError: these are not the bytes that it returned.
-    """
-    try:
-        return _unpacked(data)
-    except Exception as error:  # a zip file in a zip file's many ways of being none
-        raise CorruptionError(f"the probe that is kept is none: {type(error).__name__}: {error}") from error
-
-
-def _unpacked(data: bytes) -> tuple[list[Any], str]:
-    with np.load(BytesIO(data), allow_pickle=False) as arrays:
-        header = json.loads(arrays["header"].tobytes())
-        batches: list[Any] = []
-        for number, entry in enumerate(header["batches"]):
-            values = [arrays[f"{number}.{position}"] for position in range(len(entry["names"]))]
-            if entry["kind"] == "mapping":
-                batches.append(dict(zip(entry["names"], values, strict=True)))
-            else:
-                batches.append(values[0] if entry["kind"] == "array" else tuple(values))
-    return batches, header["loss"]

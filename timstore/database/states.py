@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from timstore.arguments import mapped, plain_name
-from timstore.database.batch import Item
-from timstore.database.ledger import table
 from timstore.database.snapshot import Snapshot
+from timstore.database.writer import Item, table
 from timstore.encoding import Matrix
 from timstore.encoding.precision import store_as
 from timstore.encoding.products import norm

@@ -1,29 +1,58 @@
-"""`Store`: open, append, commit, close; asking and reading are in `handle`."""
+"""`Store`: one handle on a store. Its verbs, what they write by, and a steady view to ask in SQL and to read."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 
 from timstore import arguments, errors
-from timstore.database import kept_rows, lifetime, validation
-from timstore.database.attempts import CurrentAttempt
-from timstore.database.batch import Item, rows_items
-from timstore.database.entries import Entry, record_entry, step_entry
-from timstore.database.handle import Handle
-from timstore.database.ledger import Ledger, parameter_rows
+from timstore.catalog import remove_leftovers
+from timstore.database import entries, kept_rows, lifetime
+from timstore.database.entries import Entry
+from timstore.database.ledger import CurrentAttempt, Ledger, parameter_rows
+from timstore.database.opening import open_settings
 from timstore.database.samples import ColumnTypes, Samples, hash_rows
-from timstore.database.snapshot import pack_probe
+from timstore.database.snapshot import Snapshot, StoredRecord
 from timstore.database.states import state_item, state_precision
-from timstore.database.writer import BackgroundWriter
+from timstore.database.writer import BackgroundWriter, Item, rows_items
 from timstore.format.compacting import CompactionReport, compact
 from timstore.format.log import Scope
+from timstore.format.segments import Arrays
+from timstore.format.settings import Place
+from timstore.interrupts import CriticalSection
+from timstore.options import (
+    Accumulate,
+    Capture,
+    Denominator,
+    Loss,
+    MeanOver,
+    Method,
+    Missing,
+    OptimizerHistory,
+    RecordOptions,
+    RollbackOptions,
+)
+from timstore.os_errors import user_path
 from timstore.records import Parameter, StepGroup
 
+# The verbs `record`, `forecast`, `rollback`, `undo` and `verify` are done by rooms that are built on this one. Each is
+# imported when its verb is called: so imports run one way, and a store that is only read needs no torch.
+if TYPE_CHECKING:
+    import duckdb
+    import torch
 
-class Store(Handle):
+    from timstore.recording import Forecast, Recorder
+    from timstore.rollbacks import RollbackReport
+    from timstore.verification import Verification
+
+_LEAST_SQL_MEMORY = 32 * 10**6  # below, DuckDB cannot count the rows of each group
+
+
+class Store:
     """A database of training trajectories in one directory.
 
     A handle sees the commits that were there when it was opened, its own after `commit`, and all others after
@@ -54,14 +83,284 @@ class Store(Handle):
         durability: str | None = None,
         sql_memory: int | str = "1GB",
     ) -> None:
+        self.path = user_path(path)
+        self.mode = mode
+        self._sql_memory = _sql_memory(sql_memory)
         options = {"precision": precision, "max_rel_error": max_rel_error, "durability": durability}
-        super().__init__(path, mode, options, sql_memory)
+        self._objects, self.settings = open_settings(self.path, mode, options)
+        self._place = Place(self._objects, self.settings)
+        lifetime.commit_unattended(self.path)
+        remove_leftovers()
+        self._snapshot = Snapshot(self._objects, self.settings, self._sql_memory)
+        self._stale = False
+        self._restored = False
+        self._pid = os.getpid()
+        self._closed = False
         attempts = self._snapshot.view.attempts
         self._attempt = CurrentAttempt(self._objects, self.path, attempts[-1] if attempts else None)
         self._writer: BackgroundWriter | None = None
         self._ledger: Ledger | None = None
         self._known = self._snapshot.view
-        lifetime.begun(self)
+        lifetime.watched.add(self)
+
+    def record(
+        self,
+        model: "torch.nn.Module",
+        optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]",
+        samples: Iterable[int] | None = None,
+        *,
+        resume_from: tuple[int, int] | None = None,
+        probe: Iterable[Any] | Literal["auto", False] | None = "auto",
+        optimizer_history: OptimizerHistory = "final",
+        waypoints: bool = True,
+        scaler: Any = None,
+        mean_over: MeanOver | None = None,
+        budget: int | str | None = None,
+        steps: int | None = None,
+        epochs: int = 1,
+        rank: int | None = None,
+        allow_zero: bool = False,
+        capture: Capture = "auto",
+        batch_axis: int = 0,
+        id_column: str | None = None,
+        by_content: bool = False,
+        process_group: Any = None,
+    ) -> "Recorder":
+        """Record what the chosen samples do to the model while the `with` block trains it.
+
+        The batch carries `sample_ids`, one integer per row (or per token, of packed rows), among the model's keyword
+        arguments; they are taken out before the model sees them. Models called otherwise: `recorder.batch(ids)`.
+        What Accelerate prepared is looked through, and DistributedDataParallel.
+
+        Durability: committed when the block ends, and by itself every 256 MB or 30 s.
+
+        Args:
+            optimizer: the one that trains the model, or a list of all that do; each `step` of each is a step here.
+            samples: ids to record; all when None. The others cost nothing.
+            resume_from: (epoch, step) at which a resumed run goes on; begins a new attempt, which supersedes
+                everything recorded from there on. Not needed where recording stopped, nor after a rollback.
+            probe: what `rollback` asks the model about, kept in the store: `auto`, up to 256 rows (64 MB) of the
+                training itself, drawn from the samples that are not recorded, or from all where all are; or batches of
+                any data like the training data; False or None for nothing. Rows are written where the recorder commits.
+            optimizer_history: `final` keeps, beside every step's scalars, the second moment at the end (2 bytes per
+                parameter); `gradients` also every step's whole gradient, which makes exact replay possible, of any
+                optimizer, at the price of a model's size per step.
+            waypoints: keep the trained parameters after 8, 16, 32, ... steps (2 bytes per parameter each), so that a
+                rollback asks for the curvature that there was on the way, not at the end alone.
+            scaler: the `torch.amp.GradScaler`, where there is one; without it only clip / scale is visible.
+            mean_over: what the loss's mean divides by, `samples` or `tokens`; found when None: tokens if the model
+                is given `labels`.
+            budget: bytes, or text like "20GB", that recording may take; refused at the first recorded step, by what
+                that step's records take, if `steps` optimizer steps (in which each sample is drawn `epochs` times)
+                would take more. `forecast` says so before.
+            rank: of this process; found when None.
+            allow_zero: accept a step in which no sample has any gradient; one sample without any is recorded as zero.
+            capture: `auto`, gradients as modules show them in the ordinary backward pass, and those that no module
+                shows (an LSTM, a weight used directly) by one more backward pass for each recorded sample, to these
+                parameters alone, with one warning that names them; `per-sample`, the same without a warning;
+                `modules`, such parameters are refused.
+            batch_axis: of the tensors that the model is given and returns.
+            id_column: of `samples`, by which ids that are text are looked up.
+            by_content: know the rows of a batch without `sample_ids` by their tokens: the id is the first 63 bits of
+                their hash, column `content_hash` of `samples`.
+            process_group: of processes that average their gradients, unless the model is DistributedDataParallel.
+
+        Raises:
+            CoverageError: a trained parameter's gradient cannot be seen per sample, or no recorded optimizer holds it.
+            InvalidInputError: a training forward without ids, or with the wrong number of them.
+            StateError: the model is being recorded already, or changed since recording stopped; over the budget; a
+                parameter was changed between two steps by something else than its optimizer.
+        """
+        options = RecordOptions(
+            resume_from=resume_from,
+            probe=probe,
+            optimizer_history=optimizer_history,
+            waypoints=waypoints,
+            scaler=scaler,
+            mean_over=mean_over,
+            budget=budget,
+            steps=steps,
+            epochs=epochs,
+            rank=rank,
+            allow_zero=allow_zero,
+            capture=capture,
+            batch_axis=batch_axis,
+            id_column=id_column,
+            by_content=by_content,
+            process_group=process_group,
+        )
+        recorder: Recorder = import_module("timstore.recording").Recorder(self, model, optimizer, samples, options)
+        return recorder
+
+    def forecast(
+        self,
+        model: "torch.nn.Module",
+        *,
+        samples: int,
+        steps: int,
+        tokens: int | None = None,
+        epochs: int = 1,
+        batch: Any = None,
+        optimizer: "torch.optim.Optimizer | None" = None,
+        optimizer_history: OptimizerHistory = "final",
+        waypoints: bool = True,
+    ) -> "Forecast":
+        """Measure what recording will write, before hours are spent; prints well. Model and store stay as they are.
+
+        Cost: one forward and backward pass of 4 rows, whose records are encoded in memory.
+
+        Args:
+            samples: how many are recorded.
+            steps: optimizer steps in all.
+            tokens: length of a sequence, for language models of transformers; others pass `batch`.
+            epochs: how often each sample is drawn.
+            batch: one as the model takes it (mapping, tuple or tensor); it is measured, not its size alone.
+            optimizer: tells whether there is a second moment to keep; taken to be so when None.
+            optimizer_history, waypoints: as in `record`.
+
+        Raises:
+            InvalidInputError: numbers below 1, or nothing to measure on.
+            CoverageError: the model cannot be recorded.
+        """
+        forecast: Forecast = import_module("timstore.recording").forecast_of(
+            self,
+            model,
+            samples=samples,
+            steps=steps,
+            tokens=tokens,
+            epochs=epochs,
+            batch=batch,
+            optimizer=optimizer,
+            optimizer_history=optimizer_history,
+            waypoints=waypoints,
+        )
+        return forecast
+
+    def rollback(
+        self,
+        target: "torch.nn.Module | str | os.PathLike[str]",
+        ids: Iterable[int] | None = None,
+        *,
+        where: str | None = None,
+        strength: float = 1.0,
+        epochs: Iterable[int] | None = None,
+        parameters: Iterable[str] | None = None,
+        method: Method = "auto",
+        denominator: Denominator = "kept",
+        optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
+        probe: Iterable[Any] | Literal["auto", False] | None = None,
+        bins: int = 4,
+        outputs: Callable[[Any], Any] | None = None,
+        loss: Loss | None = None,
+        memory_limit: int | str = "512MB",
+        accumulate: Accumulate = "float32",
+        missing: Missing = "error",
+        keep_delta: bool = False,
+        dry_run: bool = False,
+        force: bool = False,
+        progress: bool | None = None,
+        output: str | os.PathLike[str] | None = None,
+        in_place: bool = False,
+        model: "torch.nn.Module | None" = None,
+    ) -> "RollbackReport":
+        """Remove the contribution of samples from a model, in place, or from a checkpoint, streaming their records.
+
+        With a probe (64 examples of any data like the training data, public will do) the removed sum passes once
+        through a filter made of the model's own curvature; without one, first order alone damages a fine-tuned
+        transformer, and the report says so. Where rows of the training are asked, the report tells how far from a
+        retrained model this is expected to end (`expected_kl`), and warns where it may be farther than another
+        retraining. The model changes last, after a row is in the `rollbacks` table, and with
+        the optimizer wholly or not at all, whatever signal comes: an error raised after that, a late Ctrl-C included,
+        has the report as its attribute `report`. A checkpoint (safetensors) is rolled back block by block, and loaded
+        only where a probe asks it; what a kill leaves of one is in docs/checkpoints.md.
+
+        Args:
+            target: the model, or the path of a checkpoint, file or folder.
+            ids: the samples to remove; or `where`, an SQL condition on the `records` table.
+            strength: between 0 and 1, the share that is removed.
+            epochs, parameters: only these.
+            method: `closed form` (SGD and its variants), `final moment` (Adam, AdamW, AMSGrad, by the second moment at
+                the end) or `exact replay` (any optimizer, where every whole gradient was kept); `auto` is the best of
+                them that the records allow.
+            denominator: `kept`: the mean divides by what it did; `renormalised`: by the samples (tokens) that stay.
+            optimizer: the one that trained the model, or a list of all that did: momentum and moments are corrected as
+                far as the records determine them; the report says which.
+            probe: an iterable of what the model takes (mapping, tuple or tensor); `auto`: the one that
+                `record(probe=...)` was given, or 128 of the rows that it kept of the training, without what is to be
+                forgotten; None: `auto`, unless that takes loading a checkpoint; False for none.
+            bins: time bins of the filter.
+            outputs: takes the logits out of what the model returns; by default the tensor itself, or `.logits`.
+            loss: the training loss, `cross_entropy` or `mse`, a mean; when None what is kept with the probe, else
+                `cross_entropy`. Rows kept of a training whose loss was not recognised are asked only if it is named.
+            memory_limit: bytes, or text like "512MB", for everything but the model and its own passes.
+            accumulate: `float32` or `float64`.
+            missing: `error`, or `skip` to go on without samples that were never recorded.
+            keep_delta: keep the parameters as they are in the store first, so that `undo` can restore them.
+            dry_run: compute and report, change nothing.
+            force: subtract also the records that were removed from this model before; else they are left out.
+            progress: True for bars, or lines where there is no terminal; by default bars on a terminal.
+            output, in_place: where a changed checkpoint goes: a new path (a folder is copied whole), or over the input.
+            model: what a probe asks instead of the one that transformers loads; it gets the checkpoint's parameters.
+
+        Raises:
+            AlreadyExistsError, ReadOnlyError, StorageError: the output is there already, or cannot be written.
+            CoverageError: samples, steps or learning rates that were never recorded; a method or denominator that the
+                records do not allow, with what would have had to be recorded.
+            ModelMismatchError: another model, or one that was trained on without recording.
+            StateError: all of these records were removed before.
+            InvalidInputError: an argument that cannot be right, or a memory limit below what one chunk needs.
+            FormatError, CorruptionError: the checkpoint is not whole; an object of the store is missing or was changed.
+        """
+        options = RollbackOptions(
+            where=where,
+            strength=strength,
+            epochs=epochs,
+            parameters=parameters,
+            method=method,
+            denominator=denominator,
+            optimizer=optimizer,
+            probe=probe,
+            bins=bins,
+            outputs=outputs,
+            loss=loss,
+            memory_limit=memory_limit,
+            accumulate=accumulate,
+            missing=missing,
+            keep_delta=keep_delta,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+            output=output,
+            in_place=in_place,
+            model=model,
+        )
+        return _rollback_of(target)(self, target, ids, options)
+
+    def undo(self, model: "torch.nn.Module", rollback_id: str) -> None:
+        """Restore the parameters that a rollback changed, to the last bit; the `rollbacks` table gets a row.
+
+        The model changes last, wholly or not at all, whatever signal comes.
+
+        Args:
+            model: as the rollback left it.
+            rollback_id: `report.rollback_id`, or `digest_after` in the `rollbacks` table.
+
+        Raises:
+            NotFoundError: no such rollback.
+            CoverageError: it was not made with keep_delta=True.
+            StateError, ModelMismatchError: the model was changed since.
+            CorruptionError: an object of the store is missing or was changed.
+        """
+        import_module("timstore.rollbacks").undo(self, model, rollback_id)
+
+    def verify(self, *, progress: "bool | Callable[[int, int], None] | None" = None) -> "Verification":
+        """Find every defect of the store as it lies on disk; commits nothing, changes nothing. See `timstore.verify`.
+
+        What this handle has accepted and not committed is not looked at.
+        """
+        self._check_open()
+        verification: Verification = import_module("timstore.verification").verify(self.path, progress=progress)
+        return verification
 
     def append(
         self,
@@ -142,23 +441,23 @@ class Store(Handle):
 
     def record_entry(self, *given: Any, **options: Any) -> Entry:
         """Check and take in what `append` would accept, and change nothing; arguments and errors as there."""
-        return record_entry(self._writing(), *given, **options)
+        return entries.record_entry(self._writing(), *given, **options)
 
     def step_entry(self, *given: Any, **options: Any) -> Entry:
         """Check and take in what `append_step` would accept, and change nothing; arguments and errors as there."""
-        return step_entry(self._writing(), *given, **options)
+        return entries.step_entry(self._writing(), *given, **options)
 
-    def accept(self, *entries: Entry) -> None:
+    def accept(self, *taken: Entry) -> None:
         """Accept what was checked and taken in, all or none; durability as `append`.
 
         Raises:
             StateError, StorageError: as `append`; never for what the entries hold.
         """
         ledger = self._writing()
-        if not all(isinstance(entry, Entry) for entry in entries):
+        if not all(isinstance(entry, Entry) for entry in taken):
             raise errors.InvalidInputError("an entry is what record_entry or step_entry returned")
-        self._put(*(item for entry in entries for item in entry.items))
-        for entry in entries:
+        self._put(*(item for entry in taken for item in entry.items))
+        for entry in taken:
             entry.accepted(ledger)
 
     def declare(self, parameters: Sequence[Parameter]) -> None:
@@ -167,8 +466,8 @@ class Store(Handle):
         Raises:
             InvalidInputError: if one is known with another shape.
         """
-        ledger, given = self._writing(), arguments.listed(parameters, "parameters")
-        new = ledger.new_parameters(given)
+        ledger, declared = self._writing(), arguments.listed(parameters, "parameters")
+        new = ledger.new_parameters(map(entries.parameter, declared))
         self._put(*rows_items("parameters", parameter_rows(new, ledger.attempt)))
         ledger.know(new)
 
@@ -176,7 +475,7 @@ class Store(Handle):
         """Keep the digests that the parameters had after (epoch, step), so that the model is known again."""
         moment, attempt = arguments.moment(epoch, step), self._writing().attempt
         shared = {"attempt": attempt, "epoch": moment[0], "step": moment[1]}
-        rows = [{**shared, "parameter": name, "digest": one} for name, one in validation.digests(digests).items()]
+        rows = [{**shared, "parameter": name, "digest": digest} for name, digest in entries.digests(digests).items()]
         self._put(*rows_items("fingerprints", rows, moment))
 
     def append_states(
@@ -223,7 +522,7 @@ class Store(Handle):
     def keep_probe(self, batches: Sequence[Any], *, loss: str) -> None:
         """Keep probe batches (mappings, sequences or single numpy arrays) in the store, for later rollbacks."""
         self._writing()
-        data = pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
+        data = kept_rows.pack_probe(arguments.listed(batches, "batches"), arguments.plain_name(loss, "loss"))
         self._put(Item(len(data), blobs={"probe.npz": data}))
 
     def keep_rows(self, rows: pa.Table) -> None:
@@ -242,7 +541,7 @@ class Store(Handle):
         known = dict(self._writing().parameters())
         self._check_same()
         start, count = arguments.moment(from_epoch, from_step), arguments.positive_number(ranks, "ranks")
-        taken = validation.scope(scope)
+        taken = entries.scope(scope)
         self._end_writer()
         attempt = self._attempt.begin(*start, taken, count, digest_before).attempt
         self._stale = True
@@ -267,7 +566,7 @@ class Store(Handle):
             StateError: if the attempt was begun with another scope.
         """
         self._check_writable()
-        self._attempt.claim(validation.scope(scope), arguments.positive_number(ranks, "ranks"), digest_before)
+        self._attempt.claim(entries.scope(scope), arguments.positive_number(ranks, "ranks"), digest_before)
 
     @property
     def attempt(self) -> int:
@@ -322,6 +621,95 @@ class Store(Handle):
         self._stale = True
         return done
 
+    def refresh(self) -> None:
+        """See what others have committed since. Questions asked before keep their answers."""
+        self._check_same()
+        # A copy of the store may hold less than what was seen.
+        before = None if self._restored else self._snapshot
+        newer = Snapshot(self._objects, self.settings, self._sql_memory, before)
+        if newer.view != self._snapshot.view:
+            self._snapshot = newer
+        self._stale = self._restored = False
+
+    def snapshot(self) -> Snapshot:
+        """Return what this handle sees now; everything committed through it is in."""
+        self._check_same()
+        if self._stale or self._restored:
+            self.refresh()
+        return self._snapshot
+
+    def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> "duckdb.DuckDBPyRelation":
+        """Ask one question in SQL: a DuckDB relation (`.df()`, `.pl()`, `.arrow()`, `.fetchall()`).
+
+        Tables: records, gradients, steps, parameters, samples, attempts, fingerprints, rollbacks, commits;
+        live rows only. The query can read these tables and nothing else, and changes nothing.
+
+        Raises:
+            InvalidInputError: if it is not one SELECT, or DuckDB does not understand it.
+        """
+        return self.snapshot().catalog.sql(arguments.text(query, "a query"), params)
+
+    def read(self, where: str | None = None) -> Iterator[StoredRecord]:
+        """Iterate over records, all or those where an SQL condition on the `records` table holds.
+
+        Cost: memory of one record and a cache of 64 MB.
+
+        Raises:
+            CorruptionError: if an object is missing or is not what was written.
+        """
+        return self.snapshot().read(None if where is None else arguments.text(where, "where"))
+
+    def zarr(self) -> Iterator[Arrays]:
+        """Iterate over the arrays of the store as zarr-python opens them, for tools that read Zarr: read-only, checked.
+
+        Yields (group, rows) for each commit that has arrays, in the order of the SQL table `commits`.
+
+        `group` is a `zarr.Group`. Its arrays are named `w<width>-<dtype>` and have the shape (rows, width); bfloat16 is
+        uint16, the upper half of a float32. An object is read, and checked whole, when a slice of its array is taken.
+
+        `rows` is an arrow table that says where gradients lie. Of the gradient part of (attempt, epoch, step, rank,
+        sample, parameter, part), the key of the SQL table `gradients`, the rows [start, start + rows) of `array` are
+        its `role`. Of encoding `dense` it is its `values`; of `rows`, zeros but for `values` in the rows `indices`; of
+        `factors`, `output_gradients.T @ inputs`, where there is a `row_map` of these rows of the inputs alone. The
+        roles with `_scales` (int8), and matrices in several `block`s (rows above 1 MB), are explained in
+        docs/format.md. Rows that a later attempt supersedes are among them, though SQL leaves them out; what the arrays
+        hold of the SQL table `states` is not.
+
+        Raises:
+            CorruptionError: an object is missing or is not what was written, also when an array is read.
+        """
+        return self.snapshot().arrays()
+
+    def gradient(self, epoch: int, step: int, sample: int, parameter: str, *, rank: int = 0) -> np.ndarray:
+        """Return one gradient as a dense array of the parameter's shape, float64 if recorded so, else float32.
+
+        Raises:
+            NotFoundError: if it was not recorded.
+        """
+        epoch, step = arguments.moment(epoch, step)
+        sample, rank = arguments.sample_id(sample), arguments.rank_number(rank)
+        for record in self.read(f"epoch = {epoch} AND step = {step} AND sample = {sample} AND rank = {rank}"):
+            return record.dense(parameter)
+        raise errors.NotFoundError(
+            f"{self.path} has no record of epoch {epoch}, step {step}, sample {sample}, rank {rank}", sample=sample
+        )
+
+    def latest_fingerprints(self) -> tuple[int, int, dict[str, str]] | None:
+        """Return the newest (epoch, step) whose parameters' digests were kept, and the digests."""
+        return self.snapshot().latest_fingerprints()
+
+    def probe(self) -> tuple[list[Any], str] | None:
+        """Return (batches, loss) of the probe given last; without one, of rows that were kept of the training; or None.
+
+        The loss of such rows may be `unknown`, and what is to be forgotten may be among them: a rollback that is given
+        no probe leaves it out.
+        """
+        given = self.snapshot().probe()
+        if given is not None:
+            return given
+        rows = self.snapshot().kept_rows()
+        return (rows.batches(), rows.loss or "unknown") if rows else None
+
     def close(self) -> None:
         """Commit, and release the handle. Closing twice is harmless; a log that cannot be ended is only warned of.
 
@@ -344,7 +732,7 @@ class Store(Handle):
             self._writer.stop()
             self._writer = None
         self._closed = True
-        lifetime.ended(self)
+        lifetime.watched.discard(self)
         self._snapshot.close()
 
     def __enter__(self) -> Self:
@@ -361,6 +749,31 @@ class Store(Handle):
                 raise
             # The error of the training loop is the one to see.
             error.add_note(f"timstore: closing {self.path} failed as well: {failure}")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._snapshot.view.commits)} commits"
+        return f"<timstore.Store {str(self.path)!r} mode={self.mode!r} {state}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise errors.StateError(
+            f"a store cannot be copied or sent to another process (pickle, deepcopy, workers): give them the path "
+            f"{str(self.path)!r}, and open it there",
+            kind="not-copied",
+        )
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.StateError(
+                f"{self.path} was opened in process {self._pid}: a forked child opens its own handle", kind="forked"
+            )
+        if self._closed:
+            raise errors.StateError(f"{self.path} is closed; open it again", kind="closed")
+        self._place.require()
+
+    def _check_same(self) -> None:
+        """Refuse a store that another one took the place of; a copy of it is read from the start."""
+        self._check_open()
+        self._restored |= not self._place.check()
 
     def _check_writable(self) -> None:
         self._check_open()
@@ -380,7 +793,7 @@ class Store(Handle):
             return
         if self._writer is None:
             attempt, unfolded = self._attempt.get().attempt, len(self._snapshot.view.since_compaction)
-            self._writer = BackgroundWriter.begin(self._objects, self.settings, attempt, self._known, unfolded)
+            self._writer = BackgroundWriter(self._objects, self.settings, attempt, self._known, unfolded)
         self._writer.put(*items)
 
     def _end_writer(self) -> None:
@@ -399,3 +812,64 @@ class Store(Handle):
         rows = ColumnTypes(self.snapshot().catalog.rows).fitted(rows)
         self._put(Item(rows.nbytes, tables={"samples": rows}))
         self.commit()
+
+
+def open(
+    path: str | os.PathLike[str],
+    mode: str = "a",
+    *,
+    precision: str | None = None,
+    max_rel_error: float | None = None,
+    durability: str | None = None,
+    sql_memory: int | str = "1GB",
+) -> Store:
+    """Open or create the store at a path; see `Store` for the arguments and errors."""
+    return Store(
+        path, mode, precision=precision, max_rel_error=max_rel_error, durability=durability, sql_memory=sql_memory
+    )
+
+
+def _rollback_of(target: Any) -> "Callable[..., RollbackReport]":
+    """Return the function that rolls back such a target: checkpoints are given by their paths."""
+    room = "checkpoints" if isinstance(target, str | os.PathLike) else "rollbacks"
+    function: Callable[..., RollbackReport] = import_module(f"timstore.{room}").rollback
+    return function
+
+
+def rollback(
+    target: "torch.nn.Module | str | os.PathLike[str]",
+    ids: Iterable[int] | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> "RollbackReport":
+    """Remove the contribution of samples from a model or a checkpoint; see `Store.rollback` for the options.
+
+    Args:
+        target: a model, or the path of a checkpoint; then `output=` says where it goes (or `in_place=True`).
+        store: a store or its path; when None, the only store that is open in this process.
+
+    Raises:
+        StateError: no store, or several, are open.
+    """
+    roll_back, chosen = _rollback_of(target), RollbackOptions(**options)
+    if isinstance(store, Store):
+        return roll_back(store, target, ids, chosen)
+    if store is not None:
+        if not os.path.exists(user_path(store)):
+            raise errors.NotFoundError(f"there is no store at {store}", path=str(store))
+        with CriticalSection("the rollback had ended") as section, open(store) as opened:
+            return section.finish(roll_back(opened, target, ids, chosen))
+    stores = lifetime.attended_stores()
+    if len(stores) != 1:
+        which = "no store is" if not stores else f"{len(stores)} stores are"
+        raise errors.StateError(f"{which} open in this process: pass store=, a store or its path")
+    return roll_back(stores[0], target, ids, chosen)
+
+
+def _sql_memory(size: Any) -> int:
+    taken = arguments.byte_count(size, "sql_memory")
+    if taken < _LEAST_SQL_MEMORY:
+        raise errors.InvalidInputError(
+            f'sql_memory is at least "{_LEAST_SQL_MEMORY // 10**6}MB", not {errors.shown(size)}'
+        )
+    return taken

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from timstore.arguments import positive_number
-from timstore.database.batch import Batch, EncodedItem, Item
 from timstore.database.ledger import step_rows
 from timstore.database.states import state_item, state_precision
 from timstore.database.store import Store
+from timstore.database.writer import Batch, EncodedItem, Item
 from timstore.encoding import PRECISIONS, encode
 from timstore.errors import InvalidInputError, StateError, shown
 from timstore.format.segments import EncodedRecord, build_segment

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from timstore.database.kept_rows import KIND, KeptRows
-from timstore.database.snapshot import unpack_probe
+from timstore.database.kept_rows import KIND, KeptRows, unpack_probe
 from timstore.errors import CorruptionError
 from timstore.format import paths
 from timstore.format.checksums import read_verified
