@@ -60,6 +60,7 @@ def temporary(tmp_path, monkeypatch):
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch's own, made with the first optimizer
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
