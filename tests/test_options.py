@@ -18,7 +18,7 @@ WRONG: list[dict[str, Any]] = [
     {"probe": "kept"},
     {"optimizer_history": "all"},
     {"waypoints": "no"},
-    {"scaler": object()},
+    {"scaler": 7},
     {"mean_over": "rows"},
     {"budget": "much", "steps": 1},
     {"budget": "1GB"},
