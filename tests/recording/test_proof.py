@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from references import Batch
-from stepwise import BOTH, BY_SAMPLE, IDS, Model, Step, lstm, of, record, record_or_refuse, rows
+from stepwise import BOTH, BY_SAMPLE, IDS, PRICED, Model, Step, lstm, of, record, record_or_refuse, rows, weighted
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import timstore
 from timstore.errors import CoverageError
@@ -69,6 +70,29 @@ def noisy(self: Any, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+class Remembering(nn.Module):
+    """A layer of one's own that keeps an average, a counter and its last output beside its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.slow = nn.Parameter(torch.ones(6), requires_grad=False)
+        self.mean, self.calls = torch.zeros(6), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)
+            self.slow.mul_(0.9).add_(self.scale, alpha=0.1)
+        self.last = (x - self.mean) * self.scale * self.slow / self.calls
+        return self.last
+
+
+def batch_norm_in_checkpoint(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.last(checkpoint(self.inner, x, use_reentrant=False))
+    return out
+
+
 TRAININGS: dict[str, Callable[[], nn.Module]] = {
     "an argument changed after dropout": lambda: Model(dropped_and_changed, inner=nn.Linear(6, 6)),
     "an argument masked in place": lambda: Model(masked_in_place, inner=nn.Linear(6, 6)),
@@ -76,10 +100,18 @@ TRAININGS: dict[str, Callable[[], nn.Module]] = {
         left_out, inner=nn.Linear(6, 6), other=nn.Linear(6, 6), last=nn.Linear(6, 2)
     ),
     "what eval() does, behind noise": lambda: Model(noisy, inner=nn.Linear(6, 6), other=Merging()),
+    "what a layer keeps beside buffers": lambda: Model(
+        lambda self, x: self.other(self.inner(x)), inner=nn.Linear(6, 6), other=Remembering()
+    ),
+    "statistics within a checkpoint": lambda: Model(
+        batch_norm_in_checkpoint, inner=nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(5)), last=nn.Linear(6, 2)
+    ),
 }
 
 
 @BOTH
+@PRICED
+@pytest.mark.filterwarnings("ignore:.*mixes the samples of a batch")
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_recorded_training_is_the_training_without(tmp_path: Path, name: str, options: Any) -> None:
     def train(recorded: bool) -> list[torch.Tensor]:
@@ -101,7 +133,7 @@ def test_a_recorded_training_is_the_training_without(tmp_path: Path, name: str, 
                 loop(sample_ids=IDS)
         else:
             loop()
-        return [*(one.detach() for one in model.parameters()), *given]
+        return [*(one.detach() for one in (*model.parameters(), *model.buffers())), *given]
 
     for plain, beside in zip(train(False), train(True), strict=True):
         assert torch.equal(plain, beside)
@@ -123,6 +155,65 @@ def test_samples_are_told_apart_that_have_much_in_common(tmp_path: Path, mean: i
     model = Model(token_major, layer=nn.Linear(64, 3))
     steps = [Step([{"x": mean + torch.randn(4, tokens, 64)}]) for _ in range(3)]
     record(tmp_path / "s", model, steps, **options)
+
+
+def tokens_first(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.out(self.inner(x).tanh()).transpose(0, 1)
+    return out
+
+
+def tokens_first_directly(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.inner(x).transpose(0, 1).tanh() @ self.inner.weight.T
+    return out
+
+
+def of_columns(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = self.out(self.inner(x).tanh().mean(1))
+    return out
+
+
+@PRICED
+@BOTH
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [6, 6, 4, 6]])
+@pytest.mark.parametrize(
+    ("forward", "columns"), [(tokens_first, 3), (tokens_first_directly, 3), (of_columns, 4)], ids=lambda it: str(it)[:9]
+)
+def test_an_output_with_as_many_tokens_or_classes_as_rows_is_proved(
+    tmp_path: Path, lengths: list[int], forward: Any, columns: int, options: Any
+) -> None:
+    model = Model(forward, inner=nn.Linear(6, 6), out=nn.Linear(6, columns))
+    turn = (lambda y: y) if forward is of_columns else (lambda y: y.transpose(0, 1))
+    loss = weighted(lambda output: rows(turn(output)))
+    record(tmp_path / "s", model, [of(length, 6, loss=loss) for length in lengths], **options)
+
+
+@PRICED
+@BOTH
+def test_every_micro_batch_of_a_proof_step_is_proved(tmp_path: Path, options: Any) -> None:
+    """The second task of each step goes through the layers in another order of rows."""
+    model = Model(lambda self, x, turned: self._way(x, turned), inner=nn.Linear(6, 6), out=nn.Linear(6, 2))
+    model._way = lambda x, turned: (
+        model.out(model.inner(x.flip(0)).tanh()).flip(0) if turned else model.out(model.inner(x).tanh())
+    )
+    batches = [{"x": torch.randn(4, 5, 6), "turned": False}, {"x": torch.randn(4, 5, 6), "turned": True}]
+    record(tmp_path / "s", model, [Step(batches, [IDS, [1, 3, 4, 6]]) for _ in range(3)], **options)
+
+
+@BOTH
+def test_a_layer_that_gives_back_what_it_got_adds_nothing(tmp_path: Path, options: Any) -> None:
+    class Skipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.skips = nn.Parameter(torch.ones(6)), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.skips else x * self.scale
+
+    model = Model(
+        lambda self, x: self.out(self.own(self.inner(x))), inner=nn.Linear(6, 6), own=Skipped(), out=nn.Linear(6, 2)
+    )
+    skip = lambda value: lambda model: setattr(model.own, "skips", value)  # noqa: E731
+    record(tmp_path / "s", model, [of(5, 6, prepare=skip(value)) for value in (False, True, False)], **options)
 
 
 @pytest.mark.parametrize("turn", [lambda x: x.flip(0), lambda x: x.roll(1, 0)])

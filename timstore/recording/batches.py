@@ -22,6 +22,8 @@ from timstore.records import Factors, Gradient, Rows
 
 # Shapes of the model's arguments for one sample.
 Sizes = tuple[tuple[int, ...], ...]
+# Address, shape and strides.
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +55,7 @@ class MicroBatch:
         rows_given: rows of the model's arguments.
         layout: where the samples' tokens are, of packed rows.
         sizes: of its arguments.
+        argument_axes: which axis of an argument of the model, by where it lies, is the batch.
         called: the model itself runs it, not its layers one by one.
         has_tokens: an argument is ids (rows, tokens) or states (rows, tokens, d).
         proving: where modules have the samples is proved in its backward pass.
@@ -82,6 +85,7 @@ class MicroBatch:
         self.entries: list[Entry] = []
         self.passed: Captured = []
         self.sizes: Sizes = ()
+        self.argument_axes: dict[Place, int] = {}
         self.called = False
         self.has_tokens = False
         self.proving = False
@@ -284,6 +288,16 @@ def sizes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: in
     return tuple(tuple(value.shape[1:]) for value in _by_row(args, kwargs, rows, axis))
 
 
+def axes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> dict[Place, int]:
+    """Return which axis of each of the model's arguments that hold the batch is the batch."""
+    return {place_of(value): number for value, number in _with_batch(args, kwargs, rows, axis)}
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Return what tells a tensor from others that are alive: where it lies, and how."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
 def have_tokens(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> bool:
     """Say whether an argument of the model is ids, (rows, tokens), or states, (rows, tokens, d)."""
     return any(value.ndim == (3 if value.is_floating_point() else 2) for value in _by_row(args, kwargs, rows, axis))
@@ -291,12 +305,20 @@ def have_tokens(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis:
 
 def _by_row(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> Iterator[torch.Tensor]:
     """Yield the model's arguments that hold the batch, its axis moved to the front."""
+    for value, number in _with_batch(args, kwargs, rows, axis):
+        yield value.movedim(number, 0)
+
+
+def _with_batch(
+    args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield the model's arguments that hold the batch, and the axis that it is."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
-            numbers = (one for one in (axis, 0) if value.ndim > one and value.shape[one] == rows)
+            numbers = (number for number in (axis, 0) if value.ndim > number and value.shape[number] == rows)
             number = next(numbers, None)
             if number is not None:
-                yield value.movedim(number, 0)
+                yield value, number
 
 
 def token_counts(

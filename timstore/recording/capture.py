@@ -15,11 +15,11 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from timstore.errors import CoverageError, InvalidInputError, StateError, TimstoreWarning
-from timstore.model.eval_guard import RandomState
+from timstore.model.eval_guard import RandomState, undisturbed
 from timstore.options import Capture as CaptureMode
 from timstore.recording.attention import Projections
 from timstore.recording.batch_axis import CANDIDATES, Axis, Folded, Layout, Whole
-from timstore.recording.batches import MicroBatch
+from timstore.recording.batches import MicroBatch, place_of
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
 from timstore.recording.checks import something_else
@@ -244,6 +244,10 @@ class Capture:
             possible = (batch.layout,)
         elif rows == 1 and fixed is None:
             possible = (Axis(0), Whole())
+        elif fixed is None and place_of(given) in batch.argument_axes:
+            # An argument of the model has the batch where the caller says, however many tokens it has: all else that
+            # is proved hangs on that.
+            possible = (Axis(batch.argument_axes[place_of(given)]),)
         fitting = tuple(
             layout
             for layout in possible
@@ -288,6 +292,10 @@ class Capture:
             module=kind.name,
         )
 
+    def undisturbed(self) -> AbstractContextManager[Any]:
+        """Leave buffers and random numbers as they are: a checkpoint computes its modules again in a pass of ours."""
+        return undisturbed(self._model, evaluate=False)
+
     def prove(
         self,
         batch: MicroBatch,
@@ -309,7 +317,8 @@ class Capture:
             CoverageError: some module has them nowhere, and no backward pass of each sample is allowed.
         """
         coupled = self.warns_of_coupling or batch.layout is not None
-        proofs = [self._prover.prove(batch, edge, gradient, shape, layout, coupled=coupled) for layout in layouts]
+        with self.undisturbed():
+            proofs = [self._prover.prove(batch, edge, gradient, shape, layout, coupled=coupled) for layout in layouts]
         proof = min(proofs, key=lambda one: one.denied)
         if len(proofs) > 1 and (not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1):
             return None

@@ -92,8 +92,9 @@ def unlike(
         allowed = max(tolerance, _tolerance(parameters[name].dtype))
         # Its products may be of TF32 there, of which convolutions are unless that is turned off.
         allowed = allowed if gradient.device.type == "cpu" else max(allowed, _TF32_TOLERANCE)
-        rounding = _ROUNDING * largest[name.rpartition(".")[0]]
-        if missing or off[name] > allowed * max(bounds[name], norms[name], noise, rounding, 1e-30):
+        # Not times the tolerance of half precision, which would pass a bias whose inputs are large whatever it gets.
+        rounding = _ROUNDING * min(allowed, _TOLERANCE[torch.float32]) * largest[name.rpartition(".")[0]]
+        if missing or off[name] > max(allowed * max(bounds[name], norms[name], noise, 1e-30), rounding):
             unequal[name] = off[name]
     return unequal
 

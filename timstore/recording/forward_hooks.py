@@ -8,7 +8,16 @@ from torch import nn
 
 from timstore.errors import InvalidInputError
 from timstore.model.sample_ids import content_rows, row_hash, sample_of
-from timstore.recording.batches import Ids, MicroBatch, check_length, have_tokens, sample_ids, sizes_of, token_counts
+from timstore.recording.batches import (
+    Ids,
+    MicroBatch,
+    axes_of,
+    check_length,
+    have_tokens,
+    sample_ids,
+    sizes_of,
+    token_counts,
+)
 from timstore.recording.capture import Capture
 from timstore.recording.packing import contents_of, ids_of_tokens, pieces_of
 from timstore.recording.pending import Running
@@ -57,7 +66,7 @@ class Forwards:
         self._hashes_to = keep_hashes
         self._stills = stills
         self._masked = "MaskedLM" in type(model).__name__
-        self._is_proof = True
+        self._is_proof, self._has_proved = True, False
         self._hashed: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -74,10 +83,14 @@ class Forwards:
             handle.remove()
 
     def look_again(self) -> None:
-        """Prove again, with the next batch, where modules have the samples."""
-        self._is_proof = True
+        """Prove again, with the batches of the next step, where modules have the samples."""
+        self._is_proof, self._has_proved = True, False
         if self._reservoir is not None:
             self._reservoir.loss.look_again()
+
+    def step_taken(self) -> None:
+        """End a proof with the step that it was for: each micro-batch of that step has been proved."""
+        self._is_proof = self._is_proof and not self._has_proved
 
     def wait(self) -> None:
         """Return when all that was captured is on the host."""
@@ -122,9 +135,10 @@ class Forwards:
             self._reservoir.offer(batch, args, kwargs, contents)
         batch.called = True
         batch.sizes = sizes_of(args, kwargs, len(batch.ids), self._axis)
+        batch.argument_axes = axes_of(args, kwargs, len(batch.ids), self._axis)
         batch.has_tokens = have_tokens(args, kwargs, len(batch.ids), self._axis)
         if self._is_proof and len(batch.ids) > 1 and not batch.empty:
-            self._is_proof, batch.proving = False, True
+            self._has_proved = batch.proving = True
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

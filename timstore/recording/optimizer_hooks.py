@@ -173,6 +173,7 @@ class OptimizerHooks:
         self._clock.step += 1
         self._clock.last = moment
         mine.pending.skipped = 0
+        self._hooks.forwards.step_taken()
         if proves:
             mine.pending.prove()
             self._hooks.forwards.look_again()

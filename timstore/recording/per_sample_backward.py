@@ -89,8 +89,10 @@ class Passes:
             layout = batch.layout.of(tensor.shape)
         elif rows == 1:
             layout = Whole()
-        elif not Axis(self._axis).fits(tensor.shape, rows):
-            layout = self._capture.places.known(_output(path), tensor.shape, rows, batch.sizes)
+        elif (known := self._capture.places.known(_output(path), tensor.shape, rows, batch.sizes)) is not None:
+            layout = known
+        elif batch.proving and tensor.shape.count(rows) > 1:
+            layout = None  # as many tokens as rows, or classes: proved
         return layout if layout is not None and layout.fits(tensor.shape, rows) else None
 
     def _arrived(self, entry: int, owner: "ref[MicroBatch]") -> Callable[[torch.Tensor], torch.Tensor | None]:
@@ -137,10 +139,19 @@ class Passes:
         """Find out where the modules before an output have the samples; and the output itself, unless that is known."""
         entry.proven = True
         rows, shape = len(batch.ids), gradient.shape
-        layouts = [one for one in CANDIDATES if one.fits(shape, rows)] if entry.layout is None else [entry.layout]
+        declared = Axis(self._axis)
+        layouts: list[Layout] = [layout for layout in CANDIDATES if layout.fits(shape, rows)]
+        if entry.layout is not None:
+            layouts = [entry.layout]
+        elif declared.fits(shape, rows):
+            layouts = [layout for layout in layouts if isinstance(layout, Axis)]
         layout = self._capture.prove(batch, entry.edge, gradient, shape, layouts) if layouts else None
-        if entry.layout is None and layout is not None:
+        if layout is None and entry.layout is None and declared in layouts:
+            # Nothing tells them apart: where the caller says, then.
+            layout = self._capture.prove(batch, entry.edge, gradient, shape, [declared])
+        if layout is not None:
             entry.layout = layout
+        if layout is not None and batch.layout is None:
             self._capture.places.moved(_output(entry.path), layout, shape, rows, batch.sizes)
 
     def _refuse_direct(self, entry: Entry, gradient: torch.Tensor, batch: MicroBatch) -> None:
@@ -173,7 +184,7 @@ class Passes:
             return
         self._warn(batch.whole)
         found: list[list[Gradient]] = [[] for _ in whole]
-        with self._capture.replaying():
+        with self._capture.replaying(), self._capture.undisturbed():
             for rows in batch.chosen.rows:
                 masked = only(gradient, layout, len(batch.ids), rows)
                 grads = self._back(entry.edge, whole, masked)

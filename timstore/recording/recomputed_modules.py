@@ -137,8 +137,11 @@ class ReplayedKind(Kind):
 
     def _run(self, leaves: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
         # Statistics that the module keeps have seen this pass already.
-        buffers = {f"module.{name}": one.clone() for name, one in self.module.named_buffers()}
-        output: torch.Tensor = functional_call(_Unhooked(self.module), {**leaves, **buffers}, args, kwargs)
+        kept = dict(self.module.named_buffers())
+        kept |= {name: one for name, one in self.module.named_parameters(recurse=False) if not one.requires_grad}
+        buffers = {f"module.{name}": one.clone() for name, one in kept.items()}
+        with _attributes_put_back(self.module):
+            output: torch.Tensor = functional_call(_Unhooked(self.module), {**leaves, **buffers}, args, kwargs)
         return output
 
 
@@ -268,6 +271,24 @@ class _Unhooked(nn.Module):
         return self.module.forward(*args, **kwargs)
 
 
+@contextmanager
+def _attributes_put_back(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass leaves on a module, and on those in it: counters, averages, its last output."""
+    attributes = [(inner, dict(vars(inner))) for inner in module.modules()]
+    values = [value for _, named in attributes for value in named.values() if isinstance(value, torch.Tensor)]
+    copies = [(value, value.detach().clone()) for value in values if not value.requires_grad]
+    try:
+        yield
+    finally:
+        for inner, named in attributes:
+            vars(inner).clear()
+            vars(inner).update(named)
+        with torch.no_grad():
+            for value, copy in copies:
+                if not torch.equal(value, copy):
+                    value.copy_(copy)
+
+
 def _leaves(held: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {f"module.{name}": one.detach().requires_grad_() for name, one in held.items()}
 
@@ -275,6 +296,8 @@ def _leaves(held: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 def _pull_back(
     output: torch.Tensor, leaves: Mapping[str, torch.Tensor], gradient: torch.Tensor
 ) -> Sequence[torch.Tensor]:
+    if not output.requires_grad:  # a layer that was left out, and gave back what it was given
+        return [torch.zeros_like(leaf) for leaf in leaves.values()]
     return torch.autograd.grad(
         output, list(leaves.values()), gradient, allow_unused=True, materialize_grads=True, retain_graph=True
     )
