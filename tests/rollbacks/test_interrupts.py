@@ -352,7 +352,7 @@ def is_folded(path: Path) -> bool:
     assert timstore.verify(path, progress=False).sound
     with timstore.open(path, "r") as store:
         assert len(list(store.read())) == 5
-        return store.snapshot().view.checkpoint is not None
+        return store.snapshot().view.compaction is not None
 
 
 @pytest.mark.parametrize("met", ["full disk", "Ctrl-C"])
@@ -374,7 +374,7 @@ def test_a_compact_that_is_cut_off_is_done_or_not_and_says_which(
         with timstore.open(path) as store, monkeypatch.context() as patched:
             patched.setattr(LocalObjects, "_call", call)
             try:
-                return "done" if store.compact().checkpoint == 1 else "nothing"
+                return "done" if store.compact().compaction == 1 else "nothing"
             except timstore.StorageError as error:
                 return "unknown" if error.kind == "outcome-unknown" else "not done"
             except KeyboardInterrupt as error:
@@ -382,7 +382,7 @@ def test_a_compact_that_is_cut_off_is_done_or_not_and_says_which(
 
     assert compacted(saved_models.copied(commits, "calm")) == "done"
     last, states = calls, []
-    # The checkpoint is made after about half of the calls; deleting is the rest.
+    # The compaction is made after about half of the calls; deleting is the rest.
     for at in range(last // 3, last + 1, 7):
         calls, path = 0, saved_models.copied(commits, str(at))
         states.append(compacted(path))
@@ -406,7 +406,7 @@ def test_what_a_compact_cannot_delete_is_in_its_report(commits: Path, monkeypatc
         with monkeypatch.context() as patched:
             patched.setattr(LocalObjects, "delete", delete)
             done = store.compact()
-        assert done.checkpoint == 1 and "Input/output error" in str(done.undeleted)
+        assert done.compaction == 1 and "Input/output error" in str(done.undeleted)
         assert store.sql("SELECT count(*) FROM records").fetchall() == [(5,)]
         store.append(0, 5, 5, {"w": torch.ones(3)}, lr=0.5)
         store.commit()

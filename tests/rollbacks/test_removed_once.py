@@ -22,8 +22,8 @@ from torch import nn
 import timstore
 from timstore.errors import CoverageError, ModelMismatchError, StateError
 
-SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "100"))
-CHUNKS = 20
+SEQUENCES = int(os.environ.get("TIMSTORE_SEQUENCES", "500"))
+CHUNKS = 100
 LONGEST = 8
 WIDTH = 3
 LR = 0.1
