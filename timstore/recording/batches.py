@@ -295,6 +295,8 @@ def axes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int
 
 def place_of(tensor: torch.Tensor) -> Place:
     """Return what tells a tensor from others that are alive: where it lies, and how."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return id(tensor), (), ()  # lies nowhere as a whole
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
