@@ -60,6 +60,7 @@ class Call:
         random: where torch's generators were when it ran; only kept where it is needed.
         buffers: where what is captured is copied to.
         released: the step is over.
+        takes_argument: the input is an argument of the model, whose batch axis is declared.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Call:
     random: RandomState | None
     buffers: Buffers
     released: bool = False
+    takes_argument: bool = False
 
     def release(self) -> None:
         """Let go of every tensor."""

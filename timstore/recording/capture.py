@@ -195,6 +195,7 @@ class Capture:
             random,
             self.buffers,
         )
+        call.takes_argument = layout is None and place_of(given) in batch.argument_axes
         batch.watch(call)
         if not candidates:
             batch.shared.append(call)
@@ -303,12 +304,15 @@ class Capture:
         gradient: torch.Tensor,
         shape: torch.Size,
         layouts: Sequence[Layout],
+        declared: Layout | None = None,
     ) -> Layout | None:
         """Find out where the modules have the samples, by the gradient at an output of the model or of a module.
 
         Args:
             shape: of the output, where the gradient is that of a tensor of which it is a view.
             layouts: where the output may have them, the likeliest first.
+            declared: where the caller says. Another one of them is taken only if what comes back to the model's own
+                arguments says so: modules among themselves may agree on a wrong axis.
 
         Returns:
             Where it has them; None where that cannot be told.
@@ -320,7 +324,10 @@ class Capture:
         with self.undisturbed():
             proofs = [self._prover.prove(batch, edge, gradient, shape, layout, coupled=coupled) for layout in layouts]
         proof = min(proofs, key=lambda one: one.denied)
-        if len(proofs) > 1 and (not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1):
+        if declared in layouts:
+            told = [one for one in proofs if one.agrees_with_arguments]
+            proof = told[0] if len(told) == 1 else next(one for one in proofs if one.layout == declared)
+        elif len(proofs) > 1 and (not proof.evidence or sum(one.denied == proof.denied for one in proofs) > 1):
             return None
         self._conclude(batch, proof)
         return proof.layout

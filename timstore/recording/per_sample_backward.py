@@ -145,10 +145,7 @@ class Passes:
             layouts = [entry.layout]
         elif declared.fits(shape, rows):
             layouts = [layout for layout in layouts if isinstance(layout, Axis)]
-        layout = self._capture.prove(batch, entry.edge, gradient, shape, layouts) if layouts else None
-        if layout is None and entry.layout is None and declared in layouts:
-            # Nothing tells them apart: where the caller says, then.
-            layout = self._capture.prove(batch, entry.edge, gradient, shape, [declared])
+        layout = self._capture.prove(batch, entry.edge, gradient, shape, layouts, declared) if layouts else None
         if layout is not None:
             entry.layout = layout
         if layout is not None and batch.layout is None:

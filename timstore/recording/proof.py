@@ -157,6 +157,12 @@ class Proof:
     partners: dict[Call, set[str]] = field(default_factory=dict)
 
     @property
+    def agrees_with_arguments(self) -> bool:
+        """Whether modules that are given an argument of the model have the samples on the argument's axis."""
+        calls = [found for found in self.evidence.values() if found.call.takes_argument]
+        return bool(calls) and all(found.candidates for found in calls)
+
+    @property
     def denied(self) -> int:
         """Of how many calls no layout agrees."""
         return sum(not found.candidates for found in self.evidence.values())
