@@ -104,6 +104,10 @@ class MicroBatch:
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._inputs: dict[int, tuple[weakref.ref[torch.Tensor], int, weakref.ref[Input]]] = {}
 
+    def axis_of(self, tensor: Any) -> int | None:
+        """Return which axis is the batch, of a tensor that is an argument of the model; None of any other."""
+        return self.argument_axes.get(_place(tensor)) if isinstance(tensor, torch.Tensor) else None
+
     @property
     def empty(self) -> bool:
         """Whether no sample of it is to be captured."""
@@ -290,10 +294,10 @@ def sizes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: in
 
 def axes_of(args: Iterable[Any], kwargs: Mapping[str, Any], rows: int, axis: int) -> dict[Place, int]:
     """Return which axis of each of the model's arguments that hold the batch is the batch."""
-    return {place_of(value): number for value, number in _with_batch(args, kwargs, rows, axis)}
+    return {_place(value): number for value, number in _with_batch(args, kwargs, rows, axis)}
 
 
-def place_of(tensor: torch.Tensor) -> Place:
+def _place(tensor: torch.Tensor) -> Place:
     """Return what tells a tensor from others that are alive: where it lies, and how."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return id(tensor), (), ()  # lies nowhere as a whole

@@ -19,7 +19,7 @@ from timstore.model.eval_guard import RandomState, undisturbed
 from timstore.options import Capture as CaptureMode
 from timstore.recording.attention import Projections
 from timstore.recording.batch_axis import CANDIDATES, Axis, Folded, Layout, Whole
-from timstore.recording.batches import MicroBatch, place_of
+from timstore.recording.batches import MicroBatch
 from timstore.recording.buffers import Buffers
 from timstore.recording.calls import Arguments, Autocast, Call, Input, with_each_tensor
 from timstore.recording.checks import something_else
@@ -172,7 +172,8 @@ class Capture:
         # torch itself says where an attention has the samples of each of its projections.
         place = kind.name if layout is None else f"{kind.name} {layout}"
         try:
-            known, candidates = self._layouts(kind, place, given, output, batch, layout)
+            declared = batch.axis_of(given) if layout is None else None
+            known, candidates = self._layouts(kind, place, given, output, batch, layout, declared)
         except CoverageError as error:
             self._leave_to_passes(kind, batch, error)
             return
@@ -195,7 +196,7 @@ class Capture:
             random,
             self.buffers,
         )
-        call.takes_argument = layout is None and place_of(given) in batch.argument_axes
+        call.takes_argument = declared is not None
         batch.watch(call)
         if not candidates:
             batch.shared.append(call)
@@ -223,7 +224,14 @@ class Capture:
             warnings.warn(text, TimstoreWarning, stacklevel=3)
 
     def _layouts(
-        self, kind: Kind, place: str, given: Any, output: Any, batch: MicroBatch, fixed: Layout | None
+        self,
+        kind: Kind,
+        place: str,
+        given: Any,
+        output: Any,
+        batch: MicroBatch,
+        fixed: Layout | None,
+        declared: int | None,
     ) -> tuple[Layout | None, tuple[Layout, ...]]:
         """Return where the samples are, None where that has to be proved, and where they may be.
 
@@ -245,10 +253,10 @@ class Capture:
             possible = (batch.layout,)
         elif rows == 1 and fixed is None:
             possible = (Axis(0), Whole())
-        elif fixed is None and place_of(given) in batch.argument_axes:
+        elif declared is not None:
             # An argument of the model has the batch where the caller says, however many tokens it has: all else that
             # is proved hangs on that.
-            possible = (Axis(batch.argument_axes[place_of(given)]),)
+            possible = (Axis(declared),)
         fitting = tuple(
             layout
             for layout in possible
